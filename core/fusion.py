@@ -1,0 +1,336 @@
+"""Transported weights, selection and mixing (Eqs. 14-16, 20-22): tensors in, tensors out.
+
+For target layer l and projection c:  W~ = sum over m of p[m] * Out[m] @ W_source[m] @ In[m].
+Four feature maps say what p, Out and In are; see `Transport`. Shapes: n, n' target outputs and inputs of a
+projection, m, m' the source's. Only the selected rows (q, k, v) or columns (o) of W~ are ever computed.
+
+Plans and weights come in through two small protocols, so this file imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+FEATURE_MAPS = ("coupling", "barycentric", "calibrated", "regression")
+RESIDUAL_FORMS = ("interpolate", "additive")
+PROJECTIONS = ("q", "k", "v", "o")
+# q, k and v read the same input.
+INPUT_SIDE = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in"}
+# Regression maps kept for neighbouring target layers that read the same source layer.
+MAP_CACHE = 8
+
+
+class Weights(Protocol):
+    """Attention weights of one model, read one tensor at a time, float32."""
+
+    def weight(self, layer: int, projection: str) -> Tensor: ...  # [out, in]
+    def bias(self, layer: int, projection: str) -> Tensor | None: ...  # [out]
+
+
+class Plans(Protocol):
+    """A plan directory (core.plans.PlanDirectory): model is `target` or `source`."""
+
+    shape: tuple[int, int]  # (L, M)
+
+    def layer_plan(self, projection: str) -> Tensor: ...  # P_eff [L, M] of a projection
+    def feature_plan(self, side: str, target_layer: int, source_layer: int) -> Tensor: ...  # Q [n, m]
+    def rows(self, model: str, side: str, layer: int, part: str) -> Tensor: ...  # `fit` or `aside`, centred [T, n]
+    def mean(self, model: str, side: str, layer: int) -> Tensor: ...  # [n]
+    def std(self, model: str, side: str, layer: int) -> Tensor: ...  # [n]
+    def strongest(self, side: str, layer: int) -> Tensor: ...  # target neurons, strongest first [n]
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """How to fuse. `top_k` 0 is dense; `p_topk` None is 1 for `regression` and all source layers otherwise."""
+
+    feature_map: str = "coupling"
+    residual_form: str = "interpolate"
+    alpha: float = 0.1
+    top_k: int = 128
+    p_topk: int | None = None
+    q_topk: int | None = None
+    ridge: float = 0.01
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The transported part of one projection: W~ on the selected rows or columns.
+
+    Attributes:
+        layer, projection: which target projection.
+        axis: 0 when rows are selected (q, k, v), 1 when columns are (o).
+        index: [k] selected rows or columns, ascending.
+        weight: W~ on them, [k, n'] or [n, k], float32.
+        bias: b~, [k] (rows) or [n] (columns); None where the bias is not fused.
+        original_weight, original_bias: the target's own values at the same places.
+    """
+
+    layer: int
+    projection: str
+    axis: int
+    index: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    original_weight: Tensor
+    original_bias: Tensor | None
+
+    def to(self, device: str) -> Residual:
+        """The same residual with its tensors on `device`."""
+        return Residual(
+            self.layer, self.projection, self.axis, self.index.to(device), self.weight.to(device),
+            None if self.bias is None else self.bias.to(device), self.original_weight.to(device),
+            None if self.original_bias is None else self.original_bias.to(device),
+        )  # fmt: skip
+
+
+def select(strongest: Tensor, top_k: int) -> Tensor:
+    """The `top_k` strongest neurons in ascending order (section 4.2); all of them for 0 or top_k >= n."""
+    k = len(strongest) if top_k == 0 else min(top_k, len(strongest))
+    return strongest[:k].sort().values
+
+
+def mix(base: Tensor, transported: Tensor, alpha: float, form: str) -> Tensor:
+    """W_eff on selected neurons: (1 - alpha) W + alpha W~ (`interpolate`, Eqs. 14, 22) or W + alpha W~
+    (`additive`, Eqs. 15, 16, 18). alpha 0 returns `base` bit for bit."""
+    if alpha == 0:
+        return base.clone()
+    if form == "interpolate":
+        return torch.lerp(base, transported, alpha)
+    return torch.add(base, transported, alpha=alpha)
+
+
+def ridge_map(R: Tensor, S: Tensor, ridge: float) -> Tensor:
+    """Least-squares map from rows R to rows S: solves (R^T R + ridge * d * I) Z = R^T S and returns Z^T.
+
+    Args:
+        R: [T, r] centred predictors.
+        S: [T, s] centred responses.
+        ridge: lambda, relative to d, the mean diagonal of R^T R.
+    Returns:
+        [s, r], so that S ~ R @ map^T. Zero when R is constant.
+    """
+    return _solve_ridge(_ridge_factor(R, ridge), R, S)
+
+
+def _ridge_factor(R: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor [r, r] of R^T R + ridge * d * I; float64 only where float32 finds it not positive definite."""
+    gram = R.T @ R  # [r, T] @ [T, r] -> [r, r]
+    scale = gram.diagonal().mean()
+    gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return factor if info == 0 else torch.linalg.cholesky(gram.double())
+
+
+def _solve_ridge(factor: Tensor, R: Tensor, S: Tensor) -> Tensor:
+    cross = (R.T @ S).to(factor.dtype)  # [r, T] @ [T, s] -> [r, s]
+    return torch.cholesky_solve(cross, factor).T.to(R.dtype)
+
+
+class Transport:
+    """W~ of any target layer and projection, from one plan directory and the source's weights.
+
+    | feature map | p[m] | Out [n, m] | In [m', n'] |
+    | coupling    | P_eff[l, m] | Q_out | Q_in^T |  (Eq. 14 to the letter)
+    | barycentric | P_eff row / its sum | n Q_out | m' Q_in^T |
+    | calibrated  | as barycentric | diag(s_t) n Q_out diag(1/s_s) | diag(s_s) m' Q_in^T diag(1/s_t) |
+    | regression  | as barycentric, top p_topk | source outputs -> target outputs | target inputs -> source inputs |
+    """
+
+    def __init__(self, plans: Plans, source: Weights, settings: FusionSettings):
+        self.plans, self.source, self.settings = plans, source, settings
+        self._target_factor = lru_cache(MAP_CACHE)(lambda side, layer: self._factor("target", side, layer))
+        self._source_factor = lru_cache(MAP_CACHE)(lambda side, layer: self._factor("source", side, layer))
+        self._in_map = lru_cache(MAP_CACHE)(self._compute_in_map)
+
+    def layer_weights(self, layer: int, projection: str) -> dict[int, float]:
+        """p[m] of every source layer that takes part, after `p_topk` (the row's mass is kept)."""
+        row = self.plans.layer_plan(projection)[layer]
+        mass = row.sum() if self.settings.feature_map == "coupling" else torch.ones_like(row.sum())
+        keep = self.settings.p_topk or (1 if self.settings.feature_map == "regression" else len(row))
+        values, order = row.sort(descending=True, stable=True)
+        values, order = values[:keep], order[:keep]
+        values = values * (mass / values.sum())
+        return {int(m): float(p) for m, p in sorted(zip(order.tolist(), values.tolist(), strict=True))}
+
+    def transported(self, layer: int, projection: str, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W~ on the selected rows [k, n'] (q, k, v) or columns [n, k] (o) of target layer `layer`, and b~.
+
+        b~ is Out applied to the source's bias (the three OT maps), [k] or [n]; None for `regression` and where the
+        source has no bias.
+        """
+        weight: Tensor | None = None
+        bias: Tensor | None = None
+        for m, p in self.layer_weights(layer, projection).items():
+            Out, In = self._maps(layer, m, projection)
+            W = self.source.weight(m, projection)
+            b = self.source.bias(m, projection)
+            if projection == "o":
+                part = Out @ (W @ In[:, index])  # [n, m] @ ([m, m'] @ [m', k]) -> [n, k]
+            else:
+                Out = Out[index]
+                part = (Out @ W) @ In  # ([k, m] @ [m, m']) @ [m', n'] -> [k, n']
+            weight = p * part if weight is None else weight.add_(part, alpha=p)
+            if b is not None and self.settings.feature_map != "regression":
+                bias = p * (Out @ b) if bias is None else bias.add_(Out @ b, alpha=p)
+        assert weight is not None  # every layer plan has at least one source layer
+        return weight, bias
+
+    def self_map(self, layer: int, projection: str) -> Tensor:
+        """The target's own outputs regressed on its own inputs [n, n']: smoothing without a source (control)."""
+        side = INPUT_SIDE[projection]
+        R = self.plans.rows("target", side, layer, "fit")
+        S = self.plans.rows("target", projection, layer, "fit")
+        return _solve_ridge(self._target_factor(side, layer), R, S)
+
+    def _maps(self, layer: int, m: int, projection: str) -> tuple[Tensor, Tensor]:
+        """(Out [n, m], In [m', n']) of one pair of layers."""
+        if self.settings.feature_map == "regression":
+            R = self.plans.rows("source", projection, m, "fit")
+            S = self.plans.rows("target", projection, layer, "fit")
+            return _solve_ridge(self._source_factor(projection, m), R, S), self._in_map(projection != "o", layer, m)
+        Out = self._sparse_plan(projection, layer, m)
+        In = self._in_map(projection != "o", layer, m)
+        if self.settings.feature_map != "coupling":
+            Out = Out * len(Out)
+        if self.settings.feature_map == "calibrated":
+            Out = self._to_raw_units(Out, projection, layer, m)
+        return Out, In
+
+    def _compute_in_map(self, attention_input: bool, layer: int, m: int) -> Tensor:
+        """In [m', n']: shared by q, k and v, whose input is one side."""
+        side = "attn_in" if attention_input else "o_in"
+        if self.settings.feature_map == "regression":
+            R = self.plans.rows("target", side, layer, "fit")
+            S = self.plans.rows("source", side, m, "fit")
+            return _solve_ridge(self._target_factor(side, layer), R, S)
+        In = self._sparse_plan(side, layer, m).T
+        if self.settings.feature_map != "coupling":
+            In = In * len(In)
+        if self.settings.feature_map == "calibrated":
+            target, source = self.plans.std("target", side, layer), self.plans.std("source", side, m)
+            In = source[:, None] * In * _inverse(target)
+        return In
+
+    def _to_raw_units(self, Out: Tensor, side: str, layer: int, m: int) -> Tensor:
+        target, source = self.plans.std("target", side, layer), self.plans.std("source", side, m)
+        return target[:, None] * Out * _inverse(source)
+
+    def _sparse_plan(self, side: str, layer: int, m: int) -> Tensor:
+        """Q [n, m], with only the `q_topk` largest entries of each row when asked (A.1); the row's mass is kept."""
+        Q = self.plans.feature_plan(side, layer, m)
+        keep = self.settings.q_topk
+        if not keep or keep >= Q.shape[1]:
+            return Q
+        values, columns = Q.topk(keep, dim=1)
+        values *= Q.sum(1, keepdim=True) / values.sum(1, keepdim=True)
+        return torch.zeros_like(Q).scatter_(1, columns, values)
+
+    def _factor(self, model: str, side: str, layer: int) -> Tensor:
+        return _ridge_factor(self.plans.rows(model, side, layer, "fit"), self.settings.ridge)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 for a constant neuron."""
+    return torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale))
+
+
+def empty_residual(plans: Plans, target: Weights, layer: int, projection: str, top_k: int) -> Residual:
+    """Residual with W~ = 0 on the selection of one projection (A.5): rows by the strength of the output for q, k, v,
+    columns by the strength of the input for o."""
+    axis = 1 if projection == "o" else 0
+    index = select(plans.strongest(INPUT_SIDE["o"] if axis else projection, layer), top_k)
+    original = target.weight(layer, projection).index_select(axis, index)
+    bias = target.bias(layer, projection)
+    if bias is not None and axis == 0:
+        bias = bias[index]
+    return Residual(layer, projection, axis, index, torch.zeros_like(original), None, original, bias)
+
+
+def keep_mean(residual: Residual, plans: Plans) -> Residual:
+    """Let W~ give the target's mean output on the target's mean input.
+
+    Without biases: W~ <- W~ + (W - W~) x x^T / |x|^2 on the selection, with x the mean input (y_bar = W x);
+    with biases: b~ = b + (W - W~) x, which is y_bar - W~ x.
+    """
+    x = plans.mean("target", INPUT_SIDE[residual.projection], residual.layer)
+    if residual.axis == 1:
+        x = x[residual.index]
+    missing = (residual.original_weight - residual.weight) @ x  # [k, n'] @ [n'] -> [k], or [n, k] @ [k] -> [n]
+    if residual.original_bias is not None:
+        return replace(residual, bias=residual.original_bias + missing)
+    square = x @ x
+    if square == 0:
+        return residual
+    return replace(residual, weight=residual.weight + torch.outer(missing, x / square))
+
+
+def fuse_attention_only_from_hot_dir(
+    plans: Plans, target: Weights, source: Weights, settings: FusionSettings
+) -> Iterator[tuple[Residual, dict[str, Any]]]:
+    """Transported residual and report of every attention projection of the target, layer by layer.
+
+    Args:
+        plans: an opened plan directory.
+        target, source: the two models' attention weights.
+        settings: feature map, form, alpha and selection.
+    Yields:
+        (Residual, report) with report keys layer, projection, selected, norm_ratio |W~|/|W|, cosine,
+        explained_variance (None without rows kept aside), source_layers {m: p}, bias (fused, dropped, kept or none).
+    """
+    transport = Transport(plans, source, settings)
+    for layer in range(plans.shape[0]):
+        for projection in PROJECTIONS:
+            residual = empty_residual(plans, target, layer, projection, settings.top_k)
+            residual = transport_into(residual, transport, layer)
+            report = _report(residual, plans, source, transport)
+            yield residual.to("cpu"), report
+
+
+def transport_into(residual: Residual, transport: Transport, from_layer: int) -> Residual:
+    """Fill a residual with W~ of target layer `from_layer` (its own, except in the wrong-layer control)."""
+    weight, bias = transport.transported(from_layer, residual.projection, residual.index)
+    residual = replace(residual, weight=weight, bias=bias if residual.original_bias is not None else None)
+    return keep_mean(residual, transport.plans) if transport.settings.feature_map == "regression" else residual
+
+
+def explained_variance(residual: Residual, plans: Plans) -> float | None:
+    """Share of the variance of the target's output (selected rows, or the part read from the selected columns) that
+    W~ predicts on the rows kept aside: 1 - sum |x W^T - x W~^T|^2 / sum |x W^T|^2, x centred. None without rows."""
+    x = plans.rows("target", INPUT_SIDE[residual.projection], residual.layer, "aside")
+    if len(x) < 2:
+        return None
+    if residual.axis == 1:
+        x = x[:, residual.index]
+    y = x @ residual.original_weight.T  # [T, n'] @ [n', k] -> [T, k]
+    total = y.square().sum()
+    return float(1 - (y - x @ residual.weight.T).square().sum() / total) if total > 0 else None
+
+
+def _report(residual: Residual, plans: Plans, source: Weights, transport: Transport) -> dict[str, Any]:
+    W, W_tilde = residual.original_weight.double(), residual.weight.double()
+    norm, norm_tilde = float(W.norm()), float(W_tilde.norm())
+    layers = transport.layer_weights(residual.layer, residual.projection)
+    source_bias = source.bias(next(iter(layers)), residual.projection) is not None
+    if residual.bias is not None:
+        bias = "fused"
+    elif source_bias:
+        bias = "dropped"  # only the source has one
+    else:
+        bias = "kept" if residual.original_bias is not None else "none"
+    return {
+        "layer": residual.layer,
+        "projection": residual.projection,
+        "selected": len(residual.index),
+        "norm_ratio": norm_tilde / norm if norm else None,
+        "cosine": float((W * W_tilde).sum()) / (norm * norm_tilde) if norm and norm_tilde else None,
+        "explained_variance": explained_variance(residual, plans),
+        "source_layers": {str(m): p for m, p in layers.items()},
+        "bias": bias,
+    }

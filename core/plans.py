@@ -1,0 +1,193 @@
+"""The plan directory: activations, potentials, layer plans and selection, written atomically and read lazily."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from core.attention import SIDES
+from core.checkpoints import Checkpoint
+from core.fusion import INPUT_SIDE
+from core.hot_transport import SinkhornResult, corr_cost_plan, effective_layer_plan, standardize
+from core.runs import Manifest, UserError, write_safetensors
+
+log = logging.getLogger(__name__)
+STAGE = "plans"
+# Layers of standardised activations and of regression rows that stay in memory between reads.
+ROWS_CACHE = 4
+HALF_MAX = 60000.0
+HALF_MIN_STD = 1e-4
+
+
+def activations_file(folder: Path, model: str) -> Path:
+    """File of one model's rows; `model` is `target` or `source`."""
+    return folder / "activations" / f"{model}.safetensors"
+
+
+def plans_file(folder: Path, side: str) -> Path:
+    """File of one side's potentials, costs and layer plan."""
+    return folder / "plans" / f"{side}.safetensors"
+
+
+def write_activations(
+    folder: Path, model: str, rows: dict[tuple[str, int], Tensor], aside: Tensor, half: bool
+) -> dict[tuple[str, int], Tensor]:
+    """Write one model's rows [T, n] per (side, layer), with mean, standard deviation and strength.
+
+    Text rows are stored float32; token rows (`half`) centred in float16 beside their float32 mean, unless float16
+    would overflow or lose small neurons (such a layer stays float32). Consumes `rows`.
+
+    Args:
+        aside: [T] bool, rows kept out of the regression to measure it on.
+    Returns:
+        {(side, layer): strength [n]}, the mean |activation| of each neuron over the rows (A.5).
+    Raises:
+        UserError: NaN or infinite activations, naming model, side and layer.
+    """
+    tensors: dict[str, Tensor] = {"kept_aside": aside}
+    strengths = {}
+    for side, layer in sorted(rows):
+        X = rows.pop((side, layer))
+        if not torch.isfinite(X).all():
+            raise UserError(f"{model} layer {layer}, side {side}: activations contain NaN or infinite values")
+        strengths[side, layer] = X.abs().mean(0)
+        key = f"{side}.{layer}"
+        mean, std = X.mean(0), X.std(0)
+        if half:
+            centred = X - mean
+            spread = std[std > 0]
+            fits = centred.abs().max() < HALF_MAX and (len(spread) == 0 or spread.min() > HALF_MIN_STD)
+            if not fits:
+                log.info("%s %s: float16 does not hold its range, stored as float32", model, key)
+            X = centred.half() if fits else centred
+        tensors |= {key: X, f"{key}.mean": mean, f"{key}.std": std}
+    path = activations_file(folder, model)
+    path.parent.mkdir(exist_ok=True)
+    write_safetensors(path, tensors, {"centred": str(half)})
+    return strengths
+
+
+def read_layers(folder: Path, model: str, side: str, n_layers: int, device: str) -> list[Tensor]:
+    """All layers of one side as stored (float32 [T, n] each; centred for token rows)."""
+    with safe_open(activations_file(folder, model), "pt") as file:
+        return [file.get_tensor(f"{side}.{layer}").to(device, torch.float32) for layer in range(n_layers)]
+
+
+def write_plans(folder: Path, side: str, results: Sequence[Sequence[SinkhornResult]], C_layer: Tensor, P: Tensor):
+    """Write one side's potentials f [L, M, n], g [L, M, m] (float64), iteration counts, errors, costs and P."""
+
+    def grid(field: str) -> list[list[Any]]:
+        return [[getattr(result, field) for result in row] for row in results]
+
+    path = plans_file(folder, side)
+    path.parent.mkdir(exist_ok=True)
+    write_safetensors(path, {
+        "f": torch.stack([torch.stack(row) for row in grid("f")]),
+        "g": torch.stack([torch.stack(row) for row in grid("g")]),
+        "n_iters": torch.tensor(grid("n_iters"), dtype=torch.int32),
+        "error": torch.tensor(grid("error"), dtype=torch.float64),
+        "converged": torch.tensor(grid("converged")),
+        "layer_cost": C_layer,
+        "P": P,
+    })  # fmt: skip
+
+
+def write_selection(folder: Path, strengths: Mapping[tuple[str, int], Tensor]) -> None:
+    """Write, per target layer of q, k, v and o_in, all neurons from strongest to weakest and their strengths."""
+    tensors: dict[str, Tensor] = {}
+    for (side, layer), strength in strengths.items():
+        if side in ("q", "k", "v", "o_in"):
+            values, order = strength.sort(descending=True, stable=True)
+            tensors |= {f"{side}.{layer}.index": order, f"{side}.{layer}.strength": values}
+    write_safetensors(folder / "selection.safetensors", tensors)
+
+
+class PlanDirectory:
+    """An opened plan directory, read lazily. Implements `core.fusion.Plans`."""
+
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.folder, self.device = folder, device
+        self.manifest = Manifest.read(folder, STAGE)
+        shapes = self.manifest.record["shapes"]
+        self.shape = (shapes["target"]["n_layers"], shapes["source"]["n_layers"])
+        self.reg = self.manifest.inputs["settings"]["epsilon"]
+        self._standardized = lru_cache(ROWS_CACHE)(self._load_standardized)
+        self._centred = lru_cache(ROWS_CACHE)(self._load_centred)
+        self._layer_plan = lru_cache(len(SIDES))(lambda side: self._read_plan(side, "P"))
+
+    def check_models(self, target: Checkpoint, source: Checkpoint) -> None:
+        """Refuse models other than those the plans were made from, and say so when the two are swapped."""
+        was = {model: self.manifest.inputs[model] for model in ("target", "source")}
+        if target.same_model(was["target"]) and source.same_model(was["source"]):
+            return
+        made = f"{self.folder} was made for target {was['target']['id']} and source {was['source']['id']}"
+        got = f"got target {target.name} and source {source.name}"
+        if target.same_model(was["source"]) and source.same_model(was["target"]):
+            raise UserError(f"target and source are swapped: {made}, {got}")
+        raise UserError(f"the plans belong to other models: {made}, {got}; run run_activs_and_hot.py for this pair")
+
+    def side_plan(self, side: str) -> Tensor:
+        """P [L, M] of one side, rows summing to 1/L."""
+        return self._layer_plan(side)
+
+    def layer_plan(self, projection: str) -> Tensor:
+        """P_eff [L, M] of a projection (Eq. 13)."""
+        return effective_layer_plan(self._layer_plan(INPUT_SIDE[projection]), self._layer_plan(projection))
+
+    def feature_result(self, side: str, target_layer: int, source_layer: int) -> SinkhornResult:
+        """The plan of one pair as potentials, its cost recomputed from the stored activations."""
+        with safe_open(plans_file(self.folder, side), "pt") as file:
+            f, g = (file.get_slice(key)[target_layer, source_layer] for key in "fg")
+            n_iters, error, converged, cost = (
+                file.get_slice(key)[target_layer, source_layer].item()
+                for key in ("n_iters", "error", "converged", "layer_cost")
+            )
+        Zx, Zy = self._standardized("target", side, target_layer), self._standardized("source", side, source_layer)
+        return corr_cost_plan(Zx, Zy, f, g, self.reg, n_iters, error, converged, cost, "stored")
+
+    def feature_plan(self, side: str, target_layer: int, source_layer: int) -> Tensor:
+        """Dense Q [n, m] of one pair, float32."""
+        return self.feature_result(side, target_layer, source_layer).plan()
+
+    def rows(self, model: str, side: str, layer: int, part: str) -> Tensor:
+        """Rows [T', n] of one layer, float32, centred on themselves: `fit`, or `aside` (kept out of every fit)."""
+        X, aside = self._centred(model, side, layer), self._kept_aside()
+        X = X[aside if part == "aside" else ~aside]
+        return X - X.mean(0) if len(X) else X
+
+    def mean(self, model: str, side: str, layer: int) -> Tensor:
+        """Mean activation [n] over all rows."""
+        return self._read(model, f"{side}.{layer}.mean")
+
+    def std(self, model: str, side: str, layer: int) -> Tensor:
+        """Unbiased standard deviation [n] over all rows."""
+        return self._read(model, f"{side}.{layer}.std")
+
+    def strongest(self, side: str, layer: int) -> Tensor:
+        """Target neurons [n] of `side` (q, k, v or o_in), strongest first."""
+        with safe_open(self.folder / "selection.safetensors", "pt") as file:
+            return file.get_tensor(f"{side}.{layer}.index").to(self.device)
+
+    def _kept_aside(self) -> Tensor:
+        return self._read("target", "kept_aside")
+
+    def _load_centred(self, model: str, side: str, layer: int) -> Tensor:
+        return self._read(model, f"{side}.{layer}").float()
+
+    def _load_standardized(self, model: str, side: str, layer: int) -> Tensor:
+        return standardize(self._read(model, f"{side}.{layer}").float())
+
+    def _read(self, model: str, key: str) -> Tensor:
+        with safe_open(activations_file(self.folder, model), "pt") as file:
+            return file.get_tensor(key).to(self.device)
+
+    def _read_plan(self, side: str, key: str) -> Tensor:
+        with safe_open(plans_file(self.folder, side), "pt") as file:
+            return file.get_tensor(key)

@@ -1,0 +1,197 @@
+"""What every command shares: user errors, atomic files, manifests, logging."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+
+class UserError(Exception):
+    """Bad input. Shown as one line (what was got, what was expected, what to do); the command exits with 2."""
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run `main(argv)` as a process: a UserError becomes one line on stderr and exit code 2, an error of the operating
+    system (disk full, no permission) one line and 1, Ctrl-C 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"error: {error}; the same command continues from what is finished", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from what is finished", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+LOG_FORMAT = logging.Formatter("%(asctime)s %(message)s")
+
+
+def setup_logging() -> None:
+    """Log INFO to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LOG_FORMAT)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # The libraries' own INFO lines (one per HTTP request, per checkpoint) drown ours.
+    for noisy in ("httpx", "httpcore", "datasets", "accelerate", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def log_to_file(path: Path | None) -> None:
+    """Append the log to `path` as well, from now on (after the input was checked: bad input leaves no file)."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(LOG_FORMAT)
+        logging.getLogger().addHandler(handler)
+
+
+def provenance() -> dict[str, Any]:
+    """Library versions and the commit of this code (None outside git): recorded, not part of any fingerprint."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"versions": versions, "commit": commit.stdout.strip() or None}
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on failure remove it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or damaged one is a UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file, atomically."""
+    with atomic_file(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_output_folder(folder: Path) -> None:
+    """Refuse an output folder that holds files of someone else (UserError). Writes nothing."""
+    if folder.is_file():
+        raise UserError(f"output folder {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise UserError(f"output folder {folder} is not empty and was not made by this tool; give another folder")
+
+
+class Manifest:
+    """`manifest.json` of an output folder: what made it, from what, and whether it is finished.
+
+    The fingerprint covers every setting and input that the stage depends on. Opening a folder whose manifest has the
+    same fingerprint continues (or re-uses) it; another fingerprint empties the folder first and says so.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any]):
+        self.folder, self.record = folder, record
+
+    @classmethod
+    def begin(cls, folder: Path, stage: str, inputs: dict[str, Any]) -> Manifest:
+        """Open `folder` for `stage`. Raises UserError when the folder is not empty and not ours."""
+        check_output_folder(folder)
+        fingerprint = digest_of({"format": FORMAT_VERSION, "stage": stage, **inputs})
+        path = folder / MANIFEST
+        if path.is_file():
+            record = read_json(path)
+            if record.get("stage") != stage:
+                raise UserError(f"{folder} holds the output of stage '{record.get('stage')}', not '{stage}'")
+            if record.get("fingerprint") == fingerprint:
+                return cls(folder, record)
+            old = record.get("inputs", {})
+            changed = sorted(key for key in inputs.keys() | old.keys() if inputs.get(key) != old.get(key))
+            log.info("%s was made with other inputs (%s): starting it anew", folder, ", ".join(changed) or "format")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = cls(folder, {"format": FORMAT_VERSION, "stage": stage, "status": "incomplete",
+                                "fingerprint": fingerprint, "inputs": inputs})  # fmt: skip
+        manifest.save()
+        return manifest
+
+    @classmethod
+    def read(cls, folder: Path, *stages: str) -> Manifest:
+        """Open a finished folder of one of `stages`; UserError when it is absent, unfinished or of another kind."""
+        wanted = " or ".join(f"'{stage}'" for stage in stages)
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder} is not an output of stage {wanted} (no {MANIFEST}); run that stage first")
+        record = read_json(folder / MANIFEST)
+        if record.get("stage") not in stages:
+            raise UserError(f"{folder} holds the output of stage '{record.get('stage')}', expected {wanted}")
+        if record.get("format") != FORMAT_VERSION:
+            raise UserError(f"{folder} has format {record.get('format')}, expected {FORMAT_VERSION}; make it again")
+        if record.get("status") != "complete":
+            raise UserError(f"{folder} is not finished; run the command of stage {wanted} again to complete it")
+        return cls(folder, record)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage has finished."""
+        return self.record["status"] == "complete"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Settings and input identities the folder was made from."""
+        return self.record["inputs"]
+
+    def finish(self, **results: Any) -> None:
+        """Record `results` and mark the folder complete: the last write of a stage."""
+        self.record.update(results)
+        self.record["status"] = "complete"
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest, atomically."""
+        write_json(self.folder / MANIFEST, self.record)

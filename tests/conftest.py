@@ -1,0 +1,146 @@
+"""Pico models (random, 3 and 4 layers, other widths, heads and kv heads), tokenizers and texts, built here."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+WORDS = (
+    "model layer neuron target source plan weight transport merge cost matrix row column small large language of the "
+    "a with in and from reads writes keeps finds moves ภาษา โมเดล ขนาด 語言 模型 naïve café 12 345 x=1 f(x) ::"
+).split()
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def sentences(count: int, seed: int, length: int = 14) -> list[str]:
+    """Distinct generated texts."""
+    rng = random.Random(seed)
+    return [f"{n} " + " ".join(rng.choices(WORDS, k=rng.randint(length // 2, length))) for n in range(count)]
+
+
+def make_tokenizer(vocab_size: int, seed: int) -> Any:
+    """A byte-level BPE tokenizer trained on generated text, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator(sentences(200, seed), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def llama(**changes: Any) -> Any:
+    """A random pico LLaMA: tied embeddings, no biases, head_dim that is not hidden / heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = dict(vocab_size=400, hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=3,
+                    num_key_value_heads=1, head_dim=12, tie_word_embeddings=True)  # fmt: skip
+    return randomized(LlamaForCausalLM(LlamaConfig(**{**settings, **changes})))
+
+
+def qwen2(**changes: Any) -> Any:
+    """A random pico Qwen2: q, k, v biases, untied embeddings."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    settings = dict(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    return randomized(Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes})))
+
+
+def randomized(model: Any) -> Any:
+    """Weights large enough that attention is not uniform, norms and biases away from 1 and 0; deterministic."""
+    generator = torch.Generator().manual_seed(model.config.hidden_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.3 if parameter.ndim == 2 else 0.1
+            parameter.copy_(noise * scale + (1.0 if name.endswith("norm.weight") else 0.0))
+    return model.float()
+
+
+def save(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the pico models: `target` (LLaMA), `source` (Qwen2), `other` (a LLaMA of the same shape)."""
+    folder = tmp_path_factory.mktemp("models")
+    small, large = make_tokenizer(400, 1), make_tokenizer(500, 2)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.add_(0.1)
+    return {
+        "target": save(llama(), small, folder / "target"),
+        "source": save(qwen2(), large, folder / "source"),
+        "other": save(other, small, folder / "other"),
+    }
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 120 generated texts."""
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in sentences(120, 3)), "utf-8")
+    return path
+
+
+def run_main(module: ModuleType, *arguments: Any) -> None:
+    """Call a command's main in this process."""
+    module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with exit code 2 and one line on stderr; returns that line."""
+    from core.runs import run_command
+
+    def run(module: ModuleType, *arguments: Any) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_command(module.main)
+        assert stop.value.code == 2
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plans(models: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Plan directories of the pico pair with `token` and `text` pooling."""
+    import run_activs_and_hot as stage1
+
+    folders = {}
+    for pooling in ("token", "text"):
+        folders[pooling] = tmp_path_factory.mktemp("plans") / pooling
+        run_main(stage1, "--target-model", models["target"], "--source-model", models["source"],
+                 "--data-subset", "file", "--data-file", texts, "--pooling", pooling, "--max-tokens", 24,
+                 "--out-dir", folders[pooling])  # fmt: skip
+    return folders

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.seed,
                      experiment.data_file)  # fmt: skip
     if len(rows) < MIN_TEXTS:
-        raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS}: give more data")
+        raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
     readings, aside = read_both(target, source, rows, experiment)
     settings = {name: getattr(experiment, name) for name in SETTINGS} | {"epsilon": experiment.regularisation}
     data = data_identity(rows, experiment.data_subset, experiment.data_file)

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 STAGE = "plans"
 # Layers of standardised activations and of regression rows that stay in memory between reads.
 ROWS_CACHE = 4
+# The order in which a layer computes its sides: the first one with NaN is the one to look at.
+FORWARD_ORDER = ("attn_in", "q", "k", "v", "o_in", "o")
 HALF_MAX = 60000.0
 HALF_MIN_STD = 1e-4
 
@@ -53,7 +55,7 @@ def write_activations(
     """
     tensors: dict[str, Tensor] = {"kept_aside": aside}
     strengths = {}
-    for side, layer in sorted(rows):
+    for side, layer in sorted(rows, key=lambda key: (key[1], FORWARD_ORDER.index(key[0]))):
         X = rows.pop((side, layer))
         if not torch.isfinite(X).all():
             raise UserError(f"{model} layer {layer}, side {side}: activations contain NaN or infinite values")

@@ -42,14 +42,19 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         raise SystemExit(130) from None
 
 
+_handlers: list[logging.Handler] = []
 LOG_FORMAT = logging.Formatter("%(asctime)s %(message)s")
 
 
 def setup_logging() -> None:
-    """Log INFO to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LOG_FORMAT)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    """Log INFO to stderr, and to no file of an earlier command in this process."""
+    root = logging.getLogger()
+    while _handlers:
+        old = _handlers.pop()
+        root.removeHandler(old)
+        old.close()
+    root.setLevel(logging.INFO)
+    _add_handler(logging.StreamHandler())
     # The libraries' own INFO lines (one per HTTP request, per checkpoint) drown ours.
     for noisy in ("httpx", "httpcore", "datasets", "accelerate", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -59,9 +64,13 @@ def log_to_file(path: Path | None) -> None:
     """Append the log to `path` as well, from now on (after the input was checked: bad input leaves no file)."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(LOG_FORMAT)
-        logging.getLogger().addHandler(handler)
+        _add_handler(logging.FileHandler(path, encoding="utf-8"))
+
+
+def _add_handler(handler: logging.Handler) -> None:
+    handler.setFormatter(LOG_FORMAT)
+    logging.getLogger().addHandler(handler)
+    _handlers.append(handler)
 
 
 def provenance() -> dict[str, Any]:

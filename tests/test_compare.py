@@ -1,0 +1,114 @@
+"""The comparison: likelihoods against the model's own loss, the statistics, and the whole command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_main
+
+import run_activs_and_hot as stage1
+from core import generate_hot_residual as stage2
+from core import train_hot_residual_sft as stage3
+from core.checkpoints import open_checkpoint
+from evaluation import compare_arms
+
+
+def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
+    model = open_checkpoint(str(models["source"])).load_model("float32")
+    examples = [{"input_ids": list(range(n)), "labels": [-100] * skip + list(range(skip, n))}
+                for n, skip in ((9, 0), (4, 2), (15, 7), (2, 0))]  # fmt: skip
+    expected = []
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        counted = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            expected.append(float(model(ids, labels=labels).loss) * counted)
+    for batch_size in (1, 3, 4):
+        assert compare_arms.text_nll(model, examples, batch_size, "test") == pytest.approx(expected, abs=1e-3)
+
+
+def made_up(seed: int = 0) -> tuple[dict[str, list[float]], list[int]]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(20, 40, 50)
+    base = 3.0 * tokens
+    shift = {arm: 0.1 * n for n, arm in enumerate(compare_arms.ARMS)} | {"base": 0.0, "fused": -0.05}
+    noise = {arm: 0.0 if arm == "base" else rng.normal(0, 0.02, 50) for arm in compare_arms.ARMS}
+    return {arm: (base + (shift[arm] + noise[arm]) * tokens).tolist() for arm in compare_arms.ARMS}, tokens.tolist()
+
+
+def test_statistics_weigh_tokens_and_pair_texts():
+    per_text, tokens = made_up()
+    arms = compare_arms.statistics(per_text, tokens, 2000, 0)
+    fused = arms["fused"]
+    assert arms["base"]["nll"] == pytest.approx(3.0) and arms["base"]["diff"] == 0.0
+    assert fused["diff"] == pytest.approx((sum(per_text["fused"]) - sum(per_text["base"])) / sum(tokens))
+    assert fused["ppl"] == pytest.approx(np.exp(fused["nll"])) and fused["n"] == 50
+    # The ratio estimator's standard error, by its usual linearisation.
+    residual = np.asarray(per_text["fused"]) - np.asarray(per_text["base"]) - fused["diff"] * np.asarray(tokens)
+    error = float(np.sqrt((residual**2).sum()) / sum(tokens))
+    low, high = fused["ci95"]
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15) and low < fused["diff"] < high
+    assert arms["self"]["fused_minus_arm"]["diff"] == pytest.approx(fused["nll"] - arms["self"]["nll"])
+    assert arms["fused"]["better"] == sum(a < b for a, b in zip(per_text["fused"], per_text["base"], strict=True))
+
+
+def test_verdict_is_honest():
+    per_text, tokens = made_up()
+    held_out = {"texts": 50, "tokens": sum(tokens)}
+    assert "Transfer: " in compare_arms.table(compare_arms.statistics(per_text, tokens, 500, 0), held_out)
+    per_text["self"] = per_text["fused"]
+    told = compare_arms.table(compare_arms.statistics(per_text, tokens, 500, 0), held_out)
+    assert "No transfer shown: fused is not reliably better than self." in told
+
+
+@pytest.fixture(scope="module")
+def run(models, texts, tmp_path_factory):
+    """All stages on the pico pair, into a run directory."""
+    folder = tmp_path_factory.mktemp("run")
+    data = ["--data-subset", "file", "--data-file", texts]
+    run_main(stage1, "--target-model", models["target"], "--source-model", models["source"], *data,
+             "--pooling", "token", "--out-dir", folder / "plans")  # fmt: skip
+    run_main(stage2, "--hot_dir", folder / "plans", "--output_dir", folder / "fused", "--feature-map", "regression",
+             "--top-k", 7)  # fmt: skip
+    for scenario in ("hot", "no_hot"):
+        run_main(stage3, "--model_dir", folder / "fused", "--output_dir", folder / "adapted" / scenario,
+                 "--sft-samples", 4, "--training-scenario", scenario)  # fmt: skip
+    return folder, ["--run-dir", folder, "--target-model", models["target"], "--source-model", models["source"], *data]
+
+
+def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsys):
+    folder, flags = run
+    run_main(compare_arms, *flags)
+    table = capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["arms"]) == list(compare_arms.ARMS)
+    assert {"nll", "ppl", "n", "diff", "ci95"} <= set(results["arms"]["fused"])
+    assert all(arm in table for arm in compare_arms.ARMS)
+    assert len({round(arm["nll"], 7) for arm in results["arms"].values()}) == len(compare_arms.ARMS)
+
+    results["per_text"].pop("wrong_layer")  # as after a kill: the other arms are not computed again
+    (folder / "results.json").write_text(json.dumps(results))
+    evaluated = []
+    original = compare_arms.text_nll
+    monkeypatch.setattr(compare_arms, "text_nll", lambda *a: evaluated.append(a[3]) or original(*a))
+    run_main(compare_arms, *flags)
+    assert evaluated == ["wrong_layer"] and capsys.readouterr().out == table
+
+
+def test_controls_leave_no_trace_in_the_loaded_target(run, models):
+    """base evaluated after the controls equals base evaluated first."""
+    folder, flags = run
+    command = compare_arms.parse_command([str(f) for f in flags], "e", "", {"run_dir": ""})
+    target, source = compare_arms.open_pair(command.experiment)
+    plans = compare_arms.PlanDirectory(folder / "plans")
+    settings = compare_arms.FusionSettings("regression", top_k=7)
+    examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
+    arms = ["base", "damped", "permuted", "wrong_layer", "base"]
+    got = list(compare_arms.evaluate_arms(arms, folder, plans, target, source, settings, examples, command.experiment))
+    assert got[0][1] == got[-1][1] != got[1][1]
+
+
+def test_missing_stage_is_named(fails, run, tmp_path):
+    _, flags = run
+    assert "run that stage first" in fails(compare_arms, *flags[2:], "--run-dir", tmp_path)

@@ -14,9 +14,15 @@ PY
 
 if ! suitable python; then
   if ! suitable .venv/bin/python; then
-    base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
-    if ! "${base:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-      echo "error: Python 3.11 or newer is needed (found: $("${base:-false}" --version 2>&1 || echo none))" >&2
+    base=
+    for candidate in python3 python3.13 python3.12 python3.11; do
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        base=$candidate
+        break
+      fi
+    done
+    if [ -z "$base" ]; then
+      echo "error: Python 3.11 or newer is needed (python3 is $(python3 --version 2>&1 || true))" >&2
       exit 2
     fi
     echo "making .venv with the packages of requirements.txt" >&2

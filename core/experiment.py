@@ -84,6 +84,9 @@ class Experiment:
     save_steps: int = option(200, "3", "optimizer updates between training checkpoints (resume points)")
 
     held_out_samples: int = option(64, "e", "at most so many held-out texts")
+    general_file: str | None = option(
+        None, "e", "local general text; what fusion costs there is reported beside the gain"
+    )
     bootstrap_samples: int = option(10000, "e", "resamples of the paired bootstrap")
 
     @property

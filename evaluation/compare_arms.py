@@ -44,12 +44,16 @@ def main(argv: list[str]) -> None:
     plans.check_models(target, source)
     rows = load_rows(experiment.data_subset, "held_out", experiment.held_out_samples, experiment.seed,
                      experiment.data_file)  # fmt: skip
+    general = [] if experiment.general_file is None else load_rows(
+        "file", "held_out", experiment.held_out_samples, experiment.seed, experiment.general_file)  # fmt: skip
     tokenizer = target.load_tokenizer()
-    examples = [sft_example(row, tokenizer, experiment.max_tokens) for row in rows]
+    sets = {name: [sft_example(row, tokenizer, experiment.max_tokens) for row in texts]
+            for name, texts in (("held_out", rows), ("general", general)) if texts}  # fmt: skip
     log_to_file(command.log_file)
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
         "data": data_identity(rows, experiment.data_subset, experiment.data_file),
+        "general": data_identity(general, "file", experiment.general_file) if general else None,
         "adapted": {arm: manifest.record["fingerprint"] for arm, manifest in adapted.items()},
         "settings": {name: getattr(experiment, name) for name in SETTINGS},
     }  # fmt: skip
@@ -59,25 +63,33 @@ def main(argv: list[str]) -> None:
         record = {"metric": "negative log-likelihood per token (nats)", "inputs": inputs, "per_text": {}}
     settings = FusionSettings(**fused_manifest.inputs["settings"])
     missing = [arm for arm in ARMS if arm not in record["per_text"]]
-    for arm, sums in evaluate_arms(missing, run, plans, target, source, settings, examples, experiment):
+    for arm, sums in evaluate_arms(missing, run, plans, target, source, settings, sets, experiment):
         record["per_text"][arm] = sums  # each finished arm is on disk before the next begins
         write_json(path, record)
-    tokens = [sum(label != -100 for label in example["labels"][1:]) for example in examples]
-    record["held_out"] = {"texts": len(rows), "tokens": sum(tokens)}
-    record["arms"] = statistics(record["per_text"], tokens, experiment.bootstrap_samples, experiment.seed)
+    for name, examples in sets.items():
+        tokens = [sum(label != -100 for label in example["labels"][1:]) for example in examples]
+        sums = {arm: record["per_text"][arm][name] for arm in ARMS}
+        found = statistics(sums, tokens, experiment.bootstrap_samples, experiment.seed)
+        record[name] = {"texts": len(examples), "tokens": sum(tokens)}
+        record["arms" if name == "held_out" else "arms_general"] = found
     write_json(path, {**record, **provenance()})
-    print(table(record["arms"], record["held_out"]))
+    print(table(record["arms"], record["held_out"], record.get("arms_general")))
 
 
 def evaluate_arms(
     arms: Sequence[str], run: Path, plans: PlanDirectory, target: Checkpoint, source: Checkpoint,
-    settings: FusionSettings, examples: list[dict[str, list[int]]], experiment: Experiment,
-) -> Iterator[tuple[str, list[float]]]:  # fmt: skip
-    """(arm, negative log-likelihood of every held-out text in nats) of each arm asked for.
+    settings: FusionSettings, sets: dict[str, list[dict[str, list[int]]]], experiment: Experiment,
+) -> Iterator[tuple[str, dict[str, list[float]]]]:  # fmt: skip
+    """(arm, {set of texts: negative log-likelihood of each text in nats}) of each arm asked for.
 
     base and controls share one loaded target; fused and adapted arms are the folders on disk, loaded by stock
     transformers.
     """
+    size = experiment.batch_size
+
+    def measure(model: Any, arm: str) -> tuple[str, dict[str, list[float]]]:
+        return arm, {name: text_nll(model, texts, size, f"{arm}, {name}") for name, texts in sets.items()}
+
     in_memory = [arm for arm in arms if arm == "base" or arm in CONTROLS]
     if in_memory:
         residuals, alpha, form = load_residuals(run / "fused" / RESIDUAL_FILE)
@@ -90,13 +102,13 @@ def evaluate_arms(
             for residual in tqdm(changed, desc=f"building {arm}", unit="projection", disable=not changed):
                 control = control_residual(arm, residual, plans, transport, generator)
                 fold_in_place(model, control, target, alpha, form)
-            yield arm, text_nll(model, examples, experiment.batch_size, arm)
+            yield measure(model, arm)
             restore_base(model, changed, target.layout.name)
         del model
     for arm in arms:
         if arm not in in_memory:
             checkpoint = open_checkpoint(str(run / TRAINED.get(arm, arm)), device=experiment.device)
-            yield arm, text_nll(checkpoint.load_model(experiment.dtype), examples, experiment.batch_size, arm)
+            yield measure(checkpoint.load_model(experiment.dtype), arm)
 
 
 @torch.no_grad()
@@ -153,11 +165,14 @@ def statistics(
         nll = sum(per_text[arm]) / sum(tokens)
         out[arm] = {"nll": nll, "ppl": float(np.exp(nll)), "n": len(tokens), **paired(arm, "base"),
                     "fused_minus_arm": paired("fused", arm)}  # fmt: skip
+    out["fused_adapted"]["minus_no_hot"] = paired("fused_adapted", "no_hot")
     return out
 
 
-def table(arms: dict[str, dict[str, Any]], held_out: dict[str, int]) -> str:
-    """The table that ends the pipeline, with one sentence of verdict."""
+def table(
+    arms: dict[str, dict[str, Any]], held_out: dict[str, int], general: dict[str, dict[str, Any]] | None = None
+) -> str:
+    """The table that ends the pipeline, with one sentence of verdict; `general` are the arms on general text."""
     lines = [
         f"held out: {held_out['texts']} texts, {held_out['tokens']} tokens; nats per token, negative is better",
         f"{'arm':14} {'nll':>8} {'ppl':>8}  {'minus base [95 %]':>27} {'better':>10}  {'fused minus arm [95 %]':>27}",
@@ -173,8 +188,10 @@ def table(arms: dict[str, dict[str, Any]], held_out: dict[str, int]) -> str:
         lines.append(f"No transfer shown: fused is not reliably better than {', '.join(lost)}.")
     else:
         lines.append("Transfer: without training, fused is better than base and than every control (95 % intervals).")
-    gap = {"diff": arms["fused_adapted"]["nll"] - arms["no_hot"]["nll"]}
-    lines.append(f"After fine-tuning: fused_adapted minus no_hot = {gap['diff']:+.4f}.")
+    lines.append(f"After fine-tuning: fused_adapted minus no_hot = {interval(arms['fused_adapted']['minus_no_hot'])}.")
+    if general:
+        changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", "no_hot", "fused_adapted"))
+        lines.append(f"On general text (base {general['base']['nll']:.4f}), minus base: {changes}.")
     return "\n".join(lines)
 
 

@@ -50,6 +50,8 @@ def test_statistics_weigh_tokens_and_pair_texts():
     low, high = fused["ci95"]
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15) and low < fused["diff"] < high
     assert arms["self"]["fused_minus_arm"]["diff"] == pytest.approx(fused["nll"] - arms["self"]["nll"])
+    gap = arms["fused_adapted"]["nll"] - arms["no_hot"]["nll"]
+    assert arms["fused_adapted"]["minus_no_hot"]["diff"] == pytest.approx(gap)
     assert arms["fused"]["better"] == sum(a < b for a, b in zip(per_text["fused"], per_text["base"], strict=True))
 
 
@@ -74,7 +76,8 @@ def run(models, texts, tmp_path_factory):
     for scenario in ("hot", "no_hot"):
         run_main(stage3, "--model_dir", folder / "fused", "--output_dir", folder / "adapted" / scenario,
                  "--sft-samples", 4, "--training-scenario", scenario)  # fmt: skip
-    return folder, ["--run-dir", folder, "--target-model", models["target"], "--source-model", models["source"], *data]
+    return folder, ["--run-dir", folder, "--target-model", models["target"], "--source-model", models["source"], *data,
+                    "--general-file", texts]  # fmt: skip
 
 
 def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsys):
@@ -85,6 +88,7 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
     assert list(results["arms"]) == list(compare_arms.ARMS)
     assert {"nll", "ppl", "n", "diff", "ci95"} <= set(results["arms"]["fused"])
     assert all(arm in table for arm in compare_arms.ARMS)
+    assert results["arms_general"] == results["arms"] and "On general text" in table  # the same file here
     assert len({round(arm["nll"], 7) for arm in results["arms"].values()}) == len(compare_arms.ARMS)
 
     results["per_text"].pop("wrong_layer")  # as after a kill: the other arms are not computed again
@@ -93,7 +97,7 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
     original = compare_arms.text_nll
     monkeypatch.setattr(compare_arms, "text_nll", lambda *a: evaluated.append(a[3]) or original(*a))
     run_main(compare_arms, *flags)
-    assert evaluated == ["wrong_layer"] and capsys.readouterr().out == table
+    assert evaluated == ["wrong_layer, held_out", "wrong_layer, general"] and capsys.readouterr().out == table
 
 
 def test_controls_leave_no_trace_in_the_loaded_target(run, models):
@@ -105,7 +109,11 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     settings = compare_arms.FusionSettings("regression", top_k=7)
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
     arms = ["base", "damped", "permuted", "wrong_layer", "base"]
-    got = list(compare_arms.evaluate_arms(arms, folder, plans, target, source, settings, examples, command.experiment))
+    got = list(
+        compare_arms.evaluate_arms(
+            arms, folder, plans, target, source, settings, {"held_out": examples}, command.experiment
+        )
+    )
     assert got[0][1] == got[-1][1] != got[1][1]
 
 

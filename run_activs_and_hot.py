@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 from pathlib import Path
@@ -23,8 +24,8 @@ from core.runs import Manifest, UserError, check_output_folder, log_to_file, pro
 
 log = logging.getLogger("stage1")
 # Settings that change the bytes of the plan directory.
-SETTINGS = ("pooling", "max_tokens", "max_rows", "batch_size", "seed", "device", "dtype", "eta", "sinkhorn_iters",
-            "sinkhorn_tol", "layer_cost_scale")  # fmt: skip
+SETTINGS = ("pooling", "max_tokens", "max_rows", "batch_size", "seed", "device", "dtype", "epsilon", "eta",
+            "sinkhorn_iters", "sinkhorn_tol", "layer_cost_scale")  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -33,17 +34,17 @@ def main(argv: list[str]) -> None:
         argv, "1", __doc__ or "", {"out_dir": "plan directory to write (default runs/<name>/plans)"},
         {"model_a_path": "source_model", "model_b_path": "target_model"},
     )  # fmt: skip
-    experiment = command.experiment
+    experiment = dataclasses.replace(command.experiment, epsilon=command.experiment.regularisation)
     folder = command.path("out_dir", "plans")
-    check_output_folder(folder)
     target, source = open_pair(experiment)
-    rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.seed,
+    check_output_folder(folder, target.folder, source.folder)
+    rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.split_seed,
                      experiment.data_file)  # fmt: skip
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
     readings, aside = read_both(target, source, rows, experiment)
-    settings = {name: getattr(experiment, name) for name in SETTINGS} | {"epsilon": experiment.regularisation}
-    data = data_identity(rows, experiment.data_subset, experiment.data_file)
+    settings = {name: getattr(experiment, name) for name in SETTINGS}
+    data = data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed)
     manifest = Manifest.begin(folder, plans.STAGE, {
         "target": target.identity, "source": source.identity, "data": data, "settings": settings,
     })  # fmt: skip
@@ -104,7 +105,12 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
         )
         try:
             results, costs = compute_Q_and_layer_costs(
-                X, Y, experiment.regularisation, experiment.sinkhorn_iters, experiment.sinkhorn_tol, f"plans {side}"
+                X,
+                Y,
+                float(experiment.epsilon or 0),
+                experiment.sinkhorn_iters,
+                experiment.sinkhorn_tol,
+                f"plans {side}",
             )
         except ValueError as error:
             raise UserError(f"side {side}: {error}") from None

@@ -60,10 +60,15 @@ class AttentionLayout:
 
     def linear(self, model: nn.Module, layer: int, projection: str) -> nn.Linear:
         """The nn.Linear of one projection inside a loaded model (of `config`'s architecture)."""
-        module = model.get_submodule(self.name(layer, projection))
-        if not isinstance(module, nn.Linear):
-            raise UserError(f"{self.name(layer, projection)} is a {type(module).__name__}, expected nn.Linear")
-        return module
+        return linear_at(model, self.name(layer, projection))
+
+
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The nn.Linear of that name; UserError when it is something else (a quantised or patched layer)."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"{name} is a {type(module).__name__}, expected nn.Linear")
+    return module
 
 
 def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:

@@ -104,6 +104,8 @@ class Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} has no usable tokenizer: {_first_line(error)}") from None
+        if not tokenizer("a")["input_ids"]:
+            raise UserError(f"{self.folder} has no tokenizer files; copy them beside the weights")
         if not tokenizer.is_fast:
             raise UserError(f"{self.folder} has a slow tokenizer; character offsets need a fast one (tokenizer.json)")
         return tokenizer
@@ -129,7 +131,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model: a folder, an id below $MODELS_ROOT, or a hub id (downloaded into the hub's cache).
 
-    Raises UserError when nothing of that name exists, it has no config.json, or its family is not supported.
+    Raises UserError when nothing of that name exists, it has no config.json or no weights, or its family is not
+    supported.
     """
     if not name:
         raise UserError("no model given; use --target-model and --source-model, or --config")
@@ -137,7 +140,13 @@ def open_checkpoint(
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     config = read_json(folder / "config.json")
-    return Checkpoint(name, folder, revision, config, attention_layout(config, str(folder)), trust_remote_code, device)
+    layout = attention_layout(config, str(folder))
+    checkpoint = Checkpoint(name, folder, revision, config, layout, trust_remote_code, device)
+    names = checkpoint.files  # reads the headers: missing weights are told before anything is loaded
+    missing = layout.name(layout.n_layers - 1, "o") + ".weight"
+    if missing not in names:
+        raise UserError(f"{folder} has no tensor {missing}; its config.json and weights do not belong together")
+    return checkpoint
 
 
 def _find_folder(name: str, revision: str | None) -> Path:
@@ -153,7 +162,7 @@ def _find_folder(name: str, revision: str | None) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         try:
@@ -161,7 +170,7 @@ def _download(name: str, revision: str | None) -> Path:
         except LocalEntryNotFoundError:
             HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_S))
-    except (HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(
             f"model {name} is neither a folder, nor in {models_root()}, nor to be had from the hub "
             f"({_first_line(error)}); put a local copy at {models_root() / name}"

@@ -59,10 +59,10 @@ class Row:
         return [{"role": role or "user", "content": content} for role, content in self.messages]
 
 
-def load_rows(subset: str, part: str, limit: int, seed: int, data_file: str | None = None) -> list[Row]:
+def load_rows(subset: str, part: str, limit: int, split_seed: int, data_file: str | None = None) -> list[Row]:
     """At most `limit` rows of one part (`calibration`, `sft`, `held_out`) of a data set, in a seeded order.
 
-    The split is by group and fixed by the seed: no text and no topic is in two parts.
+    The split is by group and fixed by `split_seed`: no text and no topic is in two parts.
 
     Raises:
         UserError: unknown or missing subset, missing file, unknown columns, empty text, or an empty part.
@@ -79,21 +79,36 @@ def load_rows(subset: str, part: str, limit: int, seed: int, data_file: str | No
     if len(seen) < len(rows):
         log.info("%s: %d duplicate rows left out", where, len(rows) - len(seen))
     names = sorted(groups)
-    random.Random(seed).shuffle(names)
+    random.Random(split_seed).shuffle(names)
     for name in sorted(names, key=lambda n: -len(groups[n])):  # stable: large groups first fill the shares best
         emptiest = max(SHARES, key=lambda p: SHARES[p] * len(seen) - len(parts[p]))
         parts[emptiest] += groups[name]
     chosen = sorted(parts[part], key=lambda row: row.plain)
-    random.Random(f"{seed}-{part}").shuffle(chosen)
+    random.Random(f"{split_seed}-{part}").shuffle(chosen)
     if not chosen:
         raise UserError(f"{where} has {len(seen)} texts, none of them in the {part} part; give more texts")
     log.info("%s: %d of %d %s texts", where, min(limit, len(chosen)), len(chosen), part)
     return chosen[:limit]
 
 
-def data_identity(rows: list[Row], subset: str, data_file: str | None) -> dict[str, Any]:
+def data_identity(rows: list[Row], subset: str, data_file: str | None, split_seed: int) -> dict[str, Any]:
     """Where the rows came from, and count and digest of the rows themselves, for a stage's manifest."""
-    return {"subset": subset, "file": data_file, "rows": len(rows), "sha256": digest_of([row.messages for row in rows])}
+    contents = digest_of([row.messages for row in rows])
+    return {"subset": subset, "file": data_file, "split_seed": split_seed, "rows": len(rows), "sha256": contents}
+
+
+def check_same_split(made_from: dict[str, Any], subset: str, data_file: str | None, split_seed: int) -> None:
+    """Refuse (UserError) another split of the data an earlier stage used: held-out texts would leak into training.
+
+    Args:
+        made_from: `data_identity` of the earlier stage.
+    """
+    same = (made_from["subset"], made_from["file"]) == (subset, data_file)
+    if same and made_from["split_seed"] != split_seed:
+        raise UserError(
+            f"split_seed is {split_seed}, but the plans were made with {made_from['split_seed']}: held-out texts "
+            "would be trained on; use the same split_seed"
+        )
 
 
 def _read(subset: str, data_file: str | None) -> tuple[list[dict[str, Any]], str]:

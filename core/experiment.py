@@ -41,7 +41,8 @@ class Experiment:
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
     dtype: str = option("auto", "13e", "compute dtype; auto: float32 on a CPU, else the model's own",
                         ("auto", "float32", "bfloat16", "float16"))  # fmt: skip
-    seed: int = option(0, "13e", "seed of the data split, the row sample, training and the bootstrap")
+    seed: int = option(0, "13e", "seed of the row sample, of training and of the bootstrap")
+    split_seed: int = option(0, "13e", "seed of the split into calibration, fine-tuning and held-out texts")
 
     data_subset: str = option("", "13e", "texts", tuple(DATA_SUBSETS))
     data_file: str | None = option(None, "13e", "local .jsonl, .json, .csv, .parquet or .txt in place of the hub")
@@ -59,22 +60,22 @@ class Experiment:
     layer_cost_scale: str = option("median", "1", "scale of the layer cost: median, or none (the paper's letter)",
                                    ("median", "none"))  # fmt: skip
 
-    feature_map: str = option("coupling", "2e", "how plans become linear maps (METHOD: four feature maps)",
+    feature_map: str = option("coupling", "2", "how plans become linear maps (METHOD: four feature maps)",
                               FEATURE_MAPS)  # fmt: skip
     residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
     alpha: float = option(0.1, "2", "fusion strength, 0 to 1")
     top_k: int = option(128, "2", "strongest neurons fused per layer and projection; 0: all")
     p_topk: int | None = option(None, "2", "source layers per target layer; default 1 for regression, else all")
-    q_topk: int | None = option(None, "2", "entries kept per row of Q; default all")
+    q_topk: int | None = option(None, "2", "entries kept per row of Q (not for regression); default all")
     ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal")
 
     model_type: str | None = option(None, "3", "family of --model_dir; detected when left out",
                                     tuple(SEED_MODEL_TYPES))  # fmt: skip
     training_scenario: str = option("hot", "3", "hot: train from the fused start with its residual; "
                                     "no_hot: the same from the unfused target", ("hot", "no_hot"))  # fmt: skip
-    freeze_strategy: str = option("frozen_hot", "3", "frozen_hot (= frozen_transport): the residual is fixed; "
+    freeze_strategy: str = option("frozen_hot", "3", "with hot: frozen_hot (= frozen_transport) fixes the residual; "
                                   "frozen_base: only it trains; none: both train", FREEZE_STRATEGIES)  # fmt: skip
-    train_alpha: float | None = option(None, "3", "residual strength while training; default the fused one")
+    train_alpha: float | None = option(None, "3", "with hot: residual strength while training; default the fused one")
     sft_samples: int = option(2000, "3", "at most so many fine-tuning rows")
     block_size: int = option(2048, "3", "fine-tuning rows are cut at so many tokens")
     epochs: float = option(1.0, "3", "passes over the fine-tuning rows")
@@ -113,19 +114,28 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} is {value}; expected a positive number")
-        for name in ("max_tokens", "max_rows", "batch_size", "sinkhorn_iters", "p_topk", "q_topk", "sft_samples",
+        if self.max_rows < MIN_TEXTS:
+            raise UserError(f"max_rows is {self.max_rows}; plans need at least {MIN_TEXTS} rows")
+        if self.seed < 0 or self.split_seed < 0:
+            raise UserError(f"seed is {min(self.seed, self.split_seed)}; expected 0 or more")
+        if self.q_topk is not None and self.feature_map == "regression":
+            raise UserError("q_topk thins out plans, which regression does not read; leave it out")
+        for name in ("max_tokens", "batch_size", "sinkhorn_iters", "p_topk", "q_topk", "sft_samples",
                      "block_size", "train_batch_size", "gradient_accumulation", "save_steps", "held_out_samples",
                      "bootstrap_samples"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; expected at least 1")
+        if (self.freeze_strategy, self.train_alpha) == ("frozen_base", 0):
+            raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected 0 (all neurons) or more")
         if self.calibration_samples < MIN_TEXTS:
             raise UserError(f"calibration_samples is {self.calibration_samples}; plans need at least {MIN_TEXTS} texts")
         try:
-            cpu = torch.device(self.device).type == "cpu"
-            usable = cpu or torch.get_device_module(self.device).is_available()
+            device = torch.device(self.device)
+            present = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
+            usable = (device.index or 0) < present
         except RuntimeError:
             usable = False
         if not usable:
@@ -152,18 +162,22 @@ def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
         keys = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"experiment file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"experiment file {path} cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(keys, dict):
         raise UserError(f"{path} must hold `key: value` lines")
-    less = keys.pop("quick", None)
+    less = keys.pop("quick", None) or {}
+    if not isinstance(less, dict):
+        raise UserError(f"{path}: `quick:` must hold `key: value` lines of its own")
     if quick:
         if not less:
             raise UserError(f"{path} has no `quick:` section")
         keys = {**keys, **less, "name": f"{keys.get('name', path.stem)}-quick"}
     keys.setdefault("name", path.stem)
     fields = {f.name: f for f in dataclasses.fields(Experiment)}
-    for key in (*keys, *(less or {})):
+    for key in (*keys, *less):
         if key not in fields:
             raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(fields)}")
     return {key: _typed(fields[key], value, path) for key, value in keys.items()}
@@ -178,7 +192,7 @@ def _typed(f: dataclasses.Field, value: Any, path: Path) -> Any:
         try:
             if kind is not int or float(value) == int(value):
                 return kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif kind is bool and isinstance(value, bool):
         return value

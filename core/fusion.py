@@ -115,6 +115,8 @@ def ridge_map(R: Tensor, S: Tensor, ridge: float) -> Tensor:
         ridge: lambda, relative to d, the mean diagonal of R^T R.
     Returns:
         [s, r], so that S ~ R @ map^T. Zero when R is constant.
+    Raises:
+        ValueError: ridge too small for R^T R to be positive definite in float64.
     """
     return _solve_ridge(_ridge_factor(R, ridge), R, S)
 
@@ -125,11 +127,15 @@ def _ridge_factor(R: Tensor, ridge: float) -> Tensor:
     scale = gram.diagonal().mean()
     gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
     factor, info = torch.linalg.cholesky_ex(gram)
-    return factor if info == 0 else torch.linalg.cholesky(gram.double())
+    if info == 0:
+        return factor
+    if R.dtype == torch.float64:
+        raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
+    return _ridge_factor(R.double(), ridge)
 
 
 def _solve_ridge(factor: Tensor, R: Tensor, S: Tensor) -> Tensor:
-    cross = (R.T @ S).to(factor.dtype)  # [r, T] @ [T, s] -> [r, s]
+    cross = R.to(factor.dtype).T @ S.to(factor.dtype)  # [r, T] @ [T, s] -> [r, s]
     return torch.cholesky_solve(cross, factor).T.to(R.dtype)
 
 

@@ -27,6 +27,7 @@ from core.hot_residual import (
 from core.plans import PlanDirectory
 from core.runs import (
     Manifest,
+    UserError,
     check_output_folder,
     log_to_file,
     provenance,
@@ -52,15 +53,17 @@ def main(argv: list[str]) -> None:
          "output_dir": "fused checkpoint to write (default runs/<name>/fused)"},
         {"modelA_id": "target_model", "modelB_id": "source_model"},
     )  # fmt: skip
-    experiment, settings = command.experiment, command.experiment.fusion_settings()
     folder = command.path("output_dir", "fused")
-    check_output_folder(folder)
-    plans = PlanDirectory(command.path("hot_dir", "plans"), experiment.device)
+    plans = PlanDirectory(command.path("hot_dir", "plans"), command.experiment.device)
     made_from = plans.manifest.inputs
-    target, source = open_pair(dataclasses.replace(
-        experiment, target_model=experiment.target_model or made_from["target"]["id"],
-        source_model=experiment.source_model or made_from["source"]["id"],
-    ))  # fmt: skip
+    experiment = dataclasses.replace(
+        command.experiment,
+        target_model=command.experiment.target_model or made_from["target"]["id"],
+        source_model=command.experiment.source_model or made_from["source"]["id"],
+    )
+    settings = experiment.fusion_settings()
+    target, source = open_pair(experiment)
+    check_output_folder(folder, plans.folder, target.folder, source.folder)
     plans.check_models(target, source)
     manifest = Manifest.begin(folder, STAGE, {
         "plans": plans.manifest.record["fingerprint"], "target": target.identity, "source": source.identity,
@@ -73,7 +76,10 @@ def main(argv: list[str]) -> None:
         save_resolved(experiment, "2", folder)
         fused = fuse_attention_only_from_hot_dir(plans, target, source, settings)
         total = plans.shape[0] * len(PROJECTIONS)
-        residuals, lines = zip(*tqdm(fused, total=total, desc="fusing", unit="projection"), strict=True)
+        try:
+            residuals, lines = zip(*tqdm(fused, total=total, desc="fusing", unit="projection"), strict=True)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         save_residuals(folder / RESIDUAL_FILE, residuals, settings.alpha, settings.residual_form)
         write_folded(target, folder, fold_into(residuals, target.layout.name, settings.alpha, settings.residual_form))
         means, dropped = by_projection(lines), sum(line["bias"] == "dropped" for line in lines)

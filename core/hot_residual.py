@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from core.attention import linear_at
 from core.fusion import Residual, mix
 from core.runs import UserError, write_safetensors
 
@@ -106,23 +107,16 @@ def enable_hot_residual_for_model(
     for residual in residuals:
         name = name_of(residual.layer, residual.projection)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, HotResidualLinear(_linear(model, name), residual, alpha, form))
+        setattr(model.get_submodule(parent), child, HotResidualLinear(linear_at(model, name), residual, alpha, form))
         names.append(name)
     return names
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise UserError(f"{name} is a {type(module).__name__}, expected nn.Linear")
-    return module
 
 
 @torch.no_grad()
 def restore_base(model: nn.Module, residuals: Iterable[Residual], name_of: Callable[[int, str], str]) -> None:
     """Undo the folding of a fused checkpoint in place: write the target's own rows and columns back, bit for bit."""
     for residual in residuals:
-        linear = _linear(model, name_of(residual.layer, residual.projection))
+        linear = linear_at(model, name_of(residual.layer, residual.projection))
         weight, bias, index = linear.weight, linear.bias, residual.index.to(linear.weight.device)
         weight.index_copy_(residual.axis, index, residual.original_weight.to(weight))
         if residual.original_bias is not None and bias is not None:

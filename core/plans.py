@@ -61,7 +61,8 @@ def write_activations(
             raise UserError(f"{model} layer {layer}, side {side}: activations contain NaN or infinite values")
         strengths[side, layer] = X.abs().mean(0)
         key = f"{side}.{layer}"
-        mean, std = X.mean(0), X.std(0)
+        constant = X.amax(0) == X.amin(0)  # rounding of the mean would give such a neuron a deviation
+        mean, std = X.mean(0), X.std(0).masked_fill_(constant, 0.0)
         if half:
             centred = X - mean
             spread = std[std > 0]

@@ -15,10 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# Prefix of what a killed run may leave behind; removed by the next one.
+TEMPORARY = ".tmp-"
+# safetensors writes 0600; a checkpoint gets the permissions of any other file.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 log = logging.getLogger(__name__)
 
 
@@ -28,13 +34,13 @@ class UserError(Exception):
 
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run `main(argv)` as a process: a UserError becomes one line on stderr and exit code 2, an error of the operating
-    system (disk full, no permission) one line and 1, Ctrl-C 130."""
+    system or a damaged file (disk full, no permission) one line and 1, Ctrl-C 130."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"error: {error}; the same command continues from what is finished", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
@@ -75,22 +81,32 @@ def _add_handler(handler: logging.Handler) -> None:
 
 def provenance() -> dict[str, Any]:
     """Library versions and the commit of this code (None outside git): recorded, not part of any fingerprint."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = done.stdout.strip() or None
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"versions": versions, "commit": commit.stdout.strip() or None}
+    return {"versions": versions, "commit": commit}
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on failure remove it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Yield a temporary path in a folder of its own beside `path`; on success sync it and rename it to `path`.
+
+    The folder goes in any case: it also holds what a library writes beside the file it was given.
+    """
+    work = path.with_name(TEMPORARY + path.name)
+    work.mkdir(exist_ok=True)
+    temporary = work / path.name
     try:
         yield temporary
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -130,19 +146,30 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def check_output_folder(folder: Path) -> None:
-    """Refuse an output folder that holds files of someone else (UserError). Writes nothing."""
+def check_output_folder(folder: Path, *inputs: Path) -> None:
+    """Refuse an output folder that holds files of someone else, or one of the inputs (UserError). Writes nothing."""
     if folder.is_file():
         raise UserError(f"output folder {folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    foreign = folder.is_dir() and any(not path.name.startswith(TEMPORARY) for path in folder.iterdir())
+    if foreign and not (folder / MANIFEST).is_file():
         raise UserError(f"output folder {folder} is not empty and was not made by this tool; give another folder")
+    for path in inputs:
+        if folder.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"output folder {folder} holds the input {path}; give another folder")
+
+
+def _contents(value: Any) -> Any:
+    """`value` without the names (`id`, `file`) under which its contents were found."""
+    if isinstance(value, dict):
+        return {key: _contents(item) for key, item in value.items() if key not in ("id", "file")}
+    return value
 
 
 class Manifest:
     """`manifest.json` of an output folder: what made it, from what, and whether it is finished.
 
-    The fingerprint covers every setting and input that the stage depends on. Opening a folder whose manifest has the
-    same fingerprint continues (or re-uses) it; another fingerprint empties the folder first and says so.
+    The fingerprint covers every setting and the contents of every input that the stage depends on. Opening a folder
+    whose manifest has the same fingerprint continues (or re-uses) it; another one empties the folder first and says so.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any]):
@@ -152,18 +179,22 @@ class Manifest:
     def begin(cls, folder: Path, stage: str, inputs: dict[str, Any]) -> Manifest:
         """Open `folder` for `stage`. Raises UserError when the folder is not empty and not ours."""
         check_output_folder(folder)
-        fingerprint = digest_of({"format": FORMAT_VERSION, "stage": stage, **inputs})
+        fingerprint = digest_of({"format": FORMAT_VERSION, "stage": stage, **_contents(inputs)})
         path = folder / MANIFEST
         if path.is_file():
             record = read_json(path)
             if record.get("stage") != stage:
                 raise UserError(f"{folder} holds the output of stage '{record.get('stage')}', not '{stage}'")
             if record.get("fingerprint") == fingerprint:
+                for leftover in folder.rglob(TEMPORARY + "*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 return cls(folder, record)
             old = record.get("inputs", {})
             changed = sorted(key for key in inputs.keys() | old.keys() if inputs.get(key) != old.get(key))
             log.info("%s was made with other inputs (%s): starting it anew", folder, ", ".join(changed) or "format")
-            shutil.rmtree(folder)
+            for path in folder.iterdir():
+                if path.name != MANIFEST:  # the manifest goes last: until then the folder is known as ours
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         manifest = cls(folder, {"format": FORMAT_VERSION, "stage": stage, "status": "incomplete",
                                 "fingerprint": fingerprint, "inputs": inputs})  # fmt: skip

@@ -16,7 +16,7 @@ import shutil
 
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint, write_folded
-from core.data import Row, data_identity, load_rows, sft_example
+from core.data import Row, check_same_split, data_identity, load_rows, sft_example
 from core.experiment import Experiment, parse_command, save_resolved
 from core.fusion import Residual
 from core.hot_residual import (
@@ -57,33 +57,46 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     experiment = command.experiment
     folder = command.path("output_dir", f"adapted/{experiment.training_scenario}")
-    check_output_folder(folder)
     start = open_checkpoint(str(command.path("model_dir", "fused")), None, experiment.trust_remote_code,
                             experiment.device)  # fmt: skip
     check_model_type(start, experiment.model_type)
+    check_output_folder(folder, start.folder)
+    if experiment.device not in ("cpu", "cuda"):
+        raise UserError(
+            f"device {experiment.device}: training takes cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES"
+        )
     fused = (start.folder / RESIDUAL_FILE).is_file()
+    made_by = None
     if fused:
-        made_from = Manifest.read(start.folder, "fused", STAGE).record["data"]
+        made_by = Manifest.read(start.folder, "fused", STAGE).record
+        data = made_by["data"]
         if not experiment.data_subset and experiment.data_file is None:
-            log.info("no data given: taking that of the plans, %s", made_from["file"] or made_from["subset"])
-            experiment = dataclasses.replace(experiment, data_subset=made_from["subset"], data_file=made_from["file"])
+            log.info("no data given: taking that of the plans, %s", data["file"] or data["subset"])
+            experiment = dataclasses.replace(
+                experiment, data_subset=data["subset"], data_file=data["file"], split_seed=data["split_seed"]
+            )
+        check_same_split(data, experiment.data_subset, experiment.data_file, experiment.split_seed)
     elif experiment.training_scenario == "hot":
         raise UserError(
             f"{start.folder} has no {RESIDUAL_FILE}; give a fused checkpoint, or --training-scenario no_hot"
         )
     tokenizer = start.load_tokenizer()
-    rows = load_rows(experiment.data_subset, "sft", experiment.sft_samples, experiment.seed, experiment.data_file)
-    data = data_identity(rows, experiment.data_subset, experiment.data_file)
+    rows = load_rows(experiment.data_subset, "sft", experiment.sft_samples, experiment.split_seed,
+                     experiment.data_file)  # fmt: skip
+    data = data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed)
     settings = {name: getattr(experiment, name) for name in SETTINGS}
-    manifest = Manifest.begin(folder, STAGE, {"model": start.identity, "data": data, "settings": settings})
+    manifest = Manifest.begin(folder, STAGE, {
+        "model": start.identity, "made_by": made_by and made_by["fingerprint"], "data": data, "settings": settings,
+    })  # fmt: skip
     log_to_file(command.log_file)
     if manifest.complete:
         log.info("%s is finished already", folder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return
     save_resolved(experiment, "3", folder)
     residuals, alpha, form = load_residuals(start.folder / RESIDUAL_FILE) if fused else ([], 0.0, "interpolate")
     alpha = alpha if experiment.train_alpha is None else experiment.train_alpha
-    model = start.load_model(experiment.dtype)
+    model = start.load_model("float32")  # half types are for the passes (autocast): updates would vanish in them
     restore_base(model, residuals, start.layout.name)
     hot = experiment.training_scenario == "hot"
     if hot:
@@ -91,8 +104,8 @@ def main(argv: list[str]) -> None:
     losses = train(model, tokenizer, rows, folder / "checkpoints", experiment)
     save_adapted(model, start, folder, residuals if hot else [], alpha, form)
     write_text(folder / "README.md", model_card(start, experiment, len(rows), losses))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     manifest.finish(data=data, losses=losses, **provenance())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     log.info("%s is finished; training loss %.4f at first, %.4f at last", folder, losses[0], losses[-1])
 
 
@@ -126,9 +139,12 @@ def train(model: Any, tokenizer: Any, rows: list[Row], folder: Path, experiment:
         logging_steps=1,
         seed=experiment.seed,
         use_cpu=experiment.device == "cpu",
+        bf16=experiment.dtype == "bfloat16",
+        fp16=experiment.dtype == "float16",
         report_to="none",
         dataloader_pin_memory=experiment.device != "cpu",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU: no silent DataParallel, no larger batch
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     trainer = Trainer(
@@ -151,7 +167,7 @@ def save_adapted(
         save_residuals(folder / RESIDUAL_FILE, residuals_of(model, residuals, start.layout.name), alpha, form)
         fold_hot_residual(model)
     state = model.state_dict()
-    write_folded(start, folder, lambda name, tensor: state[name].to("cpu", tensor.dtype))
+    write_folded(start, folder, lambda name, tensor: state.get(name, tensor).to("cpu", tensor.dtype))
 
 
 def model_card(start: Checkpoint, experiment: Experiment, n_rows: int, losses: list[float]) -> str:

@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.controls import CONTROLS, control_residual
-from core.data import data_identity, load_rows, sft_example
+from core.data import check_same_split, data_identity, load_rows, sft_example
 from core.experiment import Experiment, open_pair, parse_command
 from core.fusion import FusionSettings, Residual, Transport
 from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
 from core.plans import PlanDirectory
-from core.runs import Manifest, log_to_file, provenance, read_json, run_command, setup_logging, write_json
+from core.runs import Manifest, UserError, log_to_file, provenance, read_json, run_command, setup_logging, write_json
 
 log = logging.getLogger("compare")
 TRAINED = {"no_hot": "adapted/no_hot", "fused_adapted": "adapted/hot"}
@@ -40,20 +40,22 @@ def main(argv: list[str]) -> None:
     plans = PlanDirectory(run / "plans", experiment.device)
     fused_manifest = Manifest.read(run / "fused", "fused")
     adapted = {arm: Manifest.read(run / place, "adapted") for arm, place in TRAINED.items()}
+    check_chain(run, plans, fused_manifest, adapted)
     target, source = open_pair(experiment)
     plans.check_models(target, source)
-    rows = load_rows(experiment.data_subset, "held_out", experiment.held_out_samples, experiment.seed,
+    check_same_split(plans.manifest.inputs["data"], experiment.data_subset, experiment.data_file, experiment.split_seed)
+    rows = load_rows(experiment.data_subset, "held_out", experiment.held_out_samples, experiment.split_seed,
                      experiment.data_file)  # fmt: skip
     general = [] if experiment.general_file is None else load_rows(
-        "file", "held_out", experiment.held_out_samples, experiment.seed, experiment.general_file)  # fmt: skip
+        "file", "held_out", experiment.held_out_samples, experiment.split_seed, experiment.general_file)  # fmt: skip
     tokenizer = target.load_tokenizer()
     sets = {name: [sft_example(row, tokenizer, experiment.max_tokens) for row in texts]
             for name, texts in (("held_out", rows), ("general", general)) if texts}  # fmt: skip
     log_to_file(command.log_file)
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
-        "data": data_identity(rows, experiment.data_subset, experiment.data_file),
-        "general": data_identity(general, "file", experiment.general_file) if general else None,
+        "data": data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed),
+        "general": data_identity(general, "file", experiment.general_file, experiment.split_seed) if general else None,
         "adapted": {arm: manifest.record["fingerprint"] for arm, manifest in adapted.items()},
         "settings": {name: getattr(experiment, name) for name in SETTINGS},
     }  # fmt: skip
@@ -74,6 +76,21 @@ def main(argv: list[str]) -> None:
         record["arms" if name == "held_out" else "arms_general"] = found
     write_json(path, {**record, **provenance()})
     print(table(record["arms"], record["held_out"], record.get("arms_general")))
+
+
+def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[str, Manifest]) -> None:
+    """Refuse (UserError) to compare stages that were not made from each other, or two trainings that differ in more
+    than their start."""
+    if fused.inputs["plans"] != plans.manifest.record["fingerprint"]:
+        raise UserError(f"{run / 'fused'} was made from other plans; run core/generate_hot_residual.py again")
+    settings = []
+    for arm, manifest in adapted.items():
+        if manifest.inputs["made_by"] != fused.record["fingerprint"]:
+            raise UserError(f"{run / TRAINED[arm]} was made from another fused checkpoint; run stage 3 again")
+        used = {key: value for key, value in manifest.inputs["settings"].items() if key != "training_scenario"}
+        settings.append((used, manifest.inputs["data"]))
+    if settings[0] != settings[1]:
+        raise UserError(f"the two trainings in {run / 'adapted'} had other settings or data; run both with the same")
 
 
 def evaluate_arms(

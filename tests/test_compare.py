@@ -1,6 +1,7 @@
 """The comparison: likelihoods against the model's own loss, the statistics, and the whole command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +116,23 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
         )
     )
     assert got[0][1] == got[-1][1] != got[1][1]
+
+
+def test_stages_that_do_not_belong_together_are_refused(fails, run, tmp_path):
+    folder, flags = run
+    for part, key, message in (
+        ("fused", "plans", "was made from other plans"),
+        ("adapted/hot", "made_by", "was made from another fused checkpoint"),
+        ("adapted/no_hot", "data", "had other settings or data"),
+    ):
+        copy = tmp_path / part
+        shutil.copytree(folder, copy)
+        path = copy / part / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["inputs"][key] = "another"
+        path.write_text(json.dumps(manifest))
+        assert message in fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "split_seed is 3" in fails(compare_arms, *flags, "--split-seed", 3)
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

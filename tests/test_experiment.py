@@ -42,8 +42,8 @@ def test_every_experiment_file_loads(path):
 
 def test_flags_override_the_file_and_dashes_are_underscores():
     for spelling in ("--max-rows", "--max_rows"):
-        assert parse("--config", DEMO, spelling, "7").experiment.max_rows == 7
-    assert parse("--config", DEMO, "--max_rows=9").experiment.max_rows == 9
+        assert parse("--config", DEMO, spelling, "70").experiment.max_rows == 70
+    assert parse("--config", DEMO, "--max_rows=90").experiment.max_rows == 90
     assert parse("--out_dir", "x").path("out_dir", "plans") == Path("x")
     assert parse("--config", DEMO).path("out_dir", "plans") == Path("runs/demo/plans")
 
@@ -71,6 +71,8 @@ def test_gsm8k_has_its_own_epsilon():
         ("top_k: many", "top_k is 'many'; expected int"),
         ("top_k: 1.5", "top_k is 1.5; expected int"),
         ("trust_remote_code: 1", "expected bool"),
+        ("quick: true", "`quick:` must hold"),
+        ("max_rows: .inf", "max_rows is inf; expected int"),
         ("- a", "must hold `key: value`"),
         ("a: [", "not valid YAML"),
     ],
@@ -99,13 +101,15 @@ def test_yaml_numbers_without_a_point_are_floats(tmp_path):
         (("--ridge", "0"), "ridge is 0.0; expected a positive"),
         (("--feature-map", "linear"), "invalid choice: 'linear'"),
         (("--epsilon", "0.1"), "unrecognized arguments: --epsilon"),  # a flag of stage 1
+        (("--feature-map", "regression", "--q-topk", "3"), "leave it out"),
         (("--quick",), "--quick needs --config"),
         (("--device", "cuda:7"), "device 'cuda:7' is not available"),
         (("--device", "toaster"), "device 'toaster' is not available"),
         (("--config", "none.yaml"), "none.yaml does not exist"),
     ],
 )
-def test_bad_flags_are_refused(argv, message):
+def test_bad_flags_are_refused(argv, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match=message):
         parse(*argv, stage="2")
 

@@ -48,7 +48,7 @@ class FakeWeights:
 
 
 class FakePlans:
-    """Random plans and rows with the laws of real ones: couplings, and outputs that are the model's own."""
+    """Random plans, and rows with the law of real ones: the target's outputs are its weights times its inputs."""
 
     shape = (L, M)
 
@@ -119,16 +119,21 @@ def dense(plans, source, feature_map, layer, projection):
 @pytest.mark.parametrize("feature_map", ["coupling", "barycentric", "calibrated"])
 @pytest.mark.parametrize("projection", ["q", "k", "v", "o"])
 @pytest.mark.parametrize("top_k", [0, 2])
-def test_transported_weight_equals_the_formula(world, feature_map, projection, top_k):
+@pytest.mark.parametrize("o_bias", [False, True])
+def test_transported_weight_equals_the_formula(world, feature_map, projection, top_k, o_bias):
     plans, target, source = world
+    if o_bias:
+        source = FakeWeights(SOURCE, 300, "qkvo")
     transport = Transport(plans, source, FusionSettings(feature_map))
     W_tilde, b_tilde = dense(plans, source, feature_map, 1, projection)
     residual = empty_residual(plans, target, 1, projection, top_k)
     weight, bias = transport.transported(1, projection, residual.index)
     assert residual.axis == (1 if projection == "o" else 0)
     assert_close(weight, W_tilde.index_select(residual.axis, residual.index), atol=1e-6, rtol=1e-5)
-    if projection == "o":
+    if projection == "o" and not o_bias:
         assert bias is None
+    elif projection == "o":
+        assert_close(bias, b_tilde, atol=1e-5, rtol=1e-5)
     else:
         assert_close(bias, b_tilde[residual.index], atol=1e-5, rtol=1e-5)
 
@@ -170,6 +175,16 @@ def test_q_topk_keeps_the_mass_of_each_row(world):
     assert torch.equal((sparse > 0).sum(1), torch.full((6,), 3))
     assert_close(sparse.sum(1), Q.sum(1))
     assert torch.equal(sparse.argmax(1), Q.argmax(1))
+
+
+def test_few_rows_and_a_tiny_ridge_are_solved_in_float64_or_refused():
+    R, S = draw(30, 50, seed=1) * 100, draw(30, 4, seed=2)
+    gram = R.double().T @ R.double()
+    scaled = gram + 1e-9 * gram.diagonal().mean() * torch.eye(50, dtype=torch.float64)
+    expected = torch.linalg.solve(scaled, R.double().T @ S.double()).T
+    assert_close(ridge_map(R, S, 1e-9).double(), expected, atol=1e-6, rtol=1e-2)
+    with pytest.raises(ValueError, match=r"ridge 1e-30 is too small for 30 rows of 50 neurons; raise --ridge"):
+        ridge_map(R, S, 1e-30)
 
 
 def test_constant_predictors_give_a_zero_map():

@@ -20,7 +20,7 @@ from core import train_hot_residual_sft as stage3
 from core.checkpoints import open_checkpoint
 from core.fusion import FusionSettings, Transport
 from core.hot_residual import enable_hot_residual_for_model, load_residuals, restore_base
-from core.plans import PlanDirectory
+from core.plans import PlanDirectory, write_activations
 from core.runs import UserError
 
 
@@ -438,7 +438,7 @@ def test_stage2_bad_input(fails, models, plans, tmp_path):
     assert "is not valid JSON" in failure(hot_dir=half)
 
 
-def test_stage3_bad_input(fails, fused, models, tmp_path):
+def test_stage3_bad_input(fails, fused, models, plans, tmp_path):
     out = tmp_path / "out"
     assert "--model_type qwen2, but" in fails(
         stage3, "--model_dir", fused, "--output_dir", out, "--model_type", "qwen2"
@@ -448,8 +448,50 @@ def test_stage3_bad_input(fails, fused, models, tmp_path):
         stage3, "--model_dir", fused, "--output_dir", out, "--model_type", "mamba"
     )
     assert "--output_dir is missing" in fails(stage3, "--model_dir", fused)
-    assert "holds the output of stage 'fused'" in fails(stage3, "--model_dir", fused, "--output_dir", fused)
+    assert "holds the output of stage 'plans'" in fails(stage3, "--model_dir", fused, "--output_dir", plans["text"])
+    assert "leaves nothing to train" in fails(stage3, "--model_dir", fused, "--output_dir", out, "--alpha", 0,
+                                              "--freeze-strategy", "frozen_base")  # fmt: skip
     assert not out.exists()
+
+
+def test_an_output_folder_is_never_an_input(fails, fused, models, plans, tmp_path):
+    """Writing there would empty it first."""
+    trained = train(fused, tmp_path / "a")
+    before = digests(trained)
+    assert "holds the input" in fails(stage3, "--model_dir", trained, "--output_dir", trained)
+    again = ["--target-model", trained, "--source-model", models["source"], "--data-subset", "python_reference"]
+    assert "holds the input" in fails(stage1, *again, "--out-dir", trained)
+    assert "holds the input" in fails(stage2, "--hot_dir", plans["token"], "--modelA_id", models["target"],
+                                      "--modelB_id", models["source"], "--output_dir", plans["token"])  # fmt: skip
+    assert digests(trained) == before
+
+
+def test_another_split_of_the_same_data_is_refused(fails, fused, texts, tmp_path):
+    line = fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "a", "--data-subset", "file",
+                 "--data-file", texts, "--split-seed", 1)  # fmt: skip
+    assert "split_seed is 1, but the plans were made with 0" in line
+
+
+def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path):
+    out = tmp_path / "f"
+    shutil.copytree(fused, out)
+    manifest = json.loads((out / "manifest.json").read_text()) | {"status": "incomplete"}
+    for key in ("mean", "dropped_biases", "data", "versions", "commit"):
+        manifest.pop(key)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "model.safetensors").unlink()
+    (out / ".tmp-model.safetensors").mkdir()
+    fuse(plans["token"], models, out, "--feature-map", "regression", "--alpha", "0.3", "--top-k", "0")
+    assert digests(out) == digests(fused)
+
+
+def test_constant_neurons_have_no_deviation(tmp_path):
+    rows = torch.full((4096, 3), 0.1)
+    rows[:, 1] = torch.randn(4096)
+    write_activations(tmp_path, "target", {("q", 0): rows}, torch.zeros(4096, dtype=torch.bool), half=True)
+    stored = load_file(tmp_path / "activations/target.safetensors")
+    assert stored["q.0.std"][0] == stored["q.0.std"][2] == 0 and stored["q.0"].dtype == torch.float16
+    assert_close(stored["q.0"].float() + stored["q.0.mean"], rows, atol=2e-3, rtol=0)
 
 
 def test_nan_activations_are_named(models, texts, tmp_path):

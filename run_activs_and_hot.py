@@ -25,7 +25,7 @@ from core.runs import Manifest, UserError, check_output_folder, log_to_file, pro
 log = logging.getLogger("stage1")
 # Settings that change the bytes of the plan directory.
 SETTINGS = ("pooling", "max_tokens", "max_rows", "batch_size", "seed", "device", "dtype", "epsilon", "eta",
-            "sinkhorn_iters", "sinkhorn_tol", "layer_cost_scale")  # fmt: skip
+            "sinkhorn_iters", "sinkhorn_tol", "sinkhorn_mode", "layer_cost_scale")  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -105,13 +105,9 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
         )
         try:
             results, costs = compute_Q_and_layer_costs(
-                X,
-                Y,
-                float(experiment.epsilon or 0),
-                experiment.sinkhorn_iters,
-                experiment.sinkhorn_tol,
-                f"plans {side}",
-            )
+                X, Y, experiment.regularisation, experiment.sinkhorn_iters, experiment.sinkhorn_tol,
+                experiment.sinkhorn_mode, f"plans {side}",
+            )  # fmt: skip
         except ValueError as error:
             raise UserError(f"side {side}: {error}") from None
         P = compute_P(costs, experiment.eta, experiment.layer_cost_scale)

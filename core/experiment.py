@@ -57,6 +57,8 @@ class Experiment:
     eta: float = option(0.1, "1", "entropic regularisation of P")
     sinkhorn_iters: int = option(1000, "1", "upper bound on Sinkhorn iterations")
     sinkhorn_tol: float = option(1e-6, "1", "bound on the larger L1 marginal error of Q")
+    sinkhorn_mode: str = option("auto", "1", "auto, or paper: exactly --sinkhorn-iters plain iterations (it used 200)",
+                                ("auto", "paper"))  # fmt: skip
     layer_cost_scale: str = option("median", "1", "scale of the layer cost: median, or none (the paper's letter)",
                                    ("median", "none"))  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from core.attention import SIDES
 from core.checkpoints import Checkpoint
 from core.fusion import INPUT_SIDE
-from core.hot_transport import SinkhornResult, corr_cost_plan, effective_layer_plan, standardize
+from core.hot_transport import SinkhornResult, correlation_cost_rows, effective_layer_plan, standardize
 from core.runs import Manifest, UserError, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ class PlanDirectory:
                 for key in ("n_iters", "error", "converged", "layer_cost")
             )
         Zx, Zy = self._standardized("target", side, target_layer), self._standardized("source", side, source_layer)
-        return corr_cost_plan(Zx, Zy, f, g, self.reg, n_iters, error, converged, cost, "stored")
+        rows = correlation_cost_rows(Zx, Zy)
+        return SinkhornResult(f, g, self.reg, rows, n_iters, error, converged, cost, "stored")
 
     def feature_plan(self, side: str, target_layer: int, source_layer: int) -> Tensor:
         """Dense Q [n, m] of one pair, float32."""

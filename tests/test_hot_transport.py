@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from core import hot_transport
+from core import sinkhorn
 from core.hot_transport import (
     compute_P,
     compute_Q_and_layer_costs,
@@ -96,7 +96,7 @@ def test_small_epsilon_takes_a_wider_range_and_still_equals_pot(reg, solver):
 def test_log_domain_blocks_do_not_matter(monkeypatch):
     C = torch.rand(13, 11, generator=torch.Generator().manual_seed(1)) * 2
     whole = sinkhorn_uniform_streaming(C, 0.002, 50)
-    monkeypatch.setattr(hot_transport, "PLAN_BLOCK_ROWS", 4)
+    monkeypatch.setattr(sinkhorn, "PLAN_BLOCK_ROWS", 4)
     assert_close(sinkhorn_uniform_streaming(C, 0.002, 50).f, whole.f, atol=1e-12, rtol=0)
 
 
@@ -117,7 +117,7 @@ def test_single_neurons(shape):
 
 
 def test_lazy_plan_equals_dense(monkeypatch):
-    monkeypatch.setattr(hot_transport, "PLAN_BLOCK_ROWS", 3)
+    monkeypatch.setattr(sinkhorn, "PLAN_BLOCK_ROWS", 3)
     C = corr_distance_matrix(activations(20, 8, 0), activations(20, 5, 1))
     result = sinkhorn_uniform_streaming(C, 0.1)
     Q = result.plan()

@@ -1,0 +1,258 @@
+#!/usr/bin/env python
+"""Accuracy, speed and memory of the Sinkhorn solver against POT and geomloss, each ratio measured in one process.
+
+    python scripts/bench_transport.py --plans runs/demo/plans [--only accuracy|speed|pairs|memory|scale] [--threads 2]
+
+Real problems are sides of the plan directory; larger ones join the neurons of several of its layers. A peer gets the
+fewest iterations at which its recomputed L1 marginal error is at most 1e-6 (its own test is another norm), and POT the
+faster of its numpy and torch backends. `geomloss` is optional.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import ot
+import torch
+from torch import Tensor
+
+from core.attention import SIDES
+from core.hot_transport import compute_Q_and_layer_costs, corr_distance_matrix, standardize
+from core.plans import PlanDirectory, read_layers
+from core.sinkhorn import sinkhorn_uniform_streaming
+
+TOLERANCE = 1e-6
+# Threads of the library that ran last spin for a while: without a pause they would slow the next one down.
+PAUSE_S = 0.1
+PARTS = ("accuracy", "speed", "pairs", "memory", "scale")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plans", type=Path, default=Path("runs/demo/plans"))
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    versions = f"torch {torch.__version__}, POT {ot.__version__}, numpy {np.__version__}, {platform.machine()}"
+    print(f"{versions}; {torch.get_num_threads()} threads")
+    plans = PlanDirectory(arguments.plans)
+    for part in PARTS if arguments.only is None else (arguments.only,):
+        print(f"\n# {part}")
+        {"accuracy": accuracy, "speed": speed, "pairs": pairs, "memory": memory, "scale": scale}[part](
+            plans, arguments.repeats
+        )
+
+
+def layers(plans: PlanDirectory, side: str, rows: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows of all target and all source layers of one side."""
+    L, M = plans.shape
+    X, Y = (read_layers(plans.folder, model, side, n, "cpu") for model, n in (("target", L), ("source", M)))
+    return [x[:rows] for x in X], [y[:rows] for y in Y]
+
+
+def joined_cost(plans: PlanDirectory, n: int, m: int, rows: int = 1024) -> Tensor:
+    """Cost [n, m] between the first n and m neurons of all layers of `attn_in`, side by side."""
+    X, Y = layers(plans, "attn_in", rows)
+    return corr_distance_matrix(torch.cat(X, 1)[:, :n].contiguous(), torch.cat(Y, 1)[:, :m].contiguous())
+
+
+def marginal_error(f: Tensor, g: Tensor, C: Tensor, reg: float) -> tuple[float, Tensor]:
+    """(larger L1 marginal error, Q), both from potentials in float64."""
+    Q = torch.exp((f.double()[:, None] + g.double() - C.double()) / reg)
+    n, m = Q.shape
+    return max(float((Q.sum(1) - 1 / n).abs().sum()), float((Q.sum(0) - 1 / m).abs().sum())), Q
+
+
+def accuracy(plans: PlanDirectory, _repeats: int) -> None:
+    """Errors against POT's float64 log-domain plan."""
+    generator = torch.Generator().manual_seed(0)
+    problems = {}
+    for side in SIDES:
+        X, Y = layers(plans, side)
+        problems[side] = corr_distance_matrix(X[len(X) // 2], Y[len(Y) // 2])
+        problems[f"{side}, first layers"] = corr_distance_matrix(X[0], Y[0])
+    problems["uniform noise"] = torch.rand(300, 500, generator=generator) * 2
+    print(f"{'problem':22} epsilon  iterations  solver        marginal L1  TV to POT  cost difference")
+    for name, C in problems.items():
+        for reg in (0.1, 0.03):
+            result = sinkhorn_uniform_streaming(C, reg)
+            error, Q = marginal_error(result.f, result.g, C, reg)
+            n, m = C.shape
+            a, b = np.full(n, 1 / n), np.full(m, 1 / m)
+            exact = ot.sinkhorn(a, b, C.double().numpy(), reg, "sinkhorn_log", 50000, 1e-13)
+            reference = torch.from_numpy(exact)
+            variation = float((Q - reference).abs().sum() / 2)
+            difference = abs(result.cost - float((reference * C).sum()))
+            print(f"{name:22} {reg:7} {result.n_iters:10}  {result.solver:12} {error:12.1e} {variation:10.1e} "
+                  f"{difference:16.1e}")  # fmt: skip
+
+
+def median_times(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function, run in turn so that drift meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def pot_call(C: Tensor, reg: float, method: str, numpy: bool, n_iters: int) -> Any:
+    """One POT solve with its log, exactly `n_iters` iterations."""
+    n, m = C.shape
+    a, b = torch.full((n,), 1 / n, dtype=C.dtype), torch.full((m,), 1 / m, dtype=C.dtype)
+    arguments = [x.numpy() for x in (a, b, C)] if numpy else [a, b, C]
+    return ot.sinkhorn(*arguments, reg, method, n_iters, 0.0, log=True, warn=False)[1]
+
+
+def pot_iterations(C: Tensor, reg: float, method: str) -> int:
+    """Fewest POT iterations with an L1 marginal error of at most 1e-6 (float64 iteration of the same order)."""
+    K = torch.exp(-C.double() / reg)
+    n, m = K.shape
+    u, done = torch.full((n,), 1 / n, dtype=torch.float64), 0
+    while done < 5000:
+        v = 1 / (m * (u @ K))
+        u = 1 / (n * (K @ v))
+        done += 1
+        if float((v * (u @ K) - 1 / m).abs().sum()) <= TOLERANCE:
+            break
+    return done
+
+
+def speed(plans: PlanDirectory, repeats: int) -> None:
+    """Seconds from C in memory to potentials."""
+    try:
+        from geomloss import ot as geomloss
+    except ModuleNotFoundError:
+        geomloss = None
+    X, Y = layers(plans, "q")
+    problems = {
+        "q middle": corr_distance_matrix(X[len(X) // 2], Y[len(Y) // 2]),
+        "q first": corr_distance_matrix(X[0], Y[0]),
+        "joined": joined_cost(plans, 2048, 4096),
+    }
+    for name, C in problems.items():
+        for reg in (0.1, 0.03):
+            ours = sinkhorn_uniform_streaming(C, reg)
+            n_pot = pot_iterations(C, reg, "sinkhorn")
+            functions: dict[str, Callable[[], Any]] = {
+                "ours": partial(sinkhorn_uniform_streaming, C, reg),
+                "POT torch": partial(pot_call, C, reg, "sinkhorn", False, n_pot),
+                "POT numpy": partial(pot_call, C, reg, "sinkhorn", True, n_pot),
+            }
+            slow: dict[str, Callable[[], Any]] = {
+                "ours": functions["ours"],
+                "POT log": partial(pot_call, C, reg, "sinkhorn_log", False, n_pot),
+            }
+            if geomloss is not None:
+                slow["geomloss"] = partial(geomloss.solve, C, reg=reg, max_iter=n_pot)
+            fast = median_times(functions, repeats)
+            line = [f"{key} {seconds / fast['ours']:.2f}x" for key, seconds in fast.items() if key != "ours"]
+            slowly = median_times(slow, 1)
+            line += [f"{key} {seconds / slowly['ours']:.1f}x" for key, seconds in slowly.items() if key != "ours"]
+            print(f"{name:9} {C.shape[0]}x{C.shape[1]} epsilon {reg}: {1000 * fast['ours']:.1f} ms, "
+                  f"{ours.n_iters} iterations (plain {n_pot}); time of peer / ours: {', '.join(line)}")  # fmt: skip
+
+
+def pairs(plans: PlanDirectory, _repeats: int) -> None:
+    """All problems of the pair with 256 rows, C included, against a loop over POT and the bound of the machine."""
+    reg = plans.reg
+    sides = {side: layers(plans, side, 256) for side in SIDES}
+    start = time.perf_counter()
+    total, iterations = 0, 0
+    reads = entries = flops = 0.0
+    for X, Y in sides.values():
+        results, _ = compute_Q_and_layer_costs(X, Y, reg)
+        for row in results:
+            for result in row:
+                total += 1
+                iterations += result.n_iters
+                entries += len(result.f) * len(result.g)
+                reads += 4.0 * len(result.f) * len(result.g) * result.n_iters
+                flops += 2.0 * 256 * len(result.f) * len(result.g)
+    ours = time.perf_counter() - start
+    spent = 0.0
+    for X, Y in sides.values():  # every 24th problem, scaled up
+        Zx, Zy = [standardize(x) for x in X], [standardize(y) for y in Y]
+        chosen = [(layer, (7 * layer) % len(Zy)) for layer in range(len(Zx))]
+        for layer, m in chosen:
+            C = 1 - Zx[layer].T @ Zy[m]
+            n_pot = pot_iterations(C, reg, "sinkhorn")
+            begin = time.perf_counter()
+            C = 1 - Zx[layer].T @ Zy[m]
+            pot_call(C, reg, "sinkhorn", False, n_pot)
+            spent += (time.perf_counter() - begin) * len(Zy)
+    bound = machine_bound(flops, entries, reads)
+    print(f"{total} problems, {iterations / total:.1f} iterations each: ours {ours:.1f} s, POT loop {spent:.1f} s "
+          f"({spent / ours:.2f}x), bound of this machine {bound:.1f} s (ours / bound {ours / bound:.2f})")  # fmt: skip
+
+
+def machine_bound(flops: float, entries: float, reads: float) -> float:
+    """Seconds for the matrix products of C, one exp per entry, and one read of K per iteration, at measured rates."""
+    A, B = torch.rand(576, 256), torch.rand(256, 896)
+    K = torch.rand(576, 896)
+    v = torch.rand(896)
+    repeat = 50
+    kernels: dict[str, Callable[[], Any]] = {
+        "gemm": lambda: [A @ B for _ in range(repeat)],
+        "exp": lambda: [K.exp() for _ in range(repeat)],
+        "read": lambda: [K @ v for _ in range(repeat)],
+    }
+    times = median_times(kernels, 3)
+    per = {name: seconds / repeat for name, seconds in times.items()}
+    return (flops * per["gemm"] / (2 * 576 * 256 * 896) + entries * per["exp"] / K.numel()
+            + reads * per["read"] / (4 * K.numel()))  # fmt: skip
+
+
+def memory(_plans: PlanDirectory, _repeats: int) -> None:
+    """Peak resident memory of one 4096 x 8192 problem in a process of its own, over the process with its inputs."""
+    code = (
+        "import resource, sys, torch; torch.set_num_threads(2)\n"
+        "from core.hot_transport import compute_Q_and_layer_costs\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "compute_Q_and_layer_costs([torch.randn(64, 32)], [torch.randn(64, 48)], 0.1)\n"
+        "X, Y = torch.randn(256, 4096), torch.randn(256, 8192)\n"
+        "before = peak(); r, _ = compute_Q_and_layer_costs([X], [Y], 0.1)\n"
+        "print(peak() - before, r[0][0].converged)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).resolve().parents[1])  # fmt: skip
+    used, converged = done.stdout.split()
+    K, inputs = 4096 * 8192 * 4 / 2**20, 256 * (4096 + 8192) * 4 / 2**20
+    print(f"4096x8192: {float(used):.0f} MiB over the process with its inputs; K alone {K:.0f}, standardised inputs "
+          f"{inputs:.0f}: {float(used) / (K + inputs):.2f} of one K plus inputs; converged {converged}")  # fmt: skip
+    print(f"whole benchmark process so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+def scale(plans: PlanDirectory, repeats: int) -> None:
+    """Time per iteration and entry over three sizes beyond the cache."""
+    for n, m in ((1024, 2048), (2048, 4096), (4096, 8192)):
+        C = joined_cost(plans, n, m, 256)
+        result = sinkhorn_uniform_streaming(C, 0.1)
+        seconds = median_times({"ours": partial(sinkhorn_uniform_streaming, C, 0.1)}, repeats)["ours"]
+        entry = 1e9 * seconds / (n * m)
+        print(f"{n}x{m}: {seconds:.3f} s, {result.n_iters} iterations, {entry:.2f} ns per entry, "
+              f"{entry / result.n_iters:.3f} per iteration")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

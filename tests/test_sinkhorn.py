@@ -1,0 +1,174 @@
+"""The solver: over-relaxation against plain iterations, laws of any plan, adversarial costs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from core import sinkhorn
+from core.hot_transport import corr_distance_matrix
+from core.sinkhorn import SinkhornResult, sinkhorn_uniform_streaming
+
+
+def plain(C: torch.Tensor, reg: float, tol: float, n_iters: int) -> tuple[int, torch.Tensor]:
+    """Textbook Sinkhorn in float64: (iterations until the L1 row error is at most tol, plan)."""
+    K = torch.exp(-C.double() / reg)
+    n, m = K.shape
+    v = torch.ones(m, dtype=torch.float64)
+    done = 0
+    while done < n_iters:
+        u = 1 / (n * (K @ v))
+        v = 1 / (m * (u @ K))
+        done += 1
+        if float((u * (K @ v) - 1 / n).abs().sum()) <= tol:
+            break
+    return done, u[:, None] * K * v
+
+
+def errors(result: SinkhornResult, C: torch.Tensor) -> float:
+    """Larger L1 marginal error, recomputed in float64 from the potentials."""
+    Q = torch.exp((result.f[:, None] + result.g - C.double()) / result.reg)
+    n, m = Q.shape
+    return max(float((Q.sum(1) - 1 / n).abs().sum()), float((Q.sum(0) - 1 / m).abs().sum()))
+
+
+def correlated(n: int, m: int, seed: int, noise: float = 0.3, factors: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(80, factors, generator=generator)
+    X, Y = (shared @ torch.randn(factors, k, generator=generator) + noise * torch.randn(80, k, generator=generator)
+            for k in (n, m))  # fmt: skip
+    return corr_distance_matrix(X, Y)
+
+
+HARD = [(30, 50, 0, 0.03, 0.1), (64, 48, 1, 0.03, 0.05), (40, 40, 2, 0.027, 0.05), (100, 80, 3, 0.03, 0.02)]
+EASY = [(30, 50, 4, 0.3, 0.3), (80, 60, 5, 0.1, 0.5), (50, 50, 6, 0.1, 1.0), (20, 90, 7, 0.05, 0.3)]
+
+
+@pytest.mark.parametrize(("n", "m", "seed", "reg", "noise"), HARD + EASY)
+def test_over_relaxation_never_needs_more_iterations_and_half_where_there_are_many(n, m, seed, reg, noise):
+    C = correlated(n, m, seed, noise)
+    many, _ = plain(C, reg, 1e-6, 20000)
+    result = sinkhorn_uniform_streaming(C, reg, 20000)
+    assert result.converged and errors(result, C) <= 5e-6
+    assert result.n_iters <= many and (many <= 100 or result.n_iters <= many / 2)
+
+
+def test_the_hard_problems_are_hard():
+    assert sum(plain(correlated(n, m, seed, noise), reg, 1e-6, 20000)[0] > 100 for n, m, seed, reg, noise in HARD) >= 3
+
+
+@pytest.mark.parametrize("n_iters", [1, 10, 200])
+@pytest.mark.parametrize("reg", [0.1, 0.03])
+def test_paper_mode_is_exactly_so_many_plain_iterations(n_iters, reg):
+    C = correlated(40, 56, 0, 0.1)
+    result = sinkhorn_uniform_streaming(C, reg, n_iters, mode="paper")
+    _, Q = plain(C, reg, -1.0, n_iters)
+    assert result.n_iters == n_iters
+    assert float((result.plan().double() - Q).abs().sum() / 2) <= 1e-6
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.03])
+def test_row_blocks_do_not_matter(monkeypatch, reg):
+    C = correlated(70, 50, 1)
+    whole = sinkhorn_uniform_streaming(C, reg)
+    monkeypatch.setattr(sinkhorn, "CACHED_BYTES", 1000)
+    monkeypatch.setattr(sinkhorn, "BLOCK_BYTES", 7 * 50 * 4)
+    blocked = sinkhorn_uniform_streaming(C, reg)
+    assert float((blocked.plan() - whole.plan()).abs().sum() / 2) <= 1e-6
+    assert blocked.cost == pytest.approx(whole.cost, abs=1e-6)
+
+
+def test_a_cost_given_as_correlation_is_the_same_problem():
+    C = correlated(30, 20, 2)
+    R = (1 - C).numpy().copy()
+    given_C = sinkhorn_uniform_streaming(C, 0.1)
+    given_R = sinkhorn.solve_uniform(R, (1.0, -1.0), (0.0, 2.0), 0.1, 1000, 1e-6, "auto", lambda a, b: C[a:b], True)
+    assert_close(given_R.plan(), given_C.plan(), atol=1e-8, rtol=1e-4)
+    assert given_R.cost == pytest.approx(given_C.cost, abs=1e-6)
+    assert_close(torch.from_numpy(R), torch.exp(-C / 0.1), rtol=1e-5, atol=0)  # K took its memory
+
+
+def test_top_mass_is_the_share_of_the_largest_entries(monkeypatch):
+    monkeypatch.setattr(sinkhorn, "PLAN_BLOCK_ROWS", 4)
+    result = sinkhorn_uniform_streaming(correlated(18, 12, 3), 0.05)
+    Q = result.plan().flatten().sort(descending=True).values
+    for k in (1, 10, 1000):
+        assert result.top_mass(k) == pytest.approx(float(Q[:k].sum() / Q.sum()), rel=1e-5)
+
+
+problems = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(0, 10**6), st.sampled_from([1.0, 0.1, 0.03]))
+
+
+def random_cost(n: int, m: int, seed: int) -> torch.Tensor:
+    return torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems)
+def test_laws_of_the_plan(problem):
+    """Transposing, permuting, shifting, and scaling cost and epsilon together; flags tell the truth."""
+    n, m, seed, reg = problem
+    C = random_cost(n, m, seed)
+    result = sinkhorn_uniform_streaming(C, reg, 20000)
+    Q = result.plan()
+    recomputed = errors(result, C)
+    assert result.converged == (result.error <= 1e-6) and abs(recomputed - result.error) <= 2e-6
+    if not result.converged:
+        return
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    others = {
+        "transposed": sinkhorn_uniform_streaming(C.T.contiguous(), reg, 20000).plan().T,
+        "permuted": sinkhorn_uniform_streaming(C[rows], reg, 20000).plan()[rows.argsort()],
+        "shifted": sinkhorn_uniform_streaming(C + 3, reg, 20000).plan(),
+        "scaled": sinkhorn_uniform_streaming(C * 7, reg * 7, 20000).plan(),
+    }
+    # Two plans within a marginal error of 1e-6 differ by more the smaller epsilon is.
+    for name, other in others.items():
+        assert float((other - Q).abs().sum() / 2) <= (1e-5 if reg >= 0.1 else 1e-3), name
+
+
+def adversarial() -> dict[str, torch.Tensor]:
+    blocks = torch.full((20, 30), 2.0)
+    blocks[:10, :15] = blocks[10:, 15:] = 0.0
+    X = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    constant = X.clone()
+    constant[:, 3] = 1.0
+    one = X[:, :1] + 1e-3 * torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
+    return {
+        "blocks of 0 and 2": blocks,
+        "duplicate neurons": corr_distance_matrix(X[:, [0, 0, 0, 1, 2, 2]], X),
+        "constant neurons": corr_distance_matrix(constant, constant),
+        "one neuron correlated with many": corr_distance_matrix(X, one),
+        "two rows": corr_distance_matrix(X[:2], X[:2]),
+        "single target": random_cost(1, 9, 1),
+        "single source": random_cost(9, 1, 2),
+        "all equal": torch.full((7, 5), 2.0),
+    }
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.03, 0.01, 0.001])
+@pytest.mark.parametrize("name", adversarial())
+def test_adversarial_costs_stay_finite_and_are_told(name, reg):
+    C = adversarial()[name]
+    result = sinkhorn_uniform_streaming(C, reg, 3000)
+    assert torch.isfinite(result.f).all() and torch.isfinite(result.g).all() and math.isfinite(result.cost)
+    assert result.converged == (result.error <= 1e-6)
+    assert abs(errors(result, C) - result.error) <= 2e-6
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.01, 0.001])
+def test_small_epsilon_finds_the_permutation(reg):
+    X = torch.randn(200, 30, generator=torch.Generator().manual_seed(4))
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
+    result = sinkhorn_uniform_streaming(corr_distance_matrix(X, X[:, order]), reg, 3000)
+    assert result.converged and torch.equal(result.plan().argmax(1), order.argsort())
+    if reg < 0.1:
+        assert_close(result.plan().max(1).values, torch.full((30,), 1 / 30), atol=1e-6, rtol=0)
+
+
+def test_bad_mode_is_refused():
+    with pytest.raises(ValueError, match="expected one of auto, paper"):
+        sinkhorn_uniform_streaming(torch.ones(2, 2), 0.1, mode="fast")

@@ -6,12 +6,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from core import plans
 from core.activations import Reading, extract, is_aside, read_aligned, read_texts
@@ -19,8 +22,19 @@ from core.attention import SIDES
 from core.checkpoints import Checkpoint
 from core.data import Row, data_identity, load_rows
 from core.experiment import MIN_TEXTS, Experiment, open_pair, parse_command, save_resolved
-from core.hot_transport import SinkhornResult, compute_P, compute_Q_and_layer_costs
-from core.runs import Manifest, UserError, check_output_folder, log_to_file, provenance, run_command, setup_logging
+from core.hot_transport import compute_P, solve_layer, standardize_layer
+from core.runs import (
+    MANIFEST,
+    Manifest,
+    UserError,
+    check_output_folder,
+    log_to_file,
+    process_state,
+    provenance,
+    read_json,
+    run_command,
+    setup_logging,
+)
 
 log = logging.getLogger("stage1")
 # Settings that change the bytes of the plan directory.
@@ -45,20 +59,28 @@ def main(argv: list[str]) -> None:
     readings, aside = read_both(target, source, rows, experiment)
     settings = {name: getattr(experiment, name) for name in SETTINGS}
     data = data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed)
-    manifest = Manifest.begin(folder, plans.STAGE, {
-        "target": target.identity, "source": source.identity, "data": data, "settings": settings,
-    })  # fmt: skip
+    state = process_state(experiment.device)
+    inputs = {"target": target.identity, "source": source.identity, "data": data, "settings": settings}
+    if state.is_main_process:
+        Manifest.begin(folder, plans.STAGE, inputs)
+    state.wait_for_everyone()
+    manifest = Manifest(folder, read_json(folder / MANIFEST))
     log_to_file(command.log_file)
     if manifest.complete:
         log.info("%s is finished already", folder)
     else:
-        save_resolved(experiment, "1", folder)
-        record_activations(folder, {"target": target, "source": source}, readings, aside, experiment)
-        make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment)
-        shapes = {name: vars(c.layout) for name, c in (("target", target), ("source", source))}
-        manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
-        log.info("%s is finished", folder)
-    print(summary(manifest.record))
+        if state.is_main_process:
+            save_resolved(experiment, "1", folder)
+            record_activations(folder, {"target": target, "source": source}, readings, aside, experiment)
+        state.wait_for_everyone()
+        make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment, state)
+        if state.is_main_process:
+            shutil.rmtree(folder / "plans" / "parts", ignore_errors=True)
+            shapes = {name: vars(c.layout) for name, c in (("target", target), ("source", source))}
+            manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
+            log.info("%s is finished", folder)
+    if state.is_main_process:
+        print(summary(manifest.record))
 
 
 def read_both(
@@ -93,29 +115,29 @@ def record_activations(
             plans.write_selection(folder, strengths)
 
 
-def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experiment: Experiment) -> None:
-    """Solve every side that is not on disk yet: all L x M feature plans, then the layer plan."""
+def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experiment: Experiment, state: Any) -> None:
+    """Solve what is not on disk yet: all L x M feature plans of every side, then its layer plan.
+
+    Target layers are shared by the processes; each layer's plans are on disk before the next one begins.
+    """
+    L, M = shape
     sides = manifest.record.setdefault("sides", {})
-    for side in SIDES:
-        if side in sides and plans.plans_file(folder, side).is_file():
-            continue
-        X, Y = (
-            plans.read_layers(folder, name, side, n, experiment.device)
-            for name, n in zip(("target", "source"), shape, strict=True)
-        )
-        try:
-            results, costs = compute_Q_and_layer_costs(
-                X, Y, experiment.regularisation, experiment.sinkhorn_iters, experiment.sinkhorn_tol,
-                experiment.sinkhorn_mode, f"plans {side}",
-            )  # fmt: skip
-        except ValueError as error:
-            raise UserError(f"side {side}: {error}") from None
-        P = compute_P(costs, experiment.eta, experiment.layer_cost_scale)
-        plans.write_plans(folder, side, results, costs, P)
-        sides[side] = describe(results, P)
-        manifest.save()
+    with tqdm(total=len(SIDES) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
+        for side in SIDES:
+            todo = side not in sides or not plans.plans_file(folder, side).is_file()
+            if todo:
+                solve_side(folder, side, shape, experiment, state, bar)
+                state.wait_for_everyone()
+            if todo and state.is_main_process:
+                tensors = plans.join_parts(folder, side, L, lambda costs: compute_P(
+                    costs, experiment.eta, experiment.layer_cost_scale))  # fmt: skip
+                sides[side] = describe(tensors)
+                manifest.save()
+            state.wait_for_everyone()
+            bar.n = (SIDES.index(side) + 1) * L * M
+            bar.refresh()
     missed = {side: record["not_converged"] for side, record in sides.items() if record["not_converged"]}
-    if missed:
+    if missed and experiment.sinkhorn_mode == "auto":
         pairs = "; ".join(
             f"{side} {len(found)}, e.g. (target, source) layers {found[:3]}" for side, found in missed.items()
         )
@@ -123,18 +145,36 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
                     experiment.sinkhorn_tol, pairs)  # fmt: skip
 
 
-def describe(results: list[list[SinkhornResult]], P: Tensor) -> dict[str, Any]:
+def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Experiment, state: Any, bar: tqdm) -> None:
+    """This process's share of one side's target layers."""
+
+    def standardized(model: str, layer: int) -> Tensor:
+        return standardize_layer(plans.read_layer(folder, model, side, layer, experiment.device), model, layer)
+
+    L, M = shape
+    size = standardized("source", 0).numel() * 4
+    source = lru_cache(max(1, experiment.pairs_budget_mb * 2**20 // size))(lambda m: standardized("source", m))
+    for layer in range(state.process_index, L, state.num_processes):
+        if not plans.part_file(folder, side, layer).is_file():
+            results = []
+            for result in solve_layer(standardized("target", layer), map(source, range(M)), experiment.regularisation,
+                                      experiment.sinkhorn_iters, experiment.sinkhorn_tol,
+                                      experiment.sinkhorn_mode):  # fmt: skip
+                results.append(result)
+                bar.update(state.num_processes)
+            plans.write_part(folder, side, layer, results)
+
+
+def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Iterations, errors and the layer match of one side. `depth_spearman`: how the most similar source layer (arg
     max of P) follows target depth, the first sign that plans mean something."""
-    flat = [(layer, m, result) for layer, row in enumerate(results) for m, result in enumerate(row)]
-    iterations = sorted(result.n_iters for _, _, result in flat)
-    matched = P.argmax(1)
+    matched = tensors["P"].argmax(1)
     rank = float(spearmanr(range(len(matched)), matched.tolist()).statistic) if len(matched.unique()) > 1 else None
     return {
-        "iterations_median": iterations[len(iterations) // 2],
-        "iterations_max": iterations[-1],
-        "error_max": max(result.error for _, _, result in flat),
-        "not_converged": [[layer, m] for layer, m, result in flat if not result.converged],
+        "iterations_median": int(tensors["n_iters"].flatten().median()),
+        "iterations_max": int(tensors["n_iters"].max()),
+        "error_max": float(tensors["error"].max()),
+        "not_converged": (~tensors["converged"]).nonzero().tolist(),
         "depth_spearman": rank,
         "matched_layers": matched.tolist(),
     }

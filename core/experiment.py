@@ -59,6 +59,8 @@ class Experiment:
     sinkhorn_tol: float = option(1e-6, "1", "bound on the larger L1 marginal error of Q")
     sinkhorn_mode: str = option("auto", "1", "auto, or paper: exactly --sinkhorn-iters plain iterations (it used 200)",
                                 ("auto", "paper"))  # fmt: skip
+    pairs_budget_mb: int = option(8192, "1", "memory for the source's rows of one side; beyond it they are read "
+                                  "again for every target layer")  # fmt: skip
     layer_cost_scale: str = option("median", "1", "scale of the layer cost: median, or none (the paper's letter)",
                                    ("median", "none"))  # fmt: skip
 
@@ -122,7 +124,7 @@ class Experiment:
             raise UserError(f"seed is {min(self.seed, self.split_seed)}; expected 0 or more")
         if self.q_topk is not None and self.feature_map == "regression":
             raise UserError("q_topk thins out plans, which regression does not read; leave it out")
-        for name in ("max_tokens", "batch_size", "sinkhorn_iters", "p_topk", "q_topk", "sft_samples",
+        for name in ("max_tokens", "batch_size", "sinkhorn_iters", "pairs_budget_mb", "p_topk", "q_topk", "sft_samples",
                      "block_size", "train_batch_size", "gradient_accumulation", "save_steps", "held_out_samples",
                      "bootstrap_samples"):  # fmt: skip
             value = getattr(self, name)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.sinkhorn import SinkhornResult, as_array, sinkhorn_uniform_streaming, solve_uniform
 
@@ -76,7 +75,6 @@ def compute_Q_and_layer_costs(
     n_iters: int = 1000,
     tol: float = 1e-6,
     mode: str = "auto",
-    desc: str | None = None,
 ) -> tuple[list[list[SinkhornResult]], Tensor]:
     """Feature plans of every target layer with every source layer, and their costs (Eqs. 7-10).
 
@@ -85,28 +83,33 @@ def compute_Q_and_layer_costs(
         Y_list: M tensors [T, m_k], source activations of the same side, rows from the same texts.
         reg_inner: epsilon.
         n_iters, tol, mode: see `sinkhorn_uniform_streaming`.
-        desc: label of the progress bar (none without it).
     Returns:
         L x M results (their costs are recomputed from the activations when needed, so nothing of size n x m is
         kept), and C_layer [L, M] float64 with C_layer[l, k] = <C, Q>.
     Raises:
         ValueError: as `standardize`, with the model and layer in the message; or row counts differ.
     """
-    Zx = [_standardize_layer(X, "target", layer) for layer, X in enumerate(X_list)]
-    Zy = [_standardize_layer(Y, "source", layer) for layer, Y in enumerate(Y_list)]
+    Zx = [standardize_layer(X, "target", layer) for layer, X in enumerate(X_list)]
+    Zy = [standardize_layer(Y, "source", layer) for layer, Y in enumerate(Y_list)]
     if len({len(Z) for Z in Zx + Zy}) != 1:
         raise ValueError("all layers of both models need the same number of rows")
-    results: list[list[SinkhornResult]] = []
-    with tqdm(total=len(Zx) * len(Zy), desc=desc, unit="pair", disable=desc is None) as bar:
-        for zx in Zx:
-            row = []
-            for zy in Zy:
-                cost_rows = correlation_cost_rows(zx, zy)
-                R = as_array(zx).T @ as_array(zy)  # correlation [n, T] @ [T, m] -> [n, m]; C = 1 - R
-                row.append(solve_uniform(R, (1.0, -1.0), COST_BOUNDS, reg_inner, n_iters, tol, mode, cost_rows, True))
-                bar.update()
-            results.append(row)
+    results = [list(solve_layer(zx, Zy, reg_inner, n_iters, tol, mode)) for zx in Zx]
     return results, torch.tensor([[r.cost for r in row] for row in results], dtype=torch.float64)
+
+
+def solve_layer(
+    zx: Tensor, Zy: Iterable[Tensor], reg: float, n_iters: int = 1000, tol: float = 1e-6, mode: str = "auto"
+) -> Iterator[SinkhornResult]:
+    """Feature plans of one target layer with one source layer after the other; one n x m buffer at a time.
+
+    Args:
+        zx, Zy: standardised activations [T, n] and [T, m_k].
+        reg, n_iters, tol, mode: see `sinkhorn_uniform_streaming`.
+    """
+    for zy in Zy:
+        R = as_array(zx).T @ as_array(zy)  # correlation [n, T] @ [T, m] -> [n, m]; C = 1 - R
+        cost_rows = correlation_cost_rows(zx, zy)
+        yield solve_uniform(R, (1.0, -1.0), COST_BOUNDS, reg, n_iters, tol, mode, cost_rows, True)
 
 
 def correlation_cost_rows(Zx: Tensor, Zy: Tensor) -> Callable[[int, int], Tensor]:
@@ -114,7 +117,8 @@ def correlation_cost_rows(Zx: Tensor, Zy: Tensor) -> Callable[[int, int], Tensor
     return lambda a, b: _correlation_cost(Zx[:, a:b], Zy)
 
 
-def _standardize_layer(X: Tensor, model: str, layer: int) -> Tensor:
+def standardize_layer(X: Tensor, model: str, layer: int) -> Tensor:
+    """`standardize`, with the model and layer in the error."""
     try:
         return standardize(X)
     except ValueError as error:

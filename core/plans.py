@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from core.attention import SIDES
@@ -77,29 +77,43 @@ def write_activations(
     return strengths
 
 
-def read_layers(folder: Path, model: str, side: str, n_layers: int, device: str) -> list[Tensor]:
-    """All layers of one side as stored (float32 [T, n] each; centred for token rows)."""
+def read_layer(folder: Path, model: str, side: str, layer: int, device: str = "cpu") -> Tensor:
+    """One layer of one side as stored, float32 [T, n] (centred for token rows)."""
     with safe_open(activations_file(folder, model), "pt") as file:
-        return [file.get_tensor(f"{side}.{layer}").to(device, torch.float32) for layer in range(n_layers)]
+        return file.get_tensor(f"{side}.{layer}").to(device, torch.float32)
 
 
-def write_plans(folder: Path, side: str, results: Sequence[Sequence[SinkhornResult]], C_layer: Tensor, P: Tensor):
-    """Write one side's potentials f [L, M, n], g [L, M, m] (float64), iteration counts, errors, costs and P."""
+def part_file(folder: Path, side: str, layer: int) -> Path:
+    """File of one target layer's plans with all source layers, until the side is complete."""
+    return folder / "plans" / "parts" / f"{side}.{layer}.safetensors"
 
-    def grid(field: str) -> list[list[Any]]:
-        return [[getattr(result, field) for result in row] for row in results]
 
-    path = plans_file(folder, side)
-    path.parent.mkdir(exist_ok=True)
+def write_part(folder: Path, side: str, layer: int, results: Sequence[SinkhornResult]) -> None:
+    """Write the plans of one target layer: potentials f [M, n], g [M, m] (float64), iterations, errors and costs."""
+    path = part_file(folder, side, layer)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, {
-        "f": torch.stack([torch.stack(row) for row in grid("f")]),
-        "g": torch.stack([torch.stack(row) for row in grid("g")]),
-        "n_iters": torch.tensor(grid("n_iters"), dtype=torch.int32),
-        "error": torch.tensor(grid("error"), dtype=torch.float64),
-        "converged": torch.tensor(grid("converged")),
-        "layer_cost": C_layer,
-        "P": P,
+        "f": torch.stack([r.f for r in results]),
+        "g": torch.stack([r.g for r in results]),
+        "n_iters": torch.tensor([r.n_iters for r in results], dtype=torch.int32),
+        "error": torch.tensor([r.error for r in results], dtype=torch.float64),
+        "converged": torch.tensor([r.converged for r in results]),
+        "layer_cost": torch.tensor([r.cost for r in results], dtype=torch.float64),
     })  # fmt: skip
+
+
+def join_parts(folder: Path, side: str, n_layers: int, layer_plan: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Join the parts of a side into its file, with P = layer_plan(layer costs), and remove them; returns its tensors.
+
+    The file holds f [L, M, n], g [L, M, m], n_iters, error, converged, layer_cost and P, all [L, M].
+    """
+    parts = [load_file(part_file(folder, side, layer)) for layer in range(n_layers)]
+    tensors = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+    tensors["P"] = layer_plan(tensors["layer_cost"])
+    write_safetensors(plans_file(folder, side), tensors)
+    for layer in range(n_layers):
+        part_file(folder, side, layer).unlink()
+    return tensors
 
 
 def write_selection(folder: Path, strengths: Mapping[tuple[str, int], Tensor]) -> None:

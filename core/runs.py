@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def _add_handler(handler: logging.Handler) -> None:
     handler.setFormatter(LOG_FORMAT)
     logging.getLogger().addHandler(handler)
     _handlers.append(handler)
+
+
+def process_state(device: str) -> Any:
+    """This process among those of `accelerate launch` (accelerate's PartialState); alone, process 0 of 1."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))  # one waits while another reads a model
 
 
 def provenance() -> dict[str, Any]:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from core.attention import SIDES
 from core.hot_transport import compute_Q_and_layer_costs, corr_distance_matrix, standardize
-from core.plans import PlanDirectory, read_layers
+from core.plans import PlanDirectory, read_layer
 from core.sinkhorn import sinkhorn_uniform_streaming
 
 TOLERANCE = 1e-6
@@ -62,8 +62,9 @@ def main() -> None:
 def layers(plans: PlanDirectory, side: str, rows: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """Rows of all target and all source layers of one side."""
     L, M = plans.shape
-    X, Y = (read_layers(plans.folder, model, side, n, "cpu") for model, n in (("target", L), ("source", M)))
-    return [x[:rows] for x in X], [y[:rows] for y in Y]
+    X, Y = ([read_layer(plans.folder, model, side, k)[:rows] for k in range(n)]
+            for model, n in (("target", L), ("source", M)))  # fmt: skip
+    return X, Y
 
 
 def joined_cost(plans: PlanDirectory, n: int, m: int, rows: int = 1024) -> Tensor:

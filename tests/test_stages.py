@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, llama, make_tokenizer, run_main, save, sentences
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
@@ -20,7 +21,7 @@ from core import train_hot_residual_sft as stage3
 from core.checkpoints import open_checkpoint
 from core.fusion import FusionSettings, Transport
 from core.hot_residual import enable_hot_residual_for_model, load_residuals, restore_base
-from core.plans import PlanDirectory, write_activations
+from core.plans import PlanDirectory, part_file, write_activations
 from core.runs import UserError
 
 
@@ -117,7 +118,7 @@ def test_two_runs_write_the_same_bytes(plans, models, texts, tmp_path):
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
-@pytest.mark.parametrize("lost", ["everything", "source", "sides"])
+@pytest.mark.parametrize("lost", ["everything", "source", "sides", "layers"])
 def test_a_killed_run_continues_to_the_same_bytes(plans, models, texts, tmp_path, monkeypatch, lost):
     folder = tmp_path / "p"
     shutil.copytree(plans["token"], folder)
@@ -125,22 +126,49 @@ def test_a_killed_run_continues_to_the_same_bytes(plans, models, texts, tmp_path
     for key in ("shapes", "rows", "versions", "commit"):
         manifest.pop(key)
     manifest["status"] = "incomplete"
-    kept = {"everything": [], "source": [], "sides": ["q", "k"]}[lost]
+    kept = {"everything": [], "source": [], "sides": ["q", "k"], "layers": ["q", "k"]}[lost]
     manifest["sides"] = {side: manifest["sides"][side] for side in kept}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for path in (folder / "plans").iterdir():
         if path.stem not in kept:
             path.unlink()
-    if lost != "sides":
+    if lost in ("everything", "source"):
         (folder / "activations" / "source.safetensors").unlink()
     if lost == "everything":
         shutil.rmtree(folder / "activations")
         (folder / "selection.safetensors").unlink()
-    elif lost == "sides":
+    elif lost != "source":
         monkeypatch.setattr(stage1, "extract", lambda *_: pytest.fail("activations are there already"))
+    if lost == "layers":  # killed in the middle of a side: two of three layers are there
+        stored = load_file(plans["token"] / "plans" / "v.safetensors")
+        for layer in (0, 2):
+            part = {key: value[layer].clone() for key, value in stored.items() if key != "P"}
+            part_file(folder, "v", layer).parent.mkdir(exist_ok=True)
+            save_file(part, part_file(folder, "v", layer))
+        solved = []
+        original = stage1.solve_layer
+        monkeypatch.setattr(stage1, "solve_layer", lambda zx, *a: solved.append(zx.shape) or original(zx, *a))
     run_main(stage1, "--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
              "--data-file", texts, "--pooling", "token", "--max-tokens", 24, "--out-dir", folder)  # fmt: skip
     assert digests(folder) == digests(plans["token"])
+    assert lost != "layers" or len(solved) == 1 + 3 * 3
+
+
+def test_processes_share_the_layers_and_write_the_same_bytes(plans, models, texts, tmp_path):
+    """Two processes of one thread each, and a memory budget that keeps no source layer, against one process."""
+    flags = ["--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
+             "--data-file", texts, "--pooling", "token", "--max-tokens", "24"]  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    for name, command, more in (("one", [], []), ("two", launch, ["--pairs-budget-mb", "1"])):
+        done = subprocess.run([sys.executable, *command, str(ROOT / "run_activs_and_hot.py"), *map(str, flags),
+                               "--out-dir", str(tmp_path / name), *more],
+                              env=environment, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("Spearman") == 1
+    one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
+    assert one.pop("resolved.yaml") != two.pop("resolved.yaml") and one == two
 
 
 def test_a_finished_run_is_reused_and_a_changed_setting_runs_again(plans, models, texts, tmp_path, monkeypatch, capsys):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from core.sinkhorn import SinkhornResult, as_array, sinkhorn_uniform_streaming, solve_uniform
+from core.sinkhorn import CACHED_BYTES, SinkhornResult, as_array, sinkhorn_uniform_streaming, solve_uniform
 
 __all__ = ["SinkhornResult", "compute_P", "compute_Q_and_layer_costs", "corr_distance_matrix", "effective_layer_plan",
            "reconstruct_X", "sinkhorn_uniform_streaming", "standardize"]  # fmt: skip
@@ -100,16 +102,23 @@ def compute_Q_and_layer_costs(
 def solve_layer(
     zx: Tensor, Zy: Iterable[Tensor], reg: float, n_iters: int = 1000, tol: float = 1e-6, mode: str = "auto"
 ) -> Iterator[SinkhornResult]:
-    """Feature plans of one target layer with one source layer after the other; one n x m buffer at a time.
+    """Feature plans of one target layer with one source layer after the other, all in the same memory: one n x m
+    buffer (two where they are small enough for the cache).
 
     Args:
         zx, Zy: standardised activations [T, n] and [T, m_k].
         reg, n_iters, tol, mode: see `sinkhorn_uniform_streaming`.
     """
+    R: Any = None
     for zy in Zy:
-        R = as_array(zx).T @ as_array(zy)  # correlation [n, T] @ [T, m] -> [n, m]; C = 1 - R
-        cost_rows = correlation_cost_rows(zx, zy)
-        yield solve_uniform(R, (1.0, -1.0), COST_BOUNDS, reg, n_iters, tol, mode, cost_rows, True)
+        shape = (zx.shape[1], zy.shape[1])
+        if R is None or R.shape != shape:
+            R = as_array(zx.new_empty(shape))
+            small = R.nbytes <= CACHED_BYTES
+            K = as_array(zx.new_empty(shape)) if small else R  # a large K takes the memory of R
+        xp: Any = np if isinstance(R, np.ndarray) else torch
+        xp.matmul(as_array(zx).T, as_array(zy), out=R)  # correlation [n, T] @ [T, m] -> [n, m]; C = 1 - R
+        yield solve_uniform(R, (1.0, -1.0), COST_BOUNDS, reg, n_iters, tol, mode, correlation_cost_rows(zx, zy), K)
 
 
 def correlation_cost_rows(Zx: Tensor, Zy: Tensor) -> Callable[[int, int], Tensor]:

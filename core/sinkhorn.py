@@ -24,6 +24,9 @@ PLAN_BLOCK_ROWS = 512
 # then read from the cache: one read of memory per iteration instead of two.
 CACHED_BYTES = 32 << 20
 BLOCK_BYTES = 4 << 20
+# Elementwise work on K runs in row blocks of this size, threads sharing the blocks of a K larger than the next.
+ELEMENTWISE_BYTES = 2 << 20
+THREADED_BYTES = 8 << 20
 # Host synchronisations cost nothing on a CPU; on CUDA the errors are read every tenth sweep.
 CUDA_CHECK_EVERY = 10
 # Over-relaxation: sweeps over which a rate is measured, and the fewest plain sweeps left that make it worth while.
@@ -123,7 +126,7 @@ def sinkhorn_uniform_streaming(
     low, high = float(matrix.min()), float(matrix.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("cost contains NaN or infinite values")
-    return solve_uniform(matrix, (0.0, 1.0), (low, high), reg, n_iters, tol, mode, lambda a, b: C[a:b], False)
+    return solve_uniform(matrix, (0.0, 1.0), (low, high), reg, n_iters, tol, mode, lambda a, b: C[a:b])
 
 
 def as_array(tensor: Tensor) -> Any:
@@ -137,15 +140,15 @@ def as_array(tensor: Tensor) -> Any:
 
 def solve_uniform(
     matrix: Any, affine: tuple[float, float], bounds: tuple[float, float], reg: float, n_iters: int, tol: float,
-    mode: str, cost_rows: Callable[[int, int], Tensor], overwrite: bool,
+    mode: str, cost_rows: Callable[[int, int], Tensor], K: Any = None,
 ) -> SinkhornResult:  # fmt: skip
-    """`sinkhorn_uniform_streaming` for a caller that knows the range of its cost and may give up its matrix.
+    """`sinkhorn_uniform_streaming` for a caller that knows the range of its cost and has memory for K.
 
     Args:
         matrix: [n, m] of `as_array`. The cost is C = affine[0] + affine[1] * matrix.
         bounds: (low, high) with low <= C <= high.
         cost_rows: how the result finds rows of C again.
-        overwrite: K takes the memory of `matrix`.
+        K: buffer like `matrix` for K, or `matrix` itself, which is lost then; allocated when None.
     """
     if not reg > 0:
         raise ValueError(f"reg must be positive, got {reg}")
@@ -164,8 +167,9 @@ def solve_uniform(
     else:
         shift = 0.0 if max(abs(low), abs(high)) / reg + size < EXP_RANGE[dtype] else low
         if dtype != str(matrix.dtype).removeprefix("torch."):
-            matrix, overwrite = matrix.astype(dtype) if isinstance(matrix, np.ndarray) else matrix.double(), True
-        K = matrix if overwrite else (np if isinstance(matrix, np.ndarray) else torch).empty_like(matrix)
+            K = matrix = matrix.astype(dtype) if isinstance(matrix, np.ndarray) else matrix.double()
+        elif K is None:
+            K = np.empty_like(matrix) if isinstance(matrix, np.ndarray) else torch.empty_like(matrix)
         f, g, done, error, cost = _scale_exp(matrix, K, affine, shift, reg, n_iters, tol, mode == "paper")
         solver = f"exp-{dtype}"
     return SinkhornResult(f, g, reg, cost_rows, done, error, error <= tol, cost, solver)
@@ -214,10 +218,9 @@ def _scale_exp(
     a, b = 1.0 / n, 1.0 / m
     # The reciprocal of reg as this dtype holds it: potentials in units of the problem that is really solved.
     scale = float(np.float64(-1.0 / reg) if K.itemsize == 8 else np.float32(-1.0 / reg))
-    rows = n if n * m * K.itemsize <= CACHED_BYTES else max(1, BLOCK_BYTES // (m * K.itemsize))
-    blocks = [slice(s, min(s + rows, n)) for s in range(0, n, rows)]
-    _for_each(blocks, lambda s: _exp(matrix[s], K[s], affine[1] * scale, (affine[0] - shift) * scale))
-    u = a / K.sum(1)  # v = 1
+    blocks = [slice(0, n)] if n * m * K.itemsize <= CACHED_BYTES else _row_blocks(K, BLOCK_BYTES)
+    _for_each(K, lambda s: _exp(matrix[s], K[s], affine[1] * scale, (affine[0] - shift) * scale))
+    u = a / (K @ (K[0] * 0 + 1))  # v = 1
     v = b / (u @ K)  # [n] @ [n, m] -> [m]
     relaxation = _Relaxation(tol)
     check_every = 1 if isinstance(K, np.ndarray) else CUDA_CHECK_EVERY
@@ -242,12 +245,13 @@ def _scale_exp(
         ratio = b / KTu
         v = ratio if w == 1 else v * (ratio / v) ** w
         sweep, exact = sweep + 1, w == 1
-    cost = 0.0
-    for s in blocks:
-        block = _log(K[s])  # shift + ln K / scale = C
-        block *= K[s]
-        cost += float(u[s] @ (block @ v))
-    cost = shift + cost / scale
+    # <C, Q> with C from the matrix, or from K where K took its place; the mass of Q is 1, as its columns are exact.
+    if K is matrix:
+        _for_each(K, lambda s: _times(K[s], _log(K[s])))
+        cost = shift + float(u @ (K @ v)) / scale
+    else:
+        _for_each(K, lambda s: _times(K[s], matrix[s]))
+        cost = affine[0] + affine[1] * float(u @ (K @ v))
     f, g = (_log(x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()) / -scale for x in (u, v))
     return torch.as_tensor(f + shift), torch.as_tensor(g), sweep, error, cost
 
@@ -261,13 +265,26 @@ def _exp(matrix: Any, out: Any, factor: float, offset: float) -> None:
     xp.exp(out, out=out)
 
 
+def _times(out: Any, factor: Any) -> None:
+    out *= factor
+
+
 def _log(x: Any) -> Any:
     return np.log(x) if isinstance(x, np.ndarray) else x.log()
 
 
-def _for_each(blocks: list[slice], work: Callable[[slice], None]) -> None:
-    """Run elementwise work on every block, the blocks of a large CPU array in threads (numpy lets go of the lock)."""
-    threads = min(torch.get_num_threads(), len(blocks))
+def _row_blocks(K: Any, size: int) -> list[slice]:
+    """Row ranges of K of about `size` bytes each."""
+    n, m = K.shape
+    rows = max(1, size // (m * K.itemsize))
+    return [slice(s, min(s + rows, n)) for s in range(0, n, rows)]
+
+
+def _for_each(K: Any, work: Callable[[slice], None]) -> None:
+    """Run elementwise work on row blocks of K, those of a large CPU array in threads (numpy lets go of the lock)."""
+    on_cpu = isinstance(K, np.ndarray)
+    blocks = _row_blocks(K, ELEMENTWISE_BYTES) if on_cpu else [slice(0, len(K))]
+    threads = torch.get_num_threads() if on_cpu and K.nbytes > THREADED_BYTES else 1
     if threads == 1:
         for s in blocks:
             work(s)

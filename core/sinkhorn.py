@@ -110,7 +110,7 @@ def sinkhorn_uniform_streaming(
     is plain, so the columns are exact and the L1 error of the rows decides.
 
     Args:
-        C: [n, m] finite cost, left unchanged. float64 input is solved in float64.
+        C: [n, m] finite cost, left unchanged. float64 input is solved in float64, half types in float32.
         reg: epsilon > 0, in units of the cost.
         n_iters: upper bound on iterations.
         tol: bound on the larger of the two L1 marginal errors.
@@ -122,6 +122,8 @@ def sinkhorn_uniform_streaming(
     """
     if C.ndim != 2 or 0 in C.shape:
         raise ValueError(f"cost must be a non-empty matrix, got shape {tuple(C.shape)}")
+    if C.dtype not in (torch.float32, torch.float64):
+        C = C.float()
     matrix = as_array(C)
     low, high = float(matrix.min()), float(matrix.max())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -177,7 +179,7 @@ def solve_uniform(
 
 @dataclass
 class _Relaxation:
-    """Chooses w from the residuals it is shown: plain until the rate says that many sweeps are left.
+    """Chooses w from the residuals it is shown: 1 until their rate says that many plain sweeps are left.
 
     With contraction r per plain sweep the best w is 2 / (1 + sqrt(1 - r)); while relaxed with rate s, the contraction
     behind it solves (s + w - 1)^2 = w^2 r s (Young's relation), so a w chosen too small is raised.
@@ -193,7 +195,7 @@ class _Relaxation:
         start = next((s for s in reversed(self.seen) if sweep - s[0] >= RATE_WINDOW), None)
         if self.w > 1 and residual <= 4 * self.tol:
             self._change(1.0)
-        elif start is not None and residual > 0:
+        elif start is not None and residual > 0 and self.tol > 0:
             rate = (residual / start[1]) ** (1 / (sweep - start[0]))
             if self.w == 1:
                 if rate < 1 and math.log(self.tol / residual) / math.log(rate) > WORTH_RELAXING:

@@ -171,6 +171,17 @@ def test_small_epsilon_finds_the_permutation(reg):
         assert_close(result.plan().max(1).values, torch.full((30,), 1 / 30), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_other_types_are_solved_in_float32(dtype):
+    C = (random_cost(6, 8, 0) * 2).to(dtype)
+    assert_close(sinkhorn_uniform_streaming(C, 0.5).plan(), sinkhorn_uniform_streaming(C.float(), 0.5).plan())
+
+
+def test_tolerance_zero_uses_every_iteration():
+    result = sinkhorn_uniform_streaming(correlated(30, 50, 0), 0.1, 60, tol=0.0)
+    assert result.n_iters == 60 and not result.converged and result.error < 1e-6
+
+
 def test_bad_mode_is_refused():
     with pytest.raises(ValueError, match="expected one of auto, paper"):
         sinkhorn_uniform_streaming(torch.ones(2, 2), 0.1, mode="fast")

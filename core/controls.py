@@ -1,4 +1,4 @@
-"""Controls: residuals that share everything with the fused one but the correspondence it claims (METHOD 7).
+"""Controls: residuals that share everything with the fused one but the correspondence it claims.
 
 A gain counts as transfer only when it beats them on the same held-out texts.
 """

@@ -64,7 +64,7 @@ class Experiment:
     layer_cost_scale: str = option("median", "1", "scale of the layer cost: median, or none (the paper's letter)",
                                    ("median", "none"))  # fmt: skip
 
-    feature_map: str = option("coupling", "2", "how plans become linear maps (METHOD: four feature maps)",
+    feature_map: str = option("coupling", "2", "how plans become linear maps (README: four feature maps)",
                               FEATURE_MAPS)  # fmt: skip
     residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
     alpha: float = option(0.1, "2", "fusion strength, 0 to 1")

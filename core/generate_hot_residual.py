@@ -41,7 +41,7 @@ __all__ = ["enable_hot_residual_for_model", "fuse_attention_only_from_hot_dir", 
 
 log = logging.getLogger("stage2")
 STAGE = "fused"
-# Below this |W~| / |W| the transported weight only damps the target (METHOD 5).
+# Below this |W~| / |W| the transported weight only damps the target.
 DAMPING_RATIO = 1e-3
 
 

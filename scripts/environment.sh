@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts: leaves a Python with the tested packages first on PATH, making .venv where none is active.
 # Needs the working folder to be the repository.
 

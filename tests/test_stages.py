@@ -158,8 +158,8 @@ def test_processes_share_the_layers_and_write_the_same_bytes(plans, models, text
     """Two processes of one thread each, and a memory budget that keeps no source layer, against one process."""
     flags = ["--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
              "--data-file", texts, "--pooling", "token", "--max-tokens", "24"]  # fmt: skip
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
-              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     for name, command, more in (("one", [], []), ("two", launch, ["--pairs-budget-mb", "1"])):
         done = subprocess.run([sys.executable, *command, str(ROOT / "run_activs_and_hot.py"), *map(str, flags),

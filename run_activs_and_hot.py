@@ -22,7 +22,13 @@ from core.attention import SIDES
 from core.checkpoints import Checkpoint
 from core.data import Row, data_identity, load_rows
 from core.experiment import MIN_TEXTS, Experiment, open_pair, parse_command, save_resolved
-from core.hot_transport import compute_P, solve_layer, standardize_layer
+from core.hot_transport import (
+    compute_P,
+    reconstruction_fit,
+    reconstruction_overlaps,
+    solve_layer,
+    standardize_layer,
+)
 from core.runs import (
     MANIFEST,
     Manifest,
@@ -37,6 +43,8 @@ from core.runs import (
 )
 
 log = logging.getLogger("stage1")
+# Rows on which the reconstruction of X is measured.
+PROBE_ROWS = 64
 # Settings that change the bytes of the plan directory.
 SETTINGS = ("pooling", "max_tokens", "max_rows", "batch_size", "seed", "device", "dtype", "epsilon", "eta",
             "sinkhorn_iters", "sinkhorn_tol", "sinkhorn_mode", "layer_cost_scale")  # fmt: skip
@@ -129,9 +137,9 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
                 solve_side(folder, side, shape, experiment, state, bar)
                 state.wait_for_everyone()
             if todo and state.is_main_process:
-                tensors = plans.join_parts(folder, side, L, lambda costs: compute_P(
+                tensors, measured = plans.join_parts(folder, side, L, lambda costs: compute_P(
                     costs, experiment.eta, experiment.layer_cost_scale))  # fmt: skip
-                sides[side] = describe(tensors)
+                sides[side] = describe(tensors, measured)
                 manifest.save()
             state.wait_for_everyone()
             bar.n = (SIDES.index(side) + 1) * L * M
@@ -152,24 +160,37 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
         return standardize_layer(plans.read_layer(folder, model, side, layer, experiment.device), model, layer)
 
     L, M = shape
-    size = standardized("source", 0).numel() * 4
-    source = lru_cache(max(1, experiment.pairs_budget_mb * 2**20 // size))(lambda m: standardized("source", m))
+    T, m = standardized("source", 0).shape
+    budget = experiment.pairs_budget_mb * 2**20
+    source = lru_cache(max(1, budget // (4 * T * m)))(lambda k: standardized("source", k))
+    probe = torch.linspace(0, T - 1, min(T, PROBE_ROWS)).round().long()
     for layer in range(state.process_index, L, state.num_processes):
-        if not plans.part_file(folder, side, layer).is_file():
-            results = []
-            for result in solve_layer(standardized("target", layer), map(source, range(M)), experiment.regularisation,
-                                      experiment.sinkhorn_iters, experiment.sinkhorn_tol,
-                                      experiment.sinkhorn_mode):  # fmt: skip
-                results.append(result)
-                bar.update(state.num_processes)
-            plans.write_part(folder, side, layer, results)
+        if plans.part_file(folder, side, layer).is_file():
+            continue
+        target = standardized("target", layer)
+        results = []
+        for result in solve_layer(target, map(source, range(M)), experiment.regularisation, experiment.sinkhorn_iters,
+                                  experiment.sinkhorn_tol, experiment.sinkhorn_mode, probe, budget):  # fmt: skip
+            results.append(result)
+            bar.update(state.num_processes)
+        overlaps = reconstruction_overlaps(target[probe], [r.probed for r in results if r.probed is not None])
+        beside = results[round(layer * (M - 1) / max(1, L - 1))]
+        largest = torch.tensor(beside.top_mass(max(target.shape[1], m)))
+        plans.write_part(folder, side, layer, results, {**overlaps, "top_mass": largest})
 
 
-def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Iterations, errors and the layer match of one side. `depth_spearman`: how the most similar source layer (arg
-    max of P) follows target depth, the first sign that plans mean something."""
+def describe(tensors: dict[str, Tensor], measured: dict[str, Tensor]) -> dict[str, Any]:
+    """Iterations, errors, layer match and fit of one side.
+
+    `depth_spearman`: how the most similar source layer (arg max of P) follows target depth, the first sign that plans
+    mean something. `r2`: share of the target's z-scored activations that the source's explain through P and Q (Eqs.
+    31-34), mean over layers, on up to PROBE_ROWS rows; `permuted`: the same with the neurons of every plan shuffled.
+    `top_mass`: share of a plan's mass in its max(n, m) largest entries, with the source layer of the same depth.
+    """
     matched = tensors["P"].argmax(1)
     rank = float(spearmanr(range(len(matched)), matched.tolist()).statistic) if len(matched.unique()) > 1 else None
+    fits = {name: reconstruction_fit(tensors["P"], measured[key], measured["gram"], measured["power"])
+            for name, key in (("plans", "overlap"), ("permuted", "overlap_permuted"))}  # fmt: skip
     return {
         "iterations_median": int(tensors["n_iters"].flatten().median()),
         "iterations_max": int(tensors["n_iters"].max()),
@@ -177,16 +198,24 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "not_converged": (~tensors["converged"]).nonzero().tolist(),
         "depth_spearman": rank,
         "matched_layers": matched.tolist(),
+        "r2": {name: float(r2.mean()) for name, (r2, _) in fits.items()},
+        "correlation": {name: float(r.mean()) for name, (_, r) in fits.items()},
+        "top_mass": float(measured["top_mass"].mean()),
     }
 
 
 def summary(record: dict[str, Any]) -> str:
     """The table that ends stage 1."""
     lines = [f"{record['rows']} rows per layer and side",
-             "side      iterations (median, max)   marginal error   Spearman of matched layer and depth"]  # fmt: skip
+             f"{'':8}{'iterations':>14}{'marginal':>10}{'Spearman of layer':>19}"
+             f"{'R^2 of X from Y':>20}{'correlation':>20}{'mass in':>9}",
+             f"{'side':8}{'(median, max)':>14}{'error':>10}{'match and depth':>19}"
+             f"{'(plans permuted)':>20}{'(plans permuted)':>20}{'largest':>9}"]  # fmt: skip
     for side, r in record["sides"].items():
-        rank = "one layer only" if r["depth_spearman"] is None else f"{r['depth_spearman']:.3f}"
-        lines.append(f"{side:8} {r['iterations_median']:8} {r['iterations_max']:8} {r['error_max']:22.1e} {rank:>20}")
+        rank = "one layer" if r["depth_spearman"] is None else f"{r['depth_spearman']:.3f}"
+        fits = "".join(f"{r[key]['plans']:11.3f} ({r[key]['permuted']:6.3f})" for key in ("r2", "correlation"))
+        lines.append(f"{side:8}{r['iterations_median']:8} {r['iterations_max']:5}{r['error_max']:10.1e}{rank:>19}"
+                     f"{fits}{r['top_mass']:9.3f}")  # fmt: skip
     return "\n".join(lines)
 
 

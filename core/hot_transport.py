@@ -6,16 +6,17 @@ L target layers, M source layers. Marginals are uniform: 1/n and 1/m.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from core.sinkhorn import CACHED_BYTES, SinkhornResult, as_array, sinkhorn_uniform_streaming, solve_uniform
+from core.scaling import CACHED_BYTES, full_float32
+from core.sinkhorn import SinkhornResult, sinkhorn_uniform_streaming, solve_batch, solve_one
 
 __all__ = ["SinkhornResult", "compute_P", "compute_Q_and_layer_costs", "corr_distance_matrix", "effective_layer_plan",
            "reconstruct_X", "sinkhorn_uniform_streaming", "standardize"]  # fmt: skip
@@ -67,7 +68,8 @@ def corr_distance_matrix(X: Tensor, Y: Tensor) -> Tensor:
 
 def _correlation_cost(Zx: Tensor, Zy: Tensor) -> Tensor:
     """C = 1 - Z_x^T Z_y, clipped to [0, 2] against rounding."""
-    return (Zx.T @ Zy).neg_().add_(1.0).clamp_(*COST_BOUNDS)  # [n, T] @ [T, m] -> [n, m]
+    with full_float32():
+        return (Zx.T @ Zy).neg_().add_(1.0).clamp_(*COST_BOUNDS)  # [n, T] @ [T, m] -> [n, m]
 
 
 def compute_Q_and_layer_costs(
@@ -100,30 +102,51 @@ def compute_Q_and_layer_costs(
 
 
 def solve_layer(
-    zx: Tensor, Zy: Iterable[Tensor], reg: float, n_iters: int = 1000, tol: float = 1e-6, mode: str = "auto"
-) -> Iterator[SinkhornResult]:
+    zx: Tensor, Zy: Iterable[Tensor], reg: float, n_iters: int = 1000, tol: float = 1e-6, mode: str = "auto",
+    probe_rows: Tensor | None = None, batch_bytes: int = 1 << 30,
+) -> Iterator[SinkhornResult]:  # fmt: skip
     """Feature plans of one target layer with one source layer after the other, all in the same memory: one n x m
-    buffer (two where they are small enough for the cache).
+    buffer (two where they are small enough for the cache). On accelerators problems of one shape run together.
 
     Args:
         zx, Zy: standardised activations [T, n] and [T, m_k].
         reg, n_iters, tol, mode: see `sinkhorn_uniform_streaming`.
+        probe_rows: row numbers [r]; each result then carries `probed` = Q @ zy[probe_rows]^T [n, r].
+        batch_bytes: memory for the n x m matrices of one batch on an accelerator.
     """
-    R: Any = None
-    for zy in Zy:
-        shape = (zx.shape[1], zy.shape[1])
-        if R is None or R.shape != shape:
-            R = as_array(zx.new_empty(shape))
-            small = R.nbytes <= CACHED_BYTES
-            K = as_array(zx.new_empty(shape)) if small else R  # a large K takes the memory of R
-        xp: Any = np if isinstance(R, np.ndarray) else torch
-        xp.matmul(as_array(zx).T, as_array(zy), out=R)  # correlation [n, T] @ [T, m] -> [n, m]; C = 1 - R
-        yield solve_uniform(R, (1.0, -1.0), COST_BOUNDS, reg, n_iters, tol, mode, correlation_cost_rows(zx, zy), K)
+    n, problem = zx.shape[1], (reg, n_iters, tol, mode)
+    inverse = float(np.float32(1.0 / reg))
+    scaled = zx * inverse  # the product is then the exponent of K, but for a constant
+    for (_, m), layers in itertools.groupby(Zy, key=lambda zy: zy.shape):
+        if zx.device.type != "cpu":
+            while batch := list(itertools.islice(layers, max(1, batch_bytes // (4 * n * m)))):
+                yield from _solve_together(zx, batch, problem, probe_rows)
+            continue
+        R = np.empty((n, m), np.float32)
+        K = np.empty_like(R) if R.nbytes <= CACHED_BYTES else R  # a large K takes the memory of R
+        for zy in layers:
+            np.matmul(scaled.numpy().T, zy.numpy(), out=R)  # correlation / reg [n, T] @ [T, m]; C = 1 - reg * R
+            probe = None if probe_rows is None else zy.numpy()[probe_rows.numpy()].T
+            rows = correlation_cost_rows(zx, zy)
+            yield solve_one(R, (1.0, -1.0 / inverse), COST_BOUNDS, *problem, rows, K, probe)
 
 
-def correlation_cost_rows(Zx: Tensor, Zy: Tensor) -> Callable[[int, int], Tensor]:
-    """Function (a, b) -> rows a..b of the cost [n, m], computed from standardised activations [T, n], [T, m]."""
-    return lambda a, b: _correlation_cost(Zx[:, a:b], Zy)
+def _solve_together(
+    zx: Tensor, batch: list[Tensor], problem: tuple[float, int, float, str], probe_rows: Tensor | None
+) -> list[SinkhornResult]:
+    """Plans of zx [T, n] with every zy [T, m] of the batch, on their device."""
+    R = zx.new_empty(len(batch), zx.shape[1], batch[0].shape[1])
+    with full_float32():
+        for out, zy in zip(R, batch, strict=True):
+            torch.mm(zx.T, zy, out=out)  # [n, T] @ [T, m] -> [n, m]
+    probes = None if probe_rows is None else torch.stack([zy[probe_rows].T for zy in batch])  # [B, m, r]
+    rows = [correlation_cost_rows(zx, zy) for zy in batch]
+    return solve_batch(R, (1.0, -1.0), COST_BOUNDS, *problem, rows, probes)
+
+
+def correlation_cost_rows(Zx: Tensor, Zy: Tensor) -> Callable[[slice], Tensor]:
+    """Function slice -> rows of the cost [n, m], computed from standardised activations [T, n], [T, m]."""
+    return lambda rows: _correlation_cost(Zx[:, rows], Zy)
 
 
 def standardize_layer(X: Tensor, model: str, layer: int) -> Tensor:
@@ -184,3 +207,29 @@ def reconstruct_X(P: Tensor, Q: Sequence[Sequence[SinkhornResult]], Y_list: Sequ
         parts = [w.to(Y.dtype) * (len(q.f) * q.apply(Y.T)).T for w, q, Y in zip(weights, plans, Y_list, strict=True)]
         out.append(torch.stack(parts).sum(0))
     return out
+
+
+def reconstruction_overlaps(x: Tensor, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What decides how well X_hat = sum over k of w[k] n Q_k y_k (Eqs. 31-34) fits x, for any layer weights w.
+
+    Args:
+        x: [r, n] some standardised rows of one target layer.
+        parts: M tensors Q_k y_k [n, r], `SinkhornResult.probed` on the same rows.
+    Returns:
+        `overlap` [M] = <x, n Q_k y_k>; `overlap_permuted` [M], the same with the neurons of the plan shuffled (one
+        fixed order); `gram` [M, M] = <n Q_k y_k, n Q_j y_j>; `power` [] = <x, x>. float64.
+    """
+    n = x.shape[1]
+    A = n * torch.stack([part.flatten() for part in parts]).double()  # [M, n r]
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    own, other = (rows.double().flatten().to(A.device) for rows in (x.T, x.T[shuffled.to(x.device)]))
+    return {"overlap": A @ own, "overlap_permuted": A @ other, "gram": A @ A.T, "power": own @ own}
+
+
+def reconstruction_fit(P: Tensor, overlap: Tensor, gram: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+    """(R^2 [L], correlation [L]) of `reconstruct_X` with X, from the overlaps of all layers: overlap [L, M],
+    gram [L, M, M], power [L]. R^2 = 1 - |X - X_hat|^2 / |X|^2."""
+    w = len(P) * P
+    product = (w * overlap).sum(1)
+    square = torch.einsum("lm,lmk,lk->l", w, gram, w)
+    return (2 * product - square) / power, product / (square * power).clamp_min(1e-300).sqrt()

@@ -24,6 +24,8 @@ STAGE = "plans"
 ROWS_CACHE = 4
 # The order in which a layer computes its sides: the first one with NaN is the one to look at.
 FORWARD_ORDER = ("attn_in", "q", "k", "v", "o_in", "o")
+# Prefix of what was measured on plans, in the parts of a side.
+MEASURED = "measured."
 HALF_MAX = 60000.0
 HALF_MIN_STD = 1e-4
 
@@ -88,8 +90,11 @@ def part_file(folder: Path, side: str, layer: int) -> Path:
     return folder / "plans" / "parts" / f"{side}.{layer}.safetensors"
 
 
-def write_part(folder: Path, side: str, layer: int, results: Sequence[SinkhornResult]) -> None:
-    """Write the plans of one target layer: potentials f [M, n], g [M, m] (float64), iterations, errors and costs."""
+def write_part(
+    folder: Path, side: str, layer: int, results: Sequence[SinkhornResult], measured: Mapping[str, Tensor]
+) -> None:
+    """Write the plans of one target layer: potentials f [M, n], g [M, m] (float64), iterations, errors and costs, and
+    what was `measured` on them, which `join_parts` hands on."""
     path = part_file(folder, side, layer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, {
@@ -99,21 +104,28 @@ def write_part(folder: Path, side: str, layer: int, results: Sequence[SinkhornRe
         "error": torch.tensor([r.error for r in results], dtype=torch.float64),
         "converged": torch.tensor([r.converged for r in results]),
         "layer_cost": torch.tensor([r.cost for r in results], dtype=torch.float64),
+        **{MEASURED + key: value for key, value in measured.items()},
     })  # fmt: skip
 
 
-def join_parts(folder: Path, side: str, n_layers: int, layer_plan: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Join the parts of a side into its file, with P = layer_plan(layer costs), and remove them; returns its tensors.
+def join_parts(
+    folder: Path, side: str, n_layers: int, layer_plan: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Join the parts of a side into its file, with P = layer_plan(layer costs), and remove them.
 
     The file holds f [L, M, n], g [L, M, m], n_iters, error, converged, layer_cost and P, all [L, M].
+
+    Returns:
+        (tensors of the file, what was measured [L, ...]).
     """
     parts = [load_file(part_file(folder, side, layer)) for layer in range(n_layers)]
-    tensors = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+    joined = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+    tensors = {key: value for key, value in joined.items() if not key.startswith(MEASURED)}
     tensors["P"] = layer_plan(tensors["layer_cost"])
     write_safetensors(plans_file(folder, side), tensors)
     for layer in range(n_layers):
         part_file(folder, side, layer).unlink()
-    return tensors
+    return tensors, {key.removeprefix(MEASURED): joined[key] for key in joined.keys() - tensors.keys()}
 
 
 def write_selection(folder: Path, strengths: Mapping[tuple[str, int], Tensor]) -> None:

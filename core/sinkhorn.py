@@ -1,37 +1,19 @@
-"""Entropic optimal transport with uniform marginals (Eqs. 8, 9, 24-26): the solver and its result. Tensors only.
-
-K = exp(-C / reg); one sweep is u <- u^(1-w) (a / Kv)^w, v <- v^(1-w) (b / K^T u)^w. With w = 1 this is Sinkhorn's
-iteration; w > 1 is over-relaxation (Thibault, Chizat, Dossal and Papadakis 2021), with w from the observed rate.
-"""
+"""Entropic optimal transport with uniform marginals (Eqs. 8, 9, 24-26): the solver and its result. Tensors only."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.scaling import PLAN_BLOCK_ROWS, Scaled, scale_batch, scale_log, scale_one
+
 # exp(-x) and the scalings stay inside a float's range while osc(C)/reg + ln(max(n, m)) is below these.
 EXP_RANGE = {"float32": 80.0, "float64": 600.0}
-# Rows of Q that exist at once when a plan is applied without being built.
-PLAN_BLOCK_ROWS = 512
-# A K beyond the first size (no cache holds it) is swept in row blocks of the second, which both products of a sweep
-# then read from the cache: one read of memory per iteration instead of two.
-CACHED_BYTES = 32 << 20
-BLOCK_BYTES = 4 << 20
-# Elementwise work on K runs in row blocks of this size, threads sharing the blocks of a K larger than the next.
-ELEMENTWISE_BYTES = 2 << 20
-THREADED_BYTES = 8 << 20
-# Host synchronisations cost nothing on a CPU; on CUDA the errors are read every tenth sweep.
-CUDA_CHECK_EVERY = 10
-# Over-relaxation: sweeps over which a rate is measured, and the fewest plain sweeps left that make it worth while.
-RATE_WINDOW = 4
-WORTH_RELAXING = 8
 MODES = ("auto", "paper")
 
 
@@ -43,27 +25,29 @@ class SinkhornResult:
         f: [n] float64 target potentials, in units of the cost.
         g: [m] float64 source potentials, in units of the cost.
         reg: entropic regularisation epsilon.
-        cost_rows: rows a..b of C on demand, so that neither C nor Q has to stay in memory.
+        cost_rows: a slice of the rows of C on demand, so that neither C nor Q has to stay in memory.
         n_iters: iterations done.
         error: larger L1 marginal error, max(sum |Q1 - 1/n|, sum |Q^T 1 - 1/m|).
         converged: whether `error` reached the tolerance.
         cost: transport cost <C, Q> (entry of the layer cost, Eq. 10).
         solver: `exp-float32`, `exp-float64` or `log-float64`.
+        probed: Q @ probe [n, r] float32 where the caller gave a probe, else None.
     """
 
     f: Tensor
     g: Tensor
     reg: float
-    cost_rows: Callable[[int, int], Tensor]
+    cost_rows: Callable[[slice], Tensor]
     n_iters: int
     error: float
     converged: bool
     cost: float
     solver: str
+    probed: Tensor | None = None
 
     def plan_rows(self, a: int, b: int) -> Tensor:
         """Rows a..b of Q: [b - a, m] in the cost's dtype."""
-        C = self.cost_rows(a, b)
+        C = self.cost_rows(slice(a, b))
         exponent = (self.f[a:b, None].to(C.device) + self.g.to(C.device) - C) / self.reg  # float64
         return exponent.exp_().to(C.dtype)
 
@@ -122,35 +106,66 @@ def sinkhorn_uniform_streaming(
     """
     if C.ndim != 2 or 0 in C.shape:
         raise ValueError(f"cost must be a non-empty matrix, got shape {tuple(C.shape)}")
-    if C.dtype not in (torch.float32, torch.float64):
-        C = C.float()
-    matrix = as_array(C)
-    low, high = float(matrix.min()), float(matrix.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
+    C = C.detach() if C.dtype in (torch.float32, torch.float64) else C.detach().float()
+    bounds = float(C.min()), float(C.max())
+    if not all(map(math.isfinite, bounds)):
         raise ValueError("cost contains NaN or infinite values")
-    return solve_uniform(matrix, (0.0, 1.0), (low, high), reg, n_iters, tol, mode, lambda a, b: C[a:b])
+    rows = C.__getitem__
+    if C.device.type != "cpu":
+        return solve_batch(C.clone()[None], (0.0, 1.0), bounds, reg, n_iters, tol, mode, [rows])[0]
+    return solve_one(C.numpy(), (0.0, 1.0), bounds, reg, n_iters, tol, mode, rows)
 
 
-def as_array(tensor: Tensor) -> Any:
-    """What the solver computes with: a numpy view of a CPU tensor, the tensor itself on other devices.
-
-    On a CPU numpy has the faster kernels (its exp is vectorised, its BLAS knows every make of processor), and a loop
-    that used both libraries would have their thread pools fight for the cores.
-    """
-    return tensor.detach().numpy() if tensor.device.type == "cpu" else tensor.detach()
-
-
-def solve_uniform(
-    matrix: Any, affine: tuple[float, float], bounds: tuple[float, float], reg: float, n_iters: int, tol: float,
-    mode: str, cost_rows: Callable[[int, int], Tensor], K: Any = None,
+def solve_one(
+    matrix: np.ndarray, affine: tuple[float, float], bounds: tuple[float, float], reg: float, n_iters: int, tol: float,
+    mode: str, cost_rows: Callable[[slice], Tensor], K: np.ndarray | None = None, probe: np.ndarray | None = None,
 ) -> SinkhornResult:  # fmt: skip
-    """`sinkhorn_uniform_streaming` for a caller that knows the range of its cost and has memory for K.
+    """`sinkhorn_uniform_streaming` on a CPU, for a caller that knows the range of its cost and has memory for K.
 
     Args:
-        matrix: [n, m] of `as_array`. The cost is C = affine[0] + affine[1] * matrix.
+        matrix: [n, m]. The cost is C = affine[0] + affine[1] * matrix.
         bounds: (low, high) with low <= C <= high.
         cost_rows: how the result finds rows of C again.
         K: buffer like `matrix` for K, or `matrix` itself, which is lost then; allocated when None.
+        probe: [m, r] to be multiplied by Q while K is in memory.
+    """
+    dtype, shift = _range(matrix.shape, matrix.itemsize, affine[0], bounds, reg, n_iters, mode)
+    if dtype is None:
+        C, factor = torch.from_numpy(affine[0] + affine[1] * matrix), None if probe is None else torch.tensor(probe)
+        scaled = scale_log(C, reg, n_iters, 0.0 if mode == "paper" else tol, factor)
+    else:
+        if matrix.dtype != dtype:
+            K = matrix = matrix.astype(dtype)
+        elif K is None:
+            K = np.empty_like(matrix)
+        scaled = scale_one(matrix, K, affine, shift, reg, n_iters, tol, mode == "paper", probe)
+    return _result(scaled, reg, tol, cost_rows, dtype)
+
+
+def solve_batch(
+    matrices: Tensor, affine: tuple[float, float], bounds: tuple[float, float], reg: float, n_iters: int, tol: float,
+    mode: str, cost_rows: Sequence[Callable[[slice], Tensor]], probes: Tensor | None = None,
+) -> list[SinkhornResult]:  # fmt: skip
+    """`solve_one` for B problems of one shape on an accelerator: `matrices` [B, n, m] is lost, `probes` [B, m, r]."""
+    dtype, shift = _range(matrices.shape[1:], matrices.element_size(), affine[0], bounds, reg, n_iters, mode)
+    if dtype is None:
+        limit = 0.0 if mode == "paper" else tol
+        scaled = [scale_log(affine[0] + affine[1] * matrix, reg, n_iters, limit, probe)
+                  for matrix, probe in zip(matrices, [None] * len(matrices) if probes is None else probes, strict=True)
+                  ]  # fmt: skip
+    else:
+        K = matrices.to(getattr(torch, dtype))
+        probes = None if probes is None else probes.to(K.dtype)
+        scaled = scale_batch(K, affine, shift, reg, n_iters, tol, mode == "paper", probes)
+    return [_result(one, reg, tol, rows, dtype) for one, rows in zip(scaled, cost_rows, strict=True)]
+
+
+def _range(
+    shape: Sequence[int], itemsize: int, origin: float, bounds: tuple[float, float], reg: float, n_iters: int, mode: str
+) -> tuple[str | None, float]:
+    """(float type in whose range K = exp(-(C - shift) / reg) and its scalings stay, shift); None: no type is enough.
+
+    `origin`, the cost where the matrix is 0, saves a pass over the matrix as the shift; else the lowest cost is it.
     """
     if not reg > 0:
         raise ValueError(f"reg must be positive, got {reg}")
@@ -159,163 +174,18 @@ def solve_uniform(
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
     low, high = bounds
-    size = math.log(max(matrix.shape))
-    candidates = ("float64",) if matrix.itemsize == 8 else ("float32", "float64")
-    dtype = next((t for t in candidates if (high - low) / reg + size < EXP_RANGE[t]), None)
-    if dtype is None:
-        C = torch.as_tensor(affine[0] + affine[1] * matrix)
-        f, g, done, error, cost = _scale_log(C, reg, n_iters, 0.0 if mode == "paper" else tol)
-        solver = "log-float64"
-    else:
-        shift = 0.0 if max(abs(low), abs(high)) / reg + size < EXP_RANGE[dtype] else low
-        if dtype != str(matrix.dtype).removeprefix("torch."):
-            K = matrix = matrix.astype(dtype) if isinstance(matrix, np.ndarray) else matrix.double()
-        elif K is None:
-            K = np.empty_like(matrix) if isinstance(matrix, np.ndarray) else torch.empty_like(matrix)
-        f, g, done, error, cost = _scale_exp(matrix, K, affine, shift, reg, n_iters, tol, mode == "paper")
-        solver = f"exp-{dtype}"
-    return SinkhornResult(f, g, reg, cost_rows, done, error, error <= tol, cost, solver)
+    size = math.log(max(shape))
+    for dtype in ("float64",) if itemsize == 8 else ("float32", "float64"):
+        if (high - low) / reg + size < EXP_RANGE[dtype]:
+            farthest = max(abs(low - origin), abs(high - origin))
+            return dtype, origin if farthest / reg + size < EXP_RANGE[dtype] else low
+    return None, 0.0
 
 
-@dataclass
-class _Relaxation:
-    """Chooses w from the residuals it is shown: 1 until their rate says that many plain sweeps are left.
-
-    With contraction r per plain sweep the best w is 2 / (1 + sqrt(1 - r)); while relaxed with rate s, the contraction
-    behind it solves (s + w - 1)^2 = w^2 r s (Young's relation), so a w chosen too small is raised.
-    """
-
-    tol: float
-    w: float = 1.0
-    seen: list[tuple[int, float]] = field(default_factory=list)
-
-    def show(self, sweep: int, residual: float) -> None:
-        """Update w after the residual of `sweep`."""
-        self.seen.append((sweep, residual))
-        start = next((s for s in reversed(self.seen) if sweep - s[0] >= RATE_WINDOW), None)
-        if self.w > 1 and residual <= 4 * self.tol:
-            self._change(1.0)
-        elif start is not None and residual > 0 and self.tol > 0:
-            rate = (residual / start[1]) ** (1 / (sweep - start[0]))
-            if self.w == 1:
-                if rate < 1 and math.log(self.tol / residual) / math.log(rate) > WORTH_RELAXING:
-                    self._change(2 / (1 + math.sqrt(1 - rate)))
-            elif rate >= 1:
-                self._change(1 + (self.w - 1) / 2)
-            elif rate > self.w - 1 + 0.03:
-                plain = min((rate + self.w - 1) ** 2 / (self.w**2 * rate), 0.9999)
-                raised = 2 / (1 + math.sqrt(1 - plain))
-                if raised > self.w:
-                    self._change(raised)
-
-    def _change(self, w: float) -> None:
-        self.w, self.seen = w, []
-
-
-def _scale_exp(
-    matrix: Any, K: Any, affine: tuple[float, float], shift: float, reg: float, n_iters: int, tol: float, paper: bool
-) -> tuple[Tensor, Tensor, int, float, float]:
-    """(f, g, iterations, error, <C, Q>) by scaling K = exp(-(C - shift) / reg), written into `K` (may be `matrix`)."""
-    n, m = K.shape
-    a, b = 1.0 / n, 1.0 / m
-    # The reciprocal of reg as this dtype holds it: potentials in units of the problem that is really solved.
-    scale = float(np.float64(-1.0 / reg) if K.itemsize == 8 else np.float32(-1.0 / reg))
-    blocks = [slice(0, n)] if n * m * K.itemsize <= CACHED_BYTES else _row_blocks(K, BLOCK_BYTES)
-    _for_each(K, lambda s: _exp(matrix[s], K[s], affine[1] * scale, (affine[0] - shift) * scale))
-    u = a / (K @ (K[0] * 0 + 1))  # v = 1
-    v = b / (u @ K)  # [n] @ [n, m] -> [m]
-    relaxation = _Relaxation(tol)
-    check_every = 1 if isinstance(K, np.ndarray) else CUDA_CHECK_EVERY
-    sweep, error, exact = 1, math.inf, True  # sweeps done; exact: the columns are, since the last one was plain
-    while True:
-        last = sweep == n_iters
-        w = 1.0 if paper or sweep + 1 >= n_iters else relaxation.w
-        u_before, u, Kv, KTu = u, u * 0, u * 0, v * 0
-        for s in blocks:  # one read of K: a block is still in the cache for its second product
-            Kv[s] = K[s] @ v  # [b, m] @ [m] -> [b]
-            ratio = a / Kv[s]
-            u[s] = ratio if w == 1 else u_before[s] * (ratio / u_before[s]) ** w
-            KTu += u[s] @ K[s]  # [b] @ [b, m] -> [m]
-        if last or sweep % check_every == 0:
-            error = float(abs(u_before * Kv - a).sum())
-            if not exact:
-                error = max(error, float(abs(v * KTu - b).sum()))
-            if last or (exact and not paper and error <= tol):
-                u = u_before
-                break
-            relaxation.show(sweep, error)
-        ratio = b / KTu
-        v = ratio if w == 1 else v * (ratio / v) ** w
-        sweep, exact = sweep + 1, w == 1
-    # <C, Q> with C from the matrix, or from K where K took its place; the mass of Q is 1, as its columns are exact.
-    if K is matrix:
-        _for_each(K, lambda s: _times(K[s], _log(K[s])))
-        cost = shift + float(u @ (K @ v)) / scale
-    else:
-        _for_each(K, lambda s: _times(K[s], matrix[s]))
-        cost = affine[0] + affine[1] * float(u @ (K @ v))
-    f, g = (_log(x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()) / -scale for x in (u, v))
-    return torch.as_tensor(f + shift), torch.as_tensor(g), sweep, error, cost
-
-
-def _exp(matrix: Any, out: Any, factor: float, offset: float) -> None:
-    """out <- exp(factor * matrix + offset)."""
-    xp: Any = np if isinstance(matrix, np.ndarray) else torch
-    xp.multiply(matrix, factor, out=out)
-    if offset:
-        out += offset
-    xp.exp(out, out=out)
-
-
-def _times(out: Any, factor: Any) -> None:
-    out *= factor
-
-
-def _log(x: Any) -> Any:
-    return np.log(x) if isinstance(x, np.ndarray) else x.log()
-
-
-def _row_blocks(K: Any, size: int) -> list[slice]:
-    """Row ranges of K of about `size` bytes each."""
-    n, m = K.shape
-    rows = max(1, size // (m * K.itemsize))
-    return [slice(s, min(s + rows, n)) for s in range(0, n, rows)]
-
-
-def _for_each(K: Any, work: Callable[[slice], None]) -> None:
-    """Run elementwise work on row blocks of K, those of a large CPU array in threads (numpy lets go of the lock)."""
-    on_cpu = isinstance(K, np.ndarray)
-    blocks = _row_blocks(K, ELEMENTWISE_BYTES) if on_cpu else [slice(0, len(K))]
-    threads = torch.get_num_threads() if on_cpu and K.nbytes > THREADED_BYTES else 1
-    if threads == 1:
-        for s in blocks:
-            work(s)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, blocks))
-
-
-def _scale_log(C: Tensor, reg: float, n_iters: int, tol: float):
-    """The same iteration on potentials with log-sum-exp, float64, in blocks of rows and of columns."""
-    n, m = C.shape
-    step = PLAN_BLOCK_ROWS
-    f = torch.zeros(n, dtype=torch.float64, device=C.device)
-    g = torch.zeros(m, dtype=torch.float64, device=C.device)
-
-    def row_logsums() -> Tensor:
-        return torch.cat([torch.logsumexp((g - C[a : a + step]) / reg, 1) for a in range(0, n, step)])
-
-    def column_logsums() -> Tensor:
-        return torch.cat([torch.logsumexp((f[:, None] - C[:, a : a + step]) / reg, 0) for a in range(0, m, step)])
-
-    done, error = 0, math.inf
-    rows = row_logsums()
-    while done < n_iters and error > tol:
-        f = -reg * (rows + math.log(n))
-        g = -reg * (column_logsums() + math.log(m))
-        rows = row_logsums()
-        done += 1
-        error = float((torch.exp(f / reg + rows) - 1.0 / n).abs().sum())
-    cost = sum(float((torch.exp((f[a : a + step, None] + g - C[a : a + step]) / reg) * C[a : a + step]).sum())
-               for a in range(0, n, step))  # fmt: skip
-    return f, g, done, error, cost
+def _result(
+    scaled: Scaled, reg: float, tol: float, cost_rows: Callable[[slice], Tensor], dtype: str | None
+) -> SinkhornResult:
+    solver = "log-float64" if dtype is None else f"exp-{dtype}"
+    probed = None if scaled.probed is None else scaled.probed.float()
+    return SinkhornResult(scaled.f, scaled.g, reg, cost_rows, scaled.n_iters, scaled.error, scaled.error <= tol,
+                          scaled.cost, solver, probed)  # fmt: skip

@@ -8,14 +8,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from core import sinkhorn
+from core import hot_transport, scaling, sinkhorn
 from core.hot_transport import (
     compute_P,
     compute_Q_and_layer_costs,
     corr_distance_matrix,
     effective_layer_plan,
     reconstruct_X,
+    reconstruction_fit,
+    reconstruction_overlaps,
     sinkhorn_uniform_streaming,
+    solve_layer,
+    standardize,
 )
 
 
@@ -41,6 +45,21 @@ def test_cost_is_one_minus_pearson():
     X, Y = activations(50, 7, 0), activations(50, 9, 1)
     expected = 1 - np.corrcoef(X.double().numpy().T, Y.double().numpy().T)[:7, 7:]
     assert_close(corr_distance_matrix(X, Y).double(), torch.from_numpy(expected), atol=1e-6, rtol=0)
+
+
+def test_cost_is_full_float32_whatever_the_global_setting():
+    X, Y = activations(256, 64, 0), activations(256, 64, 1)
+    exact = corr_distance_matrix(X, Y)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        chosen = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        assert torch.equal(corr_distance_matrix(X, Y), exact)
+        with scaling.full_float32():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        after = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        assert after == chosen and "ieee" not in chosen
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_constant_neuron_costs_one_and_shift_and_scale_change_nothing():
@@ -96,7 +115,7 @@ def test_small_epsilon_takes_a_wider_range_and_still_equals_pot(reg, solver):
 def test_log_domain_blocks_do_not_matter(monkeypatch):
     C = torch.rand(13, 11, generator=torch.Generator().manual_seed(1)) * 2
     whole = sinkhorn_uniform_streaming(C, 0.002, 50)
-    monkeypatch.setattr(sinkhorn, "PLAN_BLOCK_ROWS", 4)
+    monkeypatch.setattr(scaling, "PLAN_BLOCK_ROWS", 4)
     assert_close(sinkhorn_uniform_streaming(C, 0.002, 50).f, whole.f, atol=1e-12, rtol=0)
 
 
@@ -139,6 +158,18 @@ def test_lazy_plan_equals_dense(monkeypatch):
 def test_bad_problems_are_refused(C, reg, n_iters, message):
     with pytest.raises(ValueError, match=message):
         sinkhorn_uniform_streaming(C, reg, n_iters)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.02, 0.002])
+def test_a_probe_is_multiplied_by_the_plan(epsilon):
+    """In the exp domain of both widths, in place or not, and in the log domain."""
+    zx, zy = standardize(activations(40, 18, 0)), standardize(activations(40, 12, 1))
+    rows = torch.tensor([3, 0, 17])
+    for small in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hot_transport, "CACHED_BYTES", 32 << 20 if small else 0)
+            (result,) = solve_layer(zx, [zy], epsilon, 5000, 1e-6, "auto", rows)
+        assert_close(result.probed, result.apply(zy[rows].T), atol=1e-7, rtol=1e-4)
 
 
 def test_every_target_layer_meets_every_source_layer():
@@ -192,3 +223,25 @@ def test_reconstruction_is_barycentric():
     constant = [torch.full((30, 5), 3.0) for _ in range(3)]
     for X_hat in reconstruct_X(P, Q, constant):  # weights sum to 1: a constant stays what it is
         assert_close(X_hat, torch.full_like(X_hat, 3.0), atol=1e-4, rtol=0)
+
+
+def test_fit_from_overlaps_is_that_of_the_reconstruction():
+    X = [activations(30, n, seed) for seed, n in enumerate((8, 10, 9))]
+    Y = [activations(30, n, 10 + seed) for seed, n in enumerate((7, 12))]
+    Zx, Zy = [standardize(x) for x in X], [standardize(y) for y in Y]
+    Q, costs = compute_Q_and_layer_costs(X, Y, 0.1)
+    P = compute_P(costs, 0.1)
+    rows = torch.tensor([4, 20, 3])
+    kept = [reconstruction_overlaps(x[rows], [q.apply(y[rows].T) for q, y in zip(plans, Zy, strict=True)])
+            for x, plans in zip(Zx, Q, strict=True)]  # fmt: skip
+    overlap, shuffled, gram, power = (torch.stack([one[key] for one in kept])
+                                      for key in ("overlap", "overlap_permuted", "gram", "power"))  # fmt: skip
+    r2, correlation = reconstruction_fit(P, overlap, gram, power)
+    other, _ = reconstruction_fit(P, shuffled, gram, power)
+    order = [torch.randperm(len(x.T), generator=torch.Generator().manual_seed(0)) for x in X]
+    for layer, (x, x_hat) in enumerate(zip(Zx, reconstruct_X(P, Q, Zy), strict=True)):
+        x, x_hat = x[rows].double(), x_hat[rows].double()
+        assert r2[layer] == pytest.approx(float(1 - (x - x_hat).square().sum() / x.square().sum()), abs=1e-5)
+        assert correlation[layer] == pytest.approx(float((x * x_hat).sum() / (x.norm() * x_hat.norm())), abs=1e-5)
+        x = x[:, order[layer]]
+        assert other[layer] == pytest.approx(float(1 - (x - x_hat).square().sum() / x.square().sum()), abs=1e-5)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from core import sinkhorn
+from core import hot_transport, scaling, sinkhorn
 from core.hot_transport import corr_distance_matrix
 from core.sinkhorn import SinkhornResult, sinkhorn_uniform_streaming
 
@@ -74,8 +74,8 @@ def test_paper_mode_is_exactly_so_many_plain_iterations(n_iters, reg):
 def test_row_blocks_do_not_matter(monkeypatch, reg):
     C = correlated(70, 50, 1)
     whole = sinkhorn_uniform_streaming(C, reg)
-    monkeypatch.setattr(sinkhorn, "CACHED_BYTES", 1000)
-    monkeypatch.setattr(sinkhorn, "BLOCK_BYTES", 7 * 50 * 4)
+    monkeypatch.setattr(scaling, "CACHED_BYTES", 1000)
+    monkeypatch.setattr(scaling, "BLOCK_BYTES", 7 * 50 * 4)
     blocked = sinkhorn_uniform_streaming(C, reg)
     assert float((blocked.plan() - whole.plan()).abs().sum() / 2) <= 1e-6
     assert blocked.cost == pytest.approx(whole.cost, abs=1e-6)
@@ -87,7 +87,7 @@ def test_a_cost_given_as_correlation_is_the_same_problem(in_place):
     R = (1 - C).numpy().copy()
     K = R if in_place else R * 0
     given_C = sinkhorn_uniform_streaming(C, 0.1)
-    given_R = sinkhorn.solve_uniform(R, (1.0, -1.0), (0.0, 2.0), 0.1, 1000, 1e-6, "auto", lambda a, b: C[a:b], K)
+    given_R = sinkhorn.solve_one(R, (1.0, -1.0), (0.0, 2.0), 0.1, 1000, 1e-6, "auto", C.__getitem__, K)
     assert_close(given_R.plan(), given_C.plan(), atol=1e-8, rtol=1e-4)
     assert given_R.cost == pytest.approx(given_C.cost, abs=1e-6)
     assert in_place != bool(((1 - C).numpy() == R).all())
@@ -185,3 +185,73 @@ def test_tolerance_zero_uses_every_iteration():
 def test_bad_mode_is_refused():
     with pytest.raises(ValueError, match="expected one of auto, paper"):
         sinkhorn_uniform_streaming(torch.ones(2, 2), 0.1, mode="fast")
+
+
+def batch(costs: list[torch.Tensor], reg: float, n_iters: int = 20000, mode: str = "auto") -> list[SinkhornResult]:
+    """What an accelerator runs, on the CPU."""
+    rows = [C.__getitem__ for C in costs]
+    return sinkhorn.solve_batch(torch.stack(costs), (0.0, 1.0), (0.0, 2.0), reg, n_iters, 1e-6, mode, rows)
+
+
+COMPANY = [(0.02, 1), (1.0, 2), (0.1, 3), (0.3, 4), (0.05, 5)]
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.03, 0.01])
+def test_batches_solve_each_problem_and_stop_it_by_itself(reg):
+    costs = [correlated(30, 50, seed, noise) for noise, seed in COMPANY]
+    together = batch(costs, reg)
+    for C, result in zip(costs, together, strict=True):
+        (alone,) = batch([C], reg)
+        assert (result.n_iters, result.solver) == (alone.n_iters, alone.solver)
+        assert result.converged and errors(result, C) <= 5e-6
+        assert float((result.plan() - alone.plan()).abs().sum() / 2) <= 1e-6
+        assert float((result.plan() - sinkhorn_uniform_streaming(C, reg, 20000).plan()).abs().sum() / 2) <= 5e-6
+        assert result.cost == pytest.approx(float((result.plan() * C).sum()), abs=1e-6)
+    assert reg == 0.1 or len({result.n_iters for result in together}) > 1
+
+
+def test_batches_beyond_a_floats_range_take_the_log_domain():
+    costs = [random_cost(12, 15, seed) for seed in (0, 1)]
+    for C, result in zip(costs, batch(costs, 0.003, 100), strict=True):
+        alone = sinkhorn_uniform_streaming(C, 0.003, 100)
+        assert result.solver == "log-float64" and result.error == alone.error > 1e-6 and not result.converged
+        assert_close(result.f, alone.f, atol=1e-12, rtol=0)
+
+
+def test_batched_paper_mode_is_plain():
+    costs = [correlated(40, 56, seed, 0.1) for seed in (0, 1, 2)]
+    for n_iters in (1, 10, 25):
+        for C, result in zip(costs, batch(costs, 0.03, n_iters, "paper"), strict=True):
+            _, Q = plain(C, 0.03, -1.0, n_iters)
+            assert result.n_iters == n_iters
+            assert float((result.plan().double() - Q).abs().sum() / 2) <= 1e-6
+
+
+def test_a_batch_reads_the_device_once_per_check(monkeypatch):
+    K = torch.stack([correlated(30, 50, seed, noise) for noise, seed in COMPANY])
+    reads = []
+    as_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append("check") or as_list(tensor))
+    for name in ("item", "__float__", "__int__", "__bool__", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name: reads.append(name) or 0.0)
+    scaled = scaling._scale_batch(K, (0.0, 1.0), 0.0, 0.05, 2000, 1e-6, False, None)
+    monkeypatch.undo()
+    assert reads == ["check"] * (max(one.n_iters for one in scaled) // scaling.CHECK_EVERY + 1)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_layers_in_turn_in_batches_and_alone_give_the_same_plans(small, monkeypatch):
+    if not small:
+        monkeypatch.setattr(hot_transport, "CACHED_BYTES", 0)
+    generator = torch.Generator().manual_seed(0)
+    zx, *Zy = (hot_transport.standardize(torch.randn(30, k, generator=generator)) for k in (12, 20, 20, 20))
+    rows = torch.tensor([1, 5])
+    in_turn = list(hot_transport.solve_layer(zx, Zy, 0.1, probe_rows=rows))
+    together = hot_transport._solve_together(zx, Zy, (0.1, 1000, 1e-6, "auto"), rows)
+    for zy, one, other in zip(Zy, in_turn, together, strict=True):
+        C = 1 - (zx.T @ zy)
+        alone = sinkhorn_uniform_streaming(C, 0.1)
+        for result in (one, other):
+            assert_close(result.plan(), alone.plan(), atol=1e-8, rtol=1e-4)
+            assert_close(result.probed, alone.apply(zy[rows].T), atol=1e-6, rtol=1e-4)
+            assert result.cost == pytest.approx(alone.cost, abs=1e-6)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, llama, make_tokenizer, run_main, save, sentences
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
@@ -21,7 +21,7 @@ from core import train_hot_residual_sft as stage3
 from core.checkpoints import open_checkpoint
 from core.fusion import FusionSettings, Transport
 from core.hot_residual import enable_hot_residual_for_model, load_residuals, restore_base
-from core.plans import PlanDirectory, part_file, write_activations
+from core.plans import PlanDirectory, part_file, write_activations, write_part
 from core.runs import UserError
 
 
@@ -139,17 +139,25 @@ def test_a_killed_run_continues_to_the_same_bytes(plans, models, texts, tmp_path
         (folder / "selection.safetensors").unlink()
     elif lost != "source":
         monkeypatch.setattr(stage1, "extract", lambda *_: pytest.fail("activations are there already"))
+    flags = ["--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
+             "--data-file", texts, "--pooling", "token", "--max-tokens", 24, "--out-dir", folder]  # fmt: skip
+    solved = []
     if lost == "layers":  # killed in the middle of a side: two of three layers are there
-        stored = load_file(plans["token"] / "plans" / "v.safetensors")
-        for layer in (0, 2):
-            part = {key: value[layer].clone() for key, value in stored.items() if key != "P"}
-            part_file(folder, "v", layer).parent.mkdir(exist_ok=True)
-            save_file(part, part_file(folder, "v", layer))
-        solved = []
-        original = stage1.solve_layer
-        monkeypatch.setattr(stage1, "solve_layer", lambda zx, *a: solved.append(zx.shape) or original(zx, *a))
-    run_main(stage1, "--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
-             "--data-file", texts, "--pooling", "token", "--max-tokens", 24, "--out-dir", folder)  # fmt: skip
+        solve, write = stage1.solve_layer, write_part
+
+        def dies(*arguments):
+            if len(solved) == 3:
+                raise KeyboardInterrupt
+            write(*arguments)
+
+        monkeypatch.setattr(stage1, "solve_layer", lambda zx, *a: solved.append(zx.shape) or solve(zx, *a))
+        monkeypatch.setattr(stage1.plans, "write_part", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(stage1, *flags)
+        assert [part_file(folder, "v", layer).is_file() for layer in range(3)] == [True, True, False]
+        monkeypatch.setattr(stage1.plans, "write_part", write)
+        solved.clear()
+    run_main(stage1, *flags)
     assert digests(folder) == digests(plans["token"])
     assert lost != "layers" or len(solved) == 1 + 3 * 3
 

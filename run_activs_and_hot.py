@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core import plans
+from core import cost, plans
 from core.activations import Reading, extract, is_aside, read_aligned, read_texts
 from core.attention import SIDES
 from core.checkpoints import Checkpoint
@@ -55,8 +55,12 @@ def main(argv: list[str]) -> None:
     command = parse_command(
         argv, "1", __doc__ or "", {"out_dir": "plan directory to write (default runs/<name>/plans)"},
         {"model_a_path": "source_model", "model_b_path": "target_model"},
+        {"plan_only": "print what this would cost, from the two configs alone, and stop"},
     )  # fmt: skip
     experiment = dataclasses.replace(command.experiment, epsilon=command.experiment.regularisation)
+    if "plan_only" in command.modes:
+        print(cost.estimate(experiment))
+        return
     folder = command.path("out_dir", "plans")
     target, source = open_pair(experiment)
     check_output_folder(folder, target.folder, source.folder)

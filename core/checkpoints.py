@@ -136,7 +136,7 @@ def open_checkpoint(
     """
     if not name:
         raise UserError("no model given; use --target-model and --source-model, or --config")
-    folder = _find_folder(name, revision)
+    folder = _find_folder(name, revision, HUB_FILES)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     config = read_json(folder / "config.json")
@@ -149,7 +149,23 @@ def open_checkpoint(
     return checkpoint
 
 
-def _find_folder(name: str, revision: str | None) -> Path:
+def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], AttentionLayout]:
+    """(config, layout) of a model of which nothing else has to be there: a config.json, a folder, or a hub id.
+
+    Raises UserError as `open_checkpoint`.
+    """
+    if not name:
+        raise UserError("no model given; use --target-model and --source-model, or --config")
+    path = Path(name).expanduser()
+    if path.suffix != ".json":
+        path = _find_folder(name, revision, ["config.json"]) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a config.json, a model folder or a hub id")
+    config = read_json(path)
+    return config, attention_layout(config, str(path))
+
+
+def _find_folder(name: str, revision: str | None, files: list[str]) -> Path:
     for candidate in (Path(name).expanduser(), models_root() / name):
         if candidate.is_dir():
             return candidate
@@ -157,19 +173,19 @@ def _find_folder(name: str, revision: str | None) -> Path:
             raise UserError(f"{candidate} is a file; give a model folder with config.json and safetensors")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(f"model {name} does not exist (looked for {name} and {models_root() / name})")
-    return _download(name, revision)
+    return _download(name, revision, files)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
         except LocalEntryNotFoundError:
             HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_S))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, etag_timeout=HUB_TIMEOUT_S))
     except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(
             f"model {name} is neither a folder, nor in {models_root()}, nor to be had from the hub "

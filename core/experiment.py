@@ -214,11 +214,12 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line: the experiment, and the folders given as flags (None where not given)."""
+    """A parsed command line: the experiment, the folders given as flags (None where not given), and the modes."""
 
     experiment: Experiment
     paths: dict[str, Path | None]
     from_config: bool
+    modes: frozenset[str] = frozenset()
 
     @property
     def log_file(self) -> Path | None:
@@ -241,6 +242,7 @@ def parse_command(
     description: str,
     paths: dict[str, str],
     aliases: dict[str, str] | None = None,
+    modes: dict[str, str] | None = None,
 ) -> Command:
     """Parse a stage's command line: its experiment keys as flags, `--config`, `--quick` and its folders.
 
@@ -250,6 +252,7 @@ def parse_command(
         stage: `1`, `2`, `3` or `e`.
         paths: folder flag -> help.
         aliases: extra flag -> experiment key (the seed README's spellings).
+        modes: flag -> help, of switches that make the command do something else with the same settings.
     Raises:
         UserError: unknown flag or key, wrong type, value out of range.
     """
@@ -258,6 +261,8 @@ def parse_command(
     parser.add_argument("--quick", action="store_true", help="apply the experiment's `quick:` section")
     for name, text in paths.items():
         parser.add_argument(_flag(name), dest=name, type=Path, help=text)
+    for name, text in (modes or {}).items():
+        parser.add_argument(_flag(name), dest=name, action="store_true", help=text)
     for f in dataclasses.fields(Experiment):
         if stage not in f.metadata["stages"]:
             continue
@@ -270,13 +275,14 @@ def parse_command(
     given = vars(parser.parse_args([_flag_of(token) for token in argv]))
     config, quick = given.pop("config"), given.pop("quick")
     folders = {name: given.pop(name) for name in paths}
+    chosen = {name for name in modes or {} if given.pop(name)}
     if quick and config is None:
         raise UserError("--quick needs --config")
     keys = load_experiment(config, quick) if config else {}
     keys |= {key: value for key, value in given.items() if value is not None and value is not False}
     experiment = Experiment(**keys)
     experiment.check()
-    return Command(experiment, folders, config is not None)
+    return Command(experiment, folders, config is not None, frozenset(chosen))
 
 
 def _flag(name: str) -> str:

@@ -9,7 +9,7 @@ and Papadakis 2021), with w from the observed rate. The last sweep is plain, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +24,11 @@ PLAN_BLOCK_ROWS = 512
 # A K beyond the first size (no cache holds it) is swept in row blocks of the second, which both products of a sweep
 # then read from the cache: one read of memory per iteration instead of two.
 CACHED_BYTES = 32 << 20
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 8 << 20
 # Elementwise work on K runs in row blocks of the first size; beyond the second size threads share blocks of the third.
 ELEMENTWISE_BYTES = 256 << 10
 THREADED_BYTES = 8 << 20
-THREAD_BYTES = 2 << 20
+THREAD_BYTES = 4 << 20
 # Host synchronisations cost nothing on a CPU; on accelerators the errors are read every tenth sweep, all at once.
 CHECK_EVERY = 10
 # Over-relaxation: sweeps over which a rate is measured, and the fewest plain sweeps left that make it worth while.
@@ -115,8 +115,7 @@ def scale_one(
     a, b = 1.0 / n, 1.0 / m
     # The reciprocal of reg as this dtype holds it: potentials in units of the problem that is really solved.
     scale = float(K.dtype.type(-1.0 / reg))
-    factor, offset = affine[1] * scale, (affine[0] - shift) * scale
-    _for_each(K, lambda rows: _exp(matrix[rows], K[rows], factor, offset))
+    _exp(matrix, K, affine[1] * scale, (affine[0] - shift) * scale)
     blocks = [slice(0, n)] if K.nbytes <= CACHED_BYTES else _row_blocks(K, BLOCK_BYTES)
     u = a / (K @ np.ones_like(K[0]))  # v = 1
     v = b / (u @ K)  # [n] @ [n, m] -> [m]
@@ -146,27 +145,39 @@ def scale_one(
     )  # [n, m] @ [m, r] -> [n, r]
     # <C, Q> with C from the matrix, or from K where K took its place; the mass of Q is 1, as its columns are exact.
     known = None if K is matrix else matrix
-    product = sum(_for_each(K, lambda rows: float(u[rows] @ (_weighed(K[rows], known, rows) @ v))))
+    product = sum(float(u[rows] @ (_weighed(K, known, rows) @ v)) for rows in _row_blocks(K, ELEMENTWISE_BYTES))
     cost = shift + product / scale if known is None else affine[0] + affine[1] * product
     f, g = (torch.from_numpy(np.log(x.astype(np.float64)) / -scale) for x in (u, v))
     return Scaled(f + shift, g, sweep, error, cost, probed)
 
 
 def _exp(matrix: np.ndarray, out: np.ndarray, factor: float, offset: float) -> None:
-    """out <- exp(factor * matrix + offset), with as few passes as that takes."""
-    if abs(factor - 1) > 1e-12:
-        matrix = np.multiply(matrix, factor, out=out)
-    if offset:
-        matrix = np.add(matrix, offset, out=out)
-    np.exp(matrix, out=out)
+    """out <- exp(factor * matrix + offset), with as few passes as that takes, in row blocks that stay in the cache
+    between them, or, for a large matrix, in blocks big enough for threads (numpy lets go of the lock)."""
+
+    def work(rows: slice) -> None:
+        block, to = matrix[rows], out[rows]
+        if abs(factor - 1) > 1e-12:
+            block = np.multiply(block, factor, out=to)
+        if offset:
+            block = np.add(block, offset, out=to)
+        np.exp(block, out=to)
+
+    threads = torch.get_num_threads() if out.nbytes > THREADED_BYTES else 1
+    if threads == 1:
+        for rows in _row_blocks(out, ELEMENTWISE_BYTES):
+            work(rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, _row_blocks(out, THREAD_BYTES)))
 
 
 def _weighed(K: np.ndarray, matrix: np.ndarray | None, rows: slice) -> np.ndarray:
     """Rows of K * matrix, or of K * log K."""
     if matrix is not None:
-        return K * matrix[rows]
-    weighed = np.log(K)
-    weighed *= K
+        return K[rows] * matrix[rows]
+    weighed = np.log(K[rows])
+    weighed *= K[rows]
     return weighed
 
 
@@ -175,16 +186,6 @@ def _row_blocks(K: np.ndarray, size: int) -> list[slice]:
     n, m = K.shape
     rows = max(1, size // (m * K.itemsize))
     return [slice(s, min(s + rows, n)) for s in range(0, n, rows)]
-
-
-def _for_each(K: np.ndarray, work: Callable[[slice], Any]) -> list[Any]:
-    """Results of elementwise work on row blocks of K: small blocks that stay in the cache between its passes, or, for
-    a large K, blocks big enough for threads (numpy lets go of the lock)."""
-    threads = torch.get_num_threads() if K.nbytes > THREADED_BYTES else 1
-    if threads == 1:
-        return [work(rows) for rows in _row_blocks(K, ELEMENTWISE_BYTES)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, _row_blocks(K, THREAD_BYTES)))
 
 
 def scale_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,13 +108,15 @@ def sinkhorn_uniform_streaming(
     if C.ndim != 2 or 0 in C.shape:
         raise ValueError(f"cost must be a non-empty matrix, got shape {tuple(C.shape)}")
     C = C.detach() if C.dtype in (torch.float32, torch.float64) else C.detach().float()
-    bounds = float(C.min()), float(C.max())
+    on_cpu = C.device.type == "cpu"
+    matrix: Any = C.numpy() if on_cpu else C  # torch's threads, once woken, would disturb numpy's for milliseconds
+    bounds = float(matrix.min()), float(matrix.max())
     if not all(map(math.isfinite, bounds)):
         raise ValueError("cost contains NaN or infinite values")
     rows = C.__getitem__
-    if C.device.type != "cpu":
-        return solve_batch(C.clone()[None], (0.0, 1.0), bounds, reg, n_iters, tol, mode, [rows])[0]
-    return solve_one(C.numpy(), (0.0, 1.0), bounds, reg, n_iters, tol, mode, rows)
+    if on_cpu:
+        return solve_one(matrix, (0.0, 1.0), bounds, reg, n_iters, tol, mode, rows)
+    return solve_batch(matrix.clone()[None], (0.0, 1.0), bounds, reg, n_iters, tol, mode, [rows])[0]
 
 
 def solve_one(

@@ -11,8 +11,8 @@ faster of its numpy and torch backends. `geomloss` is optional.
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from core.attention import SIDES
-from core.hot_transport import compute_Q_and_layer_costs, corr_distance_matrix, standardize
+from core.hot_transport import corr_distance_matrix, solve_layer, standardize
 from core.plans import PlanDirectory, read_layer
 from core.sinkhorn import sinkhorn_uniform_streaming
 
@@ -104,12 +104,12 @@ def accuracy(plans: PlanDirectory, _repeats: int) -> None:
                   f"{difference:16.1e}")  # fmt: skip
 
 
-def median_times(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def median_times(functions: dict[str, Callable[[], Any]], repeats: int, pause: float = PAUSE_S) -> dict[str, float]:
     """Median seconds of each function, run in turn so that drift meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
-            time.sleep(PAUSE_S)
+            time.sleep(pause)
             start = time.perf_counter()
             function()
             if repeat:  # the first round warms up
@@ -160,99 +160,131 @@ def speed(plans: PlanDirectory, repeats: int) -> None:
                 "POT torch": partial(pot_call, C, reg, "sinkhorn", False, n_pot),
                 "POT numpy": partial(pot_call, C, reg, "sinkhorn", True, n_pot),
             }
-            slow: dict[str, Callable[[], Any]] = {
-                "ours": functions["ours"],
-                "POT log": partial(pot_call, C, reg, "sinkhorn_log", False, n_pot),
-            }
+            slow: dict[str, Callable[[], Any]] = {"POT log": partial(pot_call, C, reg, "sinkhorn_log", False, n_pot)}
             if geomloss is not None:
                 slow["geomloss"] = partial(geomloss.solve, C, reg=reg, max_iter=n_pot)
             fast = median_times(functions, repeats)
             line = [f"{key} {seconds / fast['ours']:.2f}x" for key, seconds in fast.items() if key != "ours"]
             slowly = median_times(slow, 1)
-            line += [f"{key} {seconds / slowly['ours']:.1f}x" for key, seconds in slowly.items() if key != "ours"]
+            line += [f"{key} {seconds / fast['ours']:.1f}x" for key, seconds in slowly.items()]
             print(f"{name:9} {C.shape[0]}x{C.shape[1]} epsilon {reg}: {1000 * fast['ours']:.1f} ms, "
                   f"{ours.n_iters} iterations (plain {n_pot}); time of peer / ours: {', '.join(line)}")  # fmt: skip
 
 
 def pairs(plans: PlanDirectory, _repeats: int) -> None:
     """All problems of the pair with 256 rows, C included, against a loop over POT and the bound of the machine."""
-    reg = plans.reg
     sides = {side: layers(plans, side, 256) for side in SIDES}
-    start = time.perf_counter()
-    total, iterations = 0, 0
-    reads = entries = flops = 0.0
-    for X, Y in sides.values():
-        results, _ = compute_Q_and_layer_costs(X, Y, reg)
-        for row in results:
-            for result in row:
-                total += 1
-                iterations += result.n_iters
-                entries += len(result.f) * len(result.g)
-                reads += 4.0 * len(result.f) * len(result.g) * result.n_iters
-                flops += 2.0 * 256 * len(result.f) * len(result.g)
-    ours = time.perf_counter() - start
-    spent = 0.0
-    for X, Y in sides.values():  # every 24th problem, scaled up
-        Zx, Zy = [standardize(x) for x in X], [standardize(y) for y in Y]
-        chosen = [(layer, (7 * layer) % len(Zy)) for layer in range(len(Zx))]
-        for layer, m in chosen:
-            C = 1 - Zx[layer].T @ Zy[m]
-            n_pot = pot_iterations(C, reg, "sinkhorn")
-            begin = time.perf_counter()
-            C = 1 - Zx[layer].T @ Zy[m]
-            pot_call(C, reg, "sinkhorn", False, n_pot)
-            spent += (time.perf_counter() - begin) * len(Zy)
-    bound = machine_bound(flops, entries, reads)
-    print(f"{total} problems, {iterations / total:.1f} iterations each: ours {ours:.1f} s, POT loop {spent:.1f} s "
-          f"({spent / ours:.2f}x), bound of this machine {bound:.1f} s (ours / bound {ours / bound:.2f})")  # fmt: skip
+    for reg in (0.1, 0.03):
+        total, iterations, ours = 0, 0, 0.0
+        reads = entries = flops = 0.0
+        peers = {"POT torch": 0.0, "POT numpy": 0.0}
+        for X, Y in sides.values():
+            Zx, Zy = [standardize(x) for x in X], [standardize(y) for y in Y]
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            results = [list(solve_layer(zx, Zy, reg)) for zx in Zx]
+            ours += time.perf_counter() - start
+            for result in itertools.chain.from_iterable(results):
+                size = float(len(result.f) * len(result.g))
+                total, iterations = total + 1, iterations + result.n_iters
+                entries, reads, flops = entries + size, reads + 4 * size * result.n_iters, flops + 512 * size
+            chosen = [(layer, (7 * layer) % len(Zy)) for layer in range(len(Zx))]  # one in every len(Zy), scaled up
+            needed = [pot_iterations(1 - Zx[k].T @ Zy[m], reg, "sinkhorn") for k, m in chosen]
+            for peer in peers:
+                numpy = peer == "POT numpy"
+                time.sleep(PAUSE_S)
+                start = time.perf_counter()
+                for (k, m), n_pot in zip(chosen, needed, strict=True):
+                    C = torch.from_numpy(1 - Zx[k].numpy().T @ Zy[m].numpy()) if numpy else 1 - Zx[k].T @ Zy[m]
+                    pot_call(C, reg, "sinkhorn", numpy, n_pot)
+                peers[peer] += (time.perf_counter() - start) * len(Zy)
+        bound = machine_bound(flops, entries, reads)
+        ratios = ", ".join(f"{peer} {seconds:.1f} s ({seconds / ours:.2f}x)" for peer, seconds in peers.items())
+        print(f"epsilon {reg}: {total} problems, {iterations / total:.1f} iterations each: ours {ours:.1f} s; loop "
+              f"over {ratios}; bound of this machine {bound:.1f} s (ours / bound {ours / bound:.2f})")  # fmt: skip
 
 
 def machine_bound(flops: float, entries: float, reads: float) -> float:
-    """Seconds for the matrix products of C, one exp per entry, and one read of K per iteration, at measured rates."""
-    A, B = torch.rand(576, 256), torch.rand(256, 896)
-    K = torch.rand(576, 896)
-    v = torch.rand(896)
+    """Seconds for the matrix products of C, one exp per entry, and one read of K per iteration, at the rates that the
+    faster of numpy and torch reaches here."""
+    A, B, K = torch.rand(576, 256), torch.rand(256, 896), torch.rand(576, 896)
+    v, out = torch.rand(896), torch.empty(576, 896)
+    a, b, k, x, o = (tensor.numpy() for tensor in (A, B, K, v, out))
     repeat = 50
     kernels: dict[str, Callable[[], Any]] = {
-        "gemm": lambda: [A @ B for _ in range(repeat)],
-        "exp": lambda: [K.exp() for _ in range(repeat)],
-        "read": lambda: [K @ v for _ in range(repeat)],
+        "gemm numpy": lambda: [np.matmul(a, b, out=o) for _ in range(repeat)],
+        "exp numpy": lambda: [np.exp(k, out=o) for _ in range(repeat)],
+        "read numpy": lambda: [k @ x for _ in range(repeat)],
+        "gemm torch": lambda: [torch.mm(A, B, out=out) for _ in range(repeat)],
+        "exp torch": lambda: [torch.exp(K, out=out) for _ in range(repeat)],
+        "read torch": lambda: [K @ v for _ in range(repeat)],
     }
     times = median_times(kernels, 3)
-    per = {name: seconds / repeat for name, seconds in times.items()}
+    per = {name: min(times[f"{name} numpy"], times[f"{name} torch"]) / repeat for name in ("gemm", "exp", "read")}
     return (flops * per["gemm"] / (2 * 576 * 256 * 896) + entries * per["exp"] / K.numel()
             + reads * per["read"] / (4 * K.numel()))  # fmt: skip
 
 
+MEMORY = """
+import sys, torch
+from core.hot_transport import solve_layer, standardize
+from core.sinkhorn import sinkhorn_uniform_streaming
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+def peak(work):  # MiB beyond what is there before: the kernel's high-water mark, set back first
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    result = work()
+    return status("VmHWM") - before, result.converged
+
+torch.set_num_threads(int(sys.argv[1]))
+n, m = 4096, 8192
+zx, zy = standardize(torch.randn(256, n)), standardize(torch.randn(256, m))
+small = torch.rand(64, 48)
+sinkhorn_uniform_streaming(small, 0.1), list(solve_layer(zx[:, :64], [zy[:, :48]], 0.1))  # libraries warm up
+print(*peak(lambda: list(solve_layer(zx, [zy], 0.1))[0]))
+C = 1 - zx.T @ zy
+print(*peak(lambda: sinkhorn_uniform_streaming(C, 0.1)))
+"""
+
+
 def memory(_plans: PlanDirectory, _repeats: int) -> None:
-    """Peak resident memory of one 4096 x 8192 problem in a process of its own, over the process with its inputs."""
-    code = (
-        "import resource, sys, torch; torch.set_num_threads(2)\n"
-        "from core.hot_transport import compute_Q_and_layer_costs\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "compute_Q_and_layer_costs([torch.randn(64, 32)], [torch.randn(64, 48)], 0.1)\n"
-        "X, Y = torch.randn(256, 4096), torch.randn(256, 8192)\n"
-        "before = peak(); r, _ = compute_Q_and_layer_costs([X], [Y], 0.1)\n"
-        "print(peak() - before, r[0][0].converged)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).resolve().parents[1])  # fmt: skip
-    used, converged = done.stdout.split()
-    K, inputs = 4096 * 8192 * 4 / 2**20, 256 * (4096 + 8192) * 4 / 2**20
-    print(f"4096x8192: {float(used):.0f} MiB over the process with its inputs; K alone {K:.0f}, standardised inputs "
-          f"{inputs:.0f}: {float(used) / (K + inputs):.2f} of one K plus inputs; converged {converged}")  # fmt: skip
-    print(f"whole benchmark process so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    """Peak resident memory of one 4096 x 8192 problem, over the process that holds its inputs already."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(torch.get_num_threads())], capture_output=True, text=True,
+                          check=True, cwd=Path(__file__).resolve().parents[1])  # fmt: skip
+    K = 4096 * 8192 * 4 / 2**20
+    names = ("stage 1, from activations (C included)", "sinkhorn_uniform_streaming(C)")
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        used, converged = line.split()
+        print(f"4096x8192, {name}: {float(used):.0f} MiB beyond the inputs, {float(used) / K:.2f} of one K "
+              f"({K:.0f} MiB); converged {converged}")  # fmt: skip
 
 
-def scale(plans: PlanDirectory, repeats: int) -> None:
-    """Time per iteration and entry over three sizes beyond the cache."""
-    for n, m in ((1024, 2048), (2048, 4096), (4096, 8192)):
-        C = joined_cost(plans, n, m, 256)
-        result = sinkhorn_uniform_streaming(C, 0.1)
-        seconds = median_times({"ours": partial(sinkhorn_uniform_streaming, C, 0.1)}, repeats)["ours"]
-        entry = 1e9 * seconds / (n * m)
-        print(f"{n}x{m}: {seconds:.3f} s, {result.n_iters} iterations, {entry:.2f} ns per entry, "
-              f"{entry / result.n_iters:.3f} per iteration")  # fmt: skip
+def scale(_plans: PlanDirectory, repeats: int) -> None:
+    """Whether the time per problem grows with n m, and the total with L M (ten iterations, products included)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def activations(layers: int, size: int) -> list[Tensor]:
+        return [standardize(torch.randn(256, size, generator=generator)) for _ in range(layers)]
+
+    def solve(Zx: list[Tensor], Zy: list[Tensor]) -> None:
+        for zx in Zx:
+            for _ in solve_layer(zx, Zy, 0.1, 10, mode="paper"):
+                pass
+
+    sizes = ((1024, 2048), (2048, 4096), (4096, 8192))
+    problems = {f"{n}x{m}": (partial(solve, activations(1, n), activations(1, m)), n * m) for n, m in sizes}
+    grids = {f"{L}x{M} layers": (partial(solve, activations(L, 576), activations(M, 896)), L * M)
+             for L, M in ((4, 6), (8, 12), (16, 24))}  # fmt: skip
+    for what, unit, cases in (("problem", "n m", problems), ("total", "L M", grids)):
+        times = median_times({name: case[0] for name, case in cases.items()}, repeats, 0)
+        rates = {name: times[name] / cases[name][1] for name in cases}
+        middle = statistics.mean(rates.values())
+        print(f"{what}: time over {unit}, relative to the mean of the three: "
+              + ", ".join(f"{name} {rate / middle:.2f}" for name, rate in rates.items()))  # fmt: skip
 
 
 if __name__ == "__main__":

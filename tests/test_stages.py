@@ -109,6 +109,17 @@ def test_mean_and_deviation_are_those_of_the_activations(plans):
     assert_close(aside, rows[7::8] - rows[7::8].mean(0))
 
 
+def test_plans_explain_more_than_shuffled_ones_on_every_side(plans):
+    """What the summary prints; the two pico models read the same texts, and each text moves both."""
+    for pooling in ("token", "text"):
+        for side, record in PlanDirectory(plans[pooling]).manifest.record["sides"].items():
+            assert record["r2"]["plans"] > record["r2"]["permuted"], side
+            assert record["correlation"]["plans"] > record["correlation"]["permuted"], side
+            assert 0 < record["top_mass"] <= 1
+    printed = stage1.summary(PlanDirectory(plans["text"]).manifest.record)
+    assert len(printed.splitlines()) == 3 + 6 and "R^2" in printed
+
+
 def test_two_runs_write_the_same_bytes(plans, models, texts, tmp_path):
     run_main(stage1, "--model-a-path", models["source"], "--model-b-path", models["target"], "--data_subset", "file",
              "--data_file", texts, "--pooling", "token", "--max_tokens", 24, "--out_dir", tmp_path / "p")  # fmt: skip

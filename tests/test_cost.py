@@ -1,0 +1,74 @@
+"""`--plan-only`: what stage 1 costs, from two configs alone."""
+
+import re
+import shutil
+
+import pytest
+from conftest import run_main
+
+import run_activs_and_hot as stage1
+from core import cost
+from core.experiment import Experiment
+
+
+@pytest.fixture
+def configs(models, tmp_path):
+    """Folders that hold a config.json and nothing else."""
+    for name in ("target", "source"):
+        (tmp_path / name).mkdir()
+        shutil.copy(models[name] / "config.json", tmp_path / name)
+    return tmp_path
+
+
+def test_plan_only_counts_what_stage_1_will_write(configs, plans, capsys):
+    run_main(stage1, "--target-model", configs / "target", "--source-model", configs / "source" / "config.json",
+             "--plan-only", "--pooling", "token", "--max-rows", 1000, "--max-tokens", 24)  # fmt: skip
+    printed = capsys.readouterr().out
+    assert re.search(r"q +36 x 32 +12 ", printed) and re.search(r"v +12 x 16 +12 ", printed)
+    assert re.search(r"plans +72 ", printed)
+    target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
+    rows = stage1.plans.PlanDirectory(plans["token"]).manifest.record["rows"]
+    experiment = Experiment(pooling="token", max_rows=rows)
+    estimate = cost.stage1_cost(target, source, experiment)
+    written = sum(path.stat().st_size for path in plans["token"].rglob("*.safetensors"))
+    assert estimate.rows == rows
+    assert written / 1.5 <= estimate.disk <= written * 1.5
+    side = estimate.sides[0]
+    assert side.flops == 12 * (2 * 36 * 32 * rows + 4 * 36 * 32 * estimate.iterations)
+    assert estimate.seconds == estimate.reading_seconds + sum(side.seconds for side in estimate.sides) > 0
+
+
+def test_parameters_are_those_of_the_model(configs):
+    from conftest import llama
+
+    model = llama()
+    read = cost.read_model(str(configs / "target"), None, "auto", "cpu")
+    assert read.layer_parameters + read.other_parameters == sum(p.numel() for p in model.parameters())
+    assert read.other_parameters == 400 * 24 + 24  # tied embeddings and the last norm
+    assert read.weight_bytes == 4 and cost.read_model(read.name, None, "bfloat16", "cpu").weight_bytes == 2
+
+
+def test_paper_mode_and_epsilon_decide_the_iterations(configs):
+    target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
+
+    def iterations(**changes):
+        return cost.stage1_cost(target, source, Experiment(**changes)).iterations
+
+    assert iterations(sinkhorn_mode="paper", sinkhorn_iters=200) == 200
+    assert iterations(epsilon=0.03) > iterations(epsilon=0.1) == iterations(epsilon=0.5) == 10
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b"])
+def test_shipped_configs_have_the_published_sizes(name):
+    from conftest import ROOT
+
+    read = cost.read_model(str(ROOT / "scripts" / "configs" / f"{name}.json"), None, "auto", "cpu")
+    published = {"llama-3.2-1b": 1.236e9, "llama-3.1-8b": 8.030e9, "llama-3.1-70b": 70.554e9}[name]
+    assert read.layer_parameters + read.other_parameters == pytest.approx(published, rel=1e-3)
+
+
+def test_missing_config_is_told(fails, configs):
+    (configs / "source" / "config.json").unlink()
+    flags = ["--target-model", configs / "target", "--plan-only"]
+    assert "config.json does not exist" in fails(stage1, *flags, "--source-model", configs / "source")
+    assert "no model given" in fails(stage1, *flags)

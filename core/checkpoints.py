@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.attention import AttentionLayout, attention_layout
-from core.runs import UserError, atomic_file, read_json, write_safetensors
+from core.attention import AttentionLayout, attention_layout, projection_in_tower
+from core.convert import BIN_FILES, bin_files, converted, gguf_config, sample_digest
+from core.hub import HUB_TIMEOUT_S, hub_refusal
+from core.runs import UserError, atomic_file, read_json, write_json, write_safetensors
 
 log = logging.getLogger(__name__)
 
-HUB_TIMEOUT_S = 5
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+# Where a model states its licence: downloaded with it, but a cached model without them is complete.
+CARD_FILES = ["README.md", "LICEN[CS]E*"]
 # Never copied from a target into a checkpoint made from it: weights (written anew) and our own files.
-NOT_COPIED = {"manifest.json", "hot_residual.safetensors", "fusion_report.json", "resolved.yaml", "README.md"}
-DIGEST_BYTES = 1 << 20
+NOT_COPIED = {
+    INDEX_FILE,
+    "manifest.json",
+    "hot_residual.safetensors",
+    "fusion_report.json",
+    "resolved.yaml",
+    "README.md",
+}
+# Bytes per number of the dtypes in safetensors headers; the others take one.
+DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 @dataclass(frozen=True)
@@ -45,10 +61,10 @@ class Checkpoint:
     @cached_property
     def files(self) -> dict[str, Path]:
         """Tensor name -> safetensors file. Raises UserError when there are none."""
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX_FILE
         if index.is_file():
             return {name: self.folder / file for name, file in read_json(index)["weight_map"].items()}
-        single = self.folder / "model.safetensors"
+        single = self.folder / SINGLE_FILE
         if not single.is_file():
             raise UserError(
                 f"{self.folder} has no model.safetensors (or its index); save the model with save_pretrained first"
@@ -59,6 +75,41 @@ class Checkpoint:
         except SafetensorError as error:
             raise UserError(f"{single} is damaged ({error}); download or save the model again") from None
 
+    @cached_property
+    def tower(self) -> str:
+        """What stands for the text decoder in this checkpoint's tensor names. Raises UserError when it is not there."""
+        return self.layout.tower_on_disk(self.files, str(self.folder))
+
+    def tensor_name(self, layer: int, projection: str) -> str:
+        """Name of one projection on disk (add `.weight` for the tensor); the loaded model's is `layout.name`."""
+        return f"{self.tower}.{projection_in_tower(layer, projection)}"
+
+    def name_in_model(self, tensor: str) -> str:
+        """Name in the loaded model of a tensor on disk; those outside the text decoder and its head as they are."""
+        family = self.layout.family
+        for on_disk, in_model in ((self.tower, family.tower), *((head, family.head) for head in family.heads_on_disk)):
+            if tensor.startswith(on_disk + "."):
+                return in_model + tensor.removeprefix(on_disk)
+        return tensor
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Tensor name -> (shape, dtype as safetensors spells it), file by file, without reading weights."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for path in dict.fromkeys(self.files.values()):
+            try:
+                with safe_open(path, "pt") as file:
+                    parts = {name: file.get_slice(name) for name in file.offset_keys()}
+                    found |= {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}); download or save the model again") from None
+        return found
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Tensor name -> bytes, in the order of `headers`."""
+        return {name: math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for name, (shape, dtype) in self.headers.items()}
+
     def tensor(self, name: str) -> Tensor:
         """One tensor in its own dtype."""
         if name not in self.files:
@@ -68,11 +119,11 @@ class Checkpoint:
 
     def weight(self, layer: int, projection: str) -> Tensor:
         """Attention weight [out, in], float32, on `device`."""
-        return self.tensor(self.layout.name(layer, projection) + ".weight").to(self.device, torch.float32)
+        return self.tensor(self.tensor_name(layer, projection) + ".weight").to(self.device, torch.float32)
 
     def bias(self, layer: int, projection: str) -> Tensor | None:
         """Attention bias [out], float32, on `device`; None when the model has none."""
-        name = self.layout.name(layer, projection) + ".bias"
+        name = self.tensor_name(layer, projection) + ".bias"
         return self.tensor(name).to(self.device, torch.float32) if name in self.files else None
 
     @cached_property
@@ -81,16 +132,9 @@ class Checkpoint:
 
         Weights are sampled (size, first, middle and last MiB of every file), so that it takes no time at 70B.
         """
-        digest = hashlib.sha256()
-        for file in sorted(set(self.files.values())):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with open(file, "rb") as handle:
-                for start in (0, size // 2, max(0, size - DIGEST_BYTES)):
-                    handle.seek(start)
-                    digest.update(handle.read(DIGEST_BYTES))
+        weights = sample_digest(sorted(set(self.files.values())))
         config = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
-        return {"id": self.name, "revision": self.revision, "config": config, "weights": digest.hexdigest()}
+        return {"id": self.name, "revision": self.revision, "config": config, "weights": weights}
 
     def same_model(self, identity: dict[str, Any]) -> bool:
         """Whether `identity` (of a manifest) is this model, wherever either was stored."""
@@ -110,15 +154,41 @@ class Checkpoint:
             raise UserError(f"{self.folder} has a slow tokenizer; character offsets need a fast one (tokenizer.json)")
         return tokenizer
 
-    def load_model(self, dtype: str) -> Any:
-        """The causal language model on `device`, in eval mode. dtype `auto` is float32 on a CPU, where half types are
-        slow, and the checkpoint's own elsewhere."""
-        from transformers import AutoModelForCausalLM
+    def _check_code(self) -> None:
+        """Raise UserError when the model's classes are not transformers' own and not allowed or not there."""
+        if not self.layout.family.needs_code:
+            return
+        kind, remote = self.layout.model_type, "auto_map" in self.config
+        if not self.trust_remote_code:
+            raise UserError(f"{self.name} is a {kind} model, whose classes are not part of transformers; read the code "
+                            f"that comes with it, then allow it with --trust-remote-code")  # fmt: skip
+        if not remote and find_spec(kind) is None:
+            raise UserError(f"{self.folder} brings no code of its own (no auto_map in config.json) and the package "
+                            f"{kind} is not installed; install it (pip install {kind}) or take a copy of the model "
+                            f"that has its modeling files")  # fmt: skip
+        if not remote:
+            import_module(kind)  # registers its classes with transformers
 
+    def load_model(
+        self, dtype: str, device_map: str | dict[str, Any] | None = None, offload_folder: Path | None = None
+    ) -> Any:
+        """The causal language model on `device`, in eval mode. dtype `auto` is float32 on a CPU, where half types are
+        slow, and the checkpoint's own elsewhere.
+
+        A device map (accelerate's; `disk` leaves all weights in the checkpoint until they are used) places it in place
+        of `device`. Weights on disk that have to be converted go to `offload_folder`.
+        """
+        import transformers
+
+        self._check_code()
         if dtype == "auto" and self.device == "cpu":
             dtype = "float32"
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        return model.to(self.device).eval()
+        loader = getattr(transformers, self.layout.family.auto)
+        options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        if device_map is None:
+            return loader.from_pretrained(self.folder, **options).to(self.device).eval()
+        where = {"": "disk"} if device_map == "disk" else device_map
+        return loader.from_pretrained(self.folder, **options, device_map=where, offload_folder=offload_folder).eval()
 
 
 def models_root() -> Path:
@@ -129,23 +199,21 @@ def models_root() -> Path:
 def open_checkpoint(
     name: str, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu"
 ) -> Checkpoint:
-    """Open a model: a folder, an id below $MODELS_ROOT, or a hub id (downloaded into the hub's cache).
+    """Open a model: a folder, a GGUF file, an id below $MODELS_ROOT, or a hub id (downloaded into the hub's cache).
 
-    Raises UserError when nothing of that name exists, it has no config.json or no weights, or its family is not
-    supported.
+    GGUF files and .bin weights are converted once, into $MODELS_ROOT/converted. Raises UserError when nothing of that
+    name exists, it has no config.json or no weights, or its family is not supported.
     """
     if not name:
         raise UserError("no model given; use --target-model and --source-model, or --config")
-    folder = _find_folder(name, revision, HUB_FILES)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    found = _find(name, revision, HUB_FILES)
+    if found.is_dir() and not has_safetensors(found) and not bin_files(found) and not Path(name).is_dir():
+        found = _find(name, revision, [*HUB_FILES, *BIN_FILES])
+    folder = _as_safetensors(found, trust_remote_code)
     config = read_json(folder / "config.json")
     layout = attention_layout(config, str(folder))
     checkpoint = Checkpoint(name, folder, revision, config, layout, trust_remote_code, device)
-    names = checkpoint.files  # reads the headers: missing weights are told before anything is loaded
-    missing = layout.name(layout.n_layers - 1, "o") + ".weight"
-    if missing not in names:
-        raise UserError(f"{folder} has no tensor {missing}; its config.json and weights do not belong together")
+    _ = checkpoint.tower  # reads the headers: missing weights are told before anything is loaded
     return checkpoint
 
 
@@ -158,19 +226,41 @@ def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any],
         raise UserError("no model given; use --target-model and --source-model, or --config")
     path = Path(name).expanduser()
     if path.suffix != ".json":
-        path = _find_folder(name, revision, ["config.json"]) / "config.json"
+        path = _find(name, revision, ["config.json"])
+        path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a config.json, a model folder or a hub id")
-    config = read_json(path)
+        raise UserError(f"{path} does not exist; give a config.json, a model folder, a GGUF file or a hub id")
+    config = gguf_config(path) if path.suffix == ".gguf" else read_json(path)
     return config, attention_layout(config, str(path))
 
 
-def _find_folder(name: str, revision: str | None, files: list[str]) -> Path:
+def _as_safetensors(found: Path, trust_remote_code: bool) -> Path:
+    """The folder itself, or the converted copy of a GGUF file or of a folder with .bin weights alone."""
+    cache = models_root() / "converted"
+    if found.is_file():
+        return converted(found, cache)
+    if not (found / "config.json").is_file():
+        raise UserError(f"{found} is not a model folder: it has no config.json")
+    if has_safetensors(found) or not bin_files(found):
+        return found
+    attention_layout(read_json(found / "config.json"), str(found))  # an unsupported family is told at once
+    return converted(found, cache, trust_remote_code)
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a model folder holds weights that can be read one tensor at a time."""
+    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def _find(name: str, revision: str | None, files: list[str]) -> Path:
+    """The folder or GGUF file that a name stands for."""
     for candidate in (Path(name).expanduser(), models_root() / name):
         if candidate.is_dir():
             return candidate
+        if candidate.is_file() and candidate.suffix != ".gguf":
+            raise UserError(f"{candidate} is a file; give a model folder with config.json and safetensors, or a .gguf")
         if candidate.is_file():
-            raise UserError(f"{candidate} is a file; give a model folder with config.json and safetensors")
+            return candidate
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(f"model {name} does not exist (looked for {name} and {models_root() / name})")
     return _download(name, revision, files)
@@ -185,10 +275,12 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
             return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
         except LocalEntryNotFoundError:
             HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files, etag_timeout=HUB_TIMEOUT_S))
+        wanted = [*files, *CARD_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT_S))
     except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"model {name} is neither a folder, nor in {models_root()}, nor to be had from the hub "
+            hub_refusal(name, revision, error)
+            or f"model {name} is neither a folder, nor in {models_root()}, nor to be had from the hub "
             f"({_first_line(error)}); put a local copy at {models_root() / name}"
         ) from None
 
@@ -197,33 +289,40 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def write_folded(checkpoint: Checkpoint, folder: Path, fold: Callable[[str, Tensor], Tensor]) -> None:
+def write_folded(
+    checkpoint: Checkpoint, folder: Path, fold: Callable[[str, Tensor], Tensor], max_shard_bytes: int
+) -> None:
     """Write a copy of `checkpoint` into `folder` with every tensor passed through `fold(name, tensor)`.
 
-    Same files, same tensor names, same dtypes; one shard in memory at a time; tokenizer, chat template and configs
-    are copied. Each file is written atomically.
+    Same tensor names, same dtypes; shards of at most `max_shard_bytes` (one tensor alone may be larger), one of them in
+    memory at a time, each written atomically, their index last; tokenizer, chat template and configs are copied.
     """
     for file in sorted(checkpoint.folder.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in NOT_COPIED:
+        known = file.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+        if file.is_file() and known and file.name not in NOT_COPIED:
             with atomic_file(folder / file.name) as temporary:
                 shutil.copyfile(file, temporary)
-    shards: dict[Path, list[str]] = {}
-    for name, file in checkpoint.files.items():
-        shards.setdefault(file, []).append(name)
-    for file, names in tqdm(shards.items(), desc="writing shards", unit="shard", disable=len(shards) < 2):
+    shards = _shards(checkpoint, max_shard_bytes)
+    for file_name, names in tqdm(shards.items(), desc="writing shards", unit="shard", disable=len(shards) < 2):
         tensors = {name: fold(name, checkpoint.tensor(name)) for name in names}
-        write_safetensors(folder / file.name, tensors, {"format": "pt"})
+        write_safetensors(folder / file_name, tensors, {"format": "pt"})
+        del tensors  # before the next shard is filled
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        total = sum(checkpoint.sizes.values())
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def convert_gguf(gguf_file: Path, folder: Path) -> None:
-    """Convert a GGUF file once to a float32 safetensors folder with tokenizer and chat template."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
-    # The weights are dequantised; transformers still refuses to save while the quantizer is attached.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _shards(checkpoint: Checkpoint, max_shard_bytes: int) -> dict[str, list[str]]:
+    """Shard file -> its tensors, in the order in which the checkpoint holds them."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, size in checkpoint.sizes.items():
+        if not groups or filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {f"model-{k:05}-of-{len(groups):05}.safetensors": names for k, names in enumerate(groups, 1)}

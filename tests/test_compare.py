@@ -11,6 +11,7 @@ from conftest import run_main
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
+from core.card import RESULTS_BEGIN, RESULTS_END
 from core.checkpoints import open_checkpoint
 from evaluation import compare_arms
 
@@ -25,8 +26,8 @@ def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
         counted = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():
             expected.append(float(model(ids, labels=labels).loss) * counted)
-    for batch_size in (1, 3, 4):
-        assert compare_arms.text_nll(model, examples, batch_size, "test") == pytest.approx(expected, abs=1e-3)
+    for tokens_per_batch in (1, 30, 60):
+        assert compare_arms.text_nll(model, examples, tokens_per_batch, "test") == pytest.approx(expected, abs=1e-3)
 
 
 def made_up(seed: int = 0) -> tuple[dict[str, list[float]], list[int]]:
@@ -99,6 +100,30 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
     monkeypatch.setattr(compare_arms, "text_nll", lambda *a: evaluated.append(a[3]) or original(*a))
     run_main(compare_arms, *flags)
     assert evaluated == ["wrong_layer, held_out", "wrong_layer, general"] and capsys.readouterr().out == table
+
+
+def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
+    folder, flags = run
+    cards = {arm: folder / place / "README.md"
+             for arm, place in {"fused": "fused", **compare_arms.TRAINED}.items()}  # fmt: skip
+    empty = {}
+    for arm, card in cards.items():
+        head, _, rest = card.read_bytes().partition(RESULTS_BEGIN)
+        empty[arm] = head + RESULTS_BEGIN, RESULTS_END + rest.partition(RESULTS_END)[2]
+    identity = open_checkpoint(str(folder / "fused")).identity
+    tables = []
+    for samples in (50, 60):  # other intervals, from the same likelihoods
+        capsys.readouterr()
+        run_main(compare_arms, *flags, "--bootstrap-samples", samples)
+        tables.append(capsys.readouterr().out)
+        for arm, card in cards.items():
+            head, tail = empty[arm]
+            text = card.read_bytes()
+            assert text.startswith(head) and text.endswith(tail)
+            section = text[len(head) : -len(tail)].decode()
+            assert section.count(tables[-1]) == 1 and f"is the arm `{arm}`" in section
+    assert tables[0] != tables[1] and tables[0] not in cards["fused"].read_text()
+    assert open_checkpoint(str(folder / "fused")).identity == identity
 
 
 def test_controls_leave_no_trace_in_the_loaded_target(run, models):

@@ -7,6 +7,8 @@ import dataclasses
 import gc
 import logging
 import shutil
+import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core import cost, plans
-from core.activations import Reading, extract, is_aside, read_aligned, read_texts
+from core import preflight as checks
+from core.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
 from core.attention import SIDES
 from core.checkpoints import Checkpoint
 from core.data import Row, data_identity, load_rows
@@ -31,6 +34,7 @@ from core.hot_transport import (
 )
 from core.runs import (
     MANIFEST,
+    TEMPORARY,
     Manifest,
     UserError,
     check_output_folder,
@@ -46,7 +50,7 @@ log = logging.getLogger("stage1")
 # Rows on which the reconstruction of X is measured.
 PROBE_ROWS = 64
 # Settings that change the bytes of the plan directory.
-SETTINGS = ("pooling", "max_tokens", "max_rows", "batch_size", "seed", "device", "dtype", "epsilon", "eta",
+SETTINGS = ("pooling", "max_tokens", "max_rows", "tokens_per_batch", "seed", "device", "dtype", "epsilon", "eta",
             "sinkhorn_iters", "sinkhorn_tol", "sinkhorn_mode", "layer_cost_scale")  # fmt: skip
 
 
@@ -55,7 +59,8 @@ def main(argv: list[str]) -> None:
     command = parse_command(
         argv, "1", __doc__ or "", {"out_dir": "plan directory to write (default runs/<name>/plans)"},
         {"model_a_path": "source_model", "model_b_path": "target_model"},
-        {"plan_only": "print what this would cost, from the two configs alone, and stop"},
+        {"plan_only": "print what this would cost, from the two configs alone, and stop",
+         "dry_run": "check everything that can be checked without loading a model, print it, and stop"},
     )  # fmt: skip
     experiment = dataclasses.replace(command.experiment, epsilon=command.experiment.regularisation)
     if "plan_only" in command.modes:
@@ -64,11 +69,15 @@ def main(argv: list[str]) -> None:
     folder = command.path("out_dir", "plans")
     target, source = open_pair(experiment)
     check_output_folder(folder, target.folder, source.folder)
+    preflight(target, source, folder, experiment, "dry_run" in command.modes)
     rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.split_seed,
                      experiment.data_file)  # fmt: skip
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
     readings, aside = read_both(target, source, rows, experiment)
+    if "dry_run" in command.modes:
+        print(f"{len(rows)} texts, {readings['target'].n_rows} rows; nothing is missing")
+        return
     settings = {name: getattr(experiment, name) for name in SETTINGS}
     data = data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed)
     state = process_state(experiment.device)
@@ -83,7 +92,7 @@ def main(argv: list[str]) -> None:
     else:
         if state.is_main_process:
             save_resolved(experiment, "1", folder)
-            record_activations(folder, {"target": target, "source": source}, readings, aside, experiment)
+        record_activations(folder, {"target": target, "source": source}, readings, aside, experiment, state)
         state.wait_for_everyone()
         make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment, state)
         if state.is_main_process:
@@ -93,6 +102,25 @@ def main(argv: list[str]) -> None:
             log.info("%s is finished", folder)
     if state.is_main_process:
         print(summary(manifest.record))
+
+
+def preflight(target: Checkpoint, source: Checkpoint, folder: Path, experiment: Experiment, report: bool) -> None:
+    """Check models, disk and memory from configs and headers; print them when `report`. Raises UserError."""
+    small, large = (
+        cost.read_model(str(model.folder), None, experiment.dtype, experiment.device) for model in (target, source)
+    )
+    estimate = cost.stage1_cost(small, large, experiment, timed=False)
+    if report:
+        print(checks.stage1_report(target, source, estimate))
+    finished = (folder / MANIFEST).is_file()  # what is on disk already needs no more space
+    problems = [*checks.model_problems("target", target, True), *checks.model_problems("source", source, True),
+                *([] if finished else checks.disk_problems(folder, estimate.disk))]  # fmt: skip
+    short = checks.memory_problems(estimate.memory, experiment.device)
+    if report:
+        problems += short
+    elif short:
+        log.warning(short[0])  # an estimate alone stops nobody
+    checks.refuse(problems)
 
 
 def read_both(
@@ -111,20 +139,60 @@ def read_both(
 
 
 def record_activations(
-    folder: Path, models: dict[str, Checkpoint], readings: dict[str, Reading], aside: Tensor, experiment: Experiment
-) -> None:
-    """Extract and write the rows of one model after the other; what is on disk already is kept."""
-    for name, checkpoint in models.items():
-        selected = name == "source" or (folder / "selection.safetensors").is_file()
-        if plans.activations_file(folder, name).is_file() and selected:
+    folder: Path, models: dict[str, Checkpoint], readings: dict[str, Reading], aside: Tensor, experiment: Experiment,
+    state: Any,
+) -> None:  # fmt: skip
+    """Extract and write the rows of one model after the other; what is on disk already is kept.
+
+    Several processes share the batches, which are those of a single one, and hand their rows to the first by files.
+    """
+    selected = (folder / "selection.safetensors").is_file()
+    there = {name: plans.activations_file(folder, name).is_file() for name in models}
+    budget = experiment.activations_budget_mb * 2**20
+    for name in [name for name in models if not (there[name] and (name == "source" or selected))]:
+        checkpoint, reading = models[name], readings[name]
+        if state.num_processes > 1:
+            read_share(folder, name, checkpoint, reading, experiment, state)
+            state.wait_for_everyone()
+        if not state.is_main_process:
             continue
-        model = checkpoint.load_model(experiment.dtype)
-        rows = extract(model, checkpoint.layout, readings[name], experiment.batch_size, f"{name} activations")
-        del model
-        gc.collect()
-        strengths = plans.write_activations(folder, name, rows, aside, half=experiment.pooling == "token")
+        with plans.row_memory(folder, row_bytes(checkpoint.layout, reading.n_rows), budget) as allocate:
+            if state.num_processes > 1:
+                rows = plans.join_shares(folder, name, state.num_processes, checkpoint.layout, allocate)
+            else:
+                batches = text_batches(reading, experiment.tokens_per_batch)
+                rows = read_rows(folder, name, checkpoint, reading, batches, experiment, allocate)
+            strengths = plans.write_activations(folder, name, rows, aside, half=experiment.pooling == "token")
         if name == "target":
             plans.write_selection(folder, strengths)
+        plans.remove_shares(folder, name)
+
+
+def read_share(
+    folder: Path, name: str, checkpoint: Checkpoint, reading: Reading, experiment: Experiment, state: Any
+) -> None:
+    """Read and write this process's share of the batches of one model, unless an earlier run has done so."""
+    path = plans.share_file(folder, name, state.process_index, state.num_processes)
+    if path.is_file():
+        return
+    batches = text_batches(reading, experiment.tokens_per_batch)[state.process_index :: state.num_processes]
+    numbers = reading.row_numbers(n for batch in batches for n in batch)
+    needed = row_bytes(checkpoint.layout, len(numbers))
+    with plans.row_memory(folder, needed, experiment.activations_budget_mb * 2**20) as allocate:
+        plans.write_share(path, read_rows(folder, name, checkpoint, reading, batches, experiment, allocate), numbers)
+
+
+def read_rows(
+    folder: Path, name: str, checkpoint: Checkpoint, reading: Reading, batches: list[list[int]],
+    experiment: Experiment, allocate: Callable[[int, int], Tensor],
+) -> dict[tuple[str, int], Tensor]:  # fmt: skip
+    """Load a model, read batches of texts with it, and let it go. What it offloads goes to a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY + "offload-", dir=folder) as offload:
+        model = checkpoint.load_model(experiment.dtype, experiment.device_map, Path(offload))
+        rows = extract(model, checkpoint.layout, reading, batches, f"{name} activations", allocate)
+        del model
+        gc.collect()
+    return rows
 
 
 def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experiment: Experiment, state: Any) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,8 +21,12 @@ from core.data import Row
 from core.fusion import INPUT_SIDE, PROJECTIONS
 from core.runs import UserError
 
+log = logging.getLogger(__name__)
 # Every eighth text is kept out of the regression, to measure it on.
 ASIDE_EVERY = 8
+# A batch ends before padding takes a larger share of its tokens; below so many tokens padding costs less than a pass.
+MAX_PADDING = 0.1
+MIN_BATCH_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,16 @@ class Reading:
     @property
     def n_rows(self) -> int:
         """Rows T that this reading gives; the same for both models."""
-        return len(self.ids) if self.picks is None else sum(map(len, self.picks))
+        return sum(map(self.count, range(len(self.ids))))
+
+    def count(self, text: int) -> int:
+        """Rows that one text gives."""
+        return 1 if self.picks is None else len(self.picks[text])
+
+    def row_numbers(self, texts: Iterable[int]) -> Tensor:
+        """Numbers among all T rows of the rows of `texts`, ascending."""
+        starts = list(accumulate(map(self.count, range(len(self.ids))), initial=0))
+        return torch.tensor([row for n in sorted(texts) for row in range(starts[n], starts[n + 1])], dtype=torch.long)
 
 
 def read_texts(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> Reading:
@@ -103,91 +121,172 @@ def _ends(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], dict[i
     return encoding["input_ids"][:max_tokens], kept
 
 
+def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Numbers of the texts of each batch, longest texts first.
+
+    A batch's padded size (texts x longest) stays within `tokens_per_batch`, but for a single longer text. A batch ends
+    as well where the next text would make more than MAX_PADDING of it padding, unless it is still tiny.
+    """
+    batches: list[list[int]] = []
+    longest = used = 0
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        size = len(batches[-1]) if batches else 0
+        padded = longest * (size + 1)
+        wasteful = padded - used - lengths[number] > MAX_PADDING * padded and longest * size >= MIN_BATCH_TOKENS
+        if not batches or padded > tokens_per_batch or wasteful:
+            batches.append([])
+            longest, used = lengths[number], 0
+        batches[-1].append(number)
+        used += lengths[number]
+    return batches
+
+
+def text_batches(reading: Reading, tokens_per_batch: int) -> list[list[int]]:
+    """`token_batches` of the texts that give rows. Raises UserError for one without tokens."""
+    texts = [n for n in range(len(reading.ids)) if reading.count(n)]
+    empty = [n for n in texts if not reading.ids[n]]
+    if empty:
+        raise UserError(f"text {empty[0] + 1} has no tokens")
+    batches = token_batches([len(reading.ids[n]) for n in texts], tokens_per_batch)
+    return [[texts[n] for n in batch] for batch in batches]
+
+
+def row_bytes(layout: AttentionLayout, n_rows: int) -> int:
+    """Bytes of the rows of all sides and layers in float32."""
+    return 4 * n_rows * layout.n_layers * sum(map(layout.size, SIDES))
+
+
 @torch.no_grad()
 def extract(
-    model: nn.Module, layout: AttentionLayout, reading: Reading, batch_size: int, desc: str
-) -> dict[tuple[str, int], Tensor]:
-    """Run the backbone (no LM head) over the texts and record input and output of every attention projection.
+    model: nn.Module, layout: AttentionLayout, reading: Reading, batches: Sequence[list[int]], desc: str,
+    allocate: Callable[[int, int], Tensor] = torch.empty,
+) -> dict[tuple[str, int], Tensor]:  # fmt: skip
+    """Run the backbone (no LM head) over batches of texts and record input and output of every attention projection.
 
-    Outputs are those of the linear layers, before rotary embedding. Texts run in batches of similar length, padded on
-    the right; rows come back in text order.
+    Outputs are those of the linear layers, before rotary embedding. Texts are padded on the right. A batch that does
+    not fit in memory is halved, and so is every later one of more than half its size.
 
     Args:
-        model: causal language model on its device.
+        model: causal language model on its device, or on those of a device map.
         reading: token ids and picked positions.
+        batches: numbers of the texts to read.
         desc: label of the progress bar.
+        allocate: (rows, neurons) -> float32 tensor on the CPU, filled here.
     Returns:
-        {(side, layer): [T, n] float32 on the CPU}: the mean over the text's tokens, or the picked tokens.
+        {(side, layer): [T', n]}: the mean over each text's tokens, or the picked tokens, in the order of the texts.
     Raises:
-        UserError: a text without tokens.
+        UserError: a text that does not fit in memory on its own.
     """
-    starts = [0]
-    for number in range(len(reading.ids)):
-        starts.append(starts[-1] + (1 if reading.picks is None else len(reading.picks[number])))
-    out = {
-        (side, layer): torch.empty(starts[-1], layout.size(side)) for side in SIDES for layer in range(layout.n_layers)
-    }
-    order = [n for n in range(len(reading.ids)) if starts[n + 1] > starts[n]]
-    order.sort(key=lambda n: -len(reading.ids[n]))
-    if any(not reading.ids[n] for n in order):
-        raise UserError(f"text {order[-1] + 1} has no tokens")
-    device = next(model.parameters()).device
-    recorder = _Recorder(model, layout)
-    backbone: Any = model.base_model
+    texts = sorted(n for batch in batches for n in batch)
+    starts = dict(zip(texts, accumulate(map(reading.count, texts), initial=0), strict=False))
+    total = sum(map(reading.count, texts))
+    out = {(side, layer): allocate(total, layout.size(side)) for side in SIDES for layer in range(layout.n_layers)}
+    recorder = _Recorder(model, layout, out)
+    left, limit = deque(batches), math.inf
     try:
-        with tqdm(total=len(order), desc=desc, unit="text") as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                ids, mask = _pad([reading.ids[n] for n in batch])
-                recorder.pool = _pooling(batch, reading, mask, device)
-                backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-                rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in batch])
-                for key, pooled in recorder.taken.items():
-                    out[key][rows] = pooled.float().cpu()
-                recorder.taken.clear()
+        with tqdm(total=len(texts), desc=desc, unit="text") as bar:
+            while left:
+                batch = left.popleft()
+                half, longest = (len(batch) + 1) // 2, max(len(reading.ids[n]) for n in batch)
+                if len(batch) > 1 and len(batch) * longest > limit:
+                    left.extendleft((batch[half:], batch[:half]))
+                    continue
+                rows = torch.cat([torch.arange(starts[n], starts[n] + reading.count(n)) for n in batch])
+                if not recorder.read(batch, reading, rows):
+                    _check_halvable(batch, reading)
+                    limit = half * longest
+                    log.warning("out of memory at %d x %d tokens: halving the batch", len(batch), longest)
+                    left.appendleft(batch)
+                    continue
                 bar.update(len(batch))
     finally:
         recorder.remove()
     return out
 
 
-def _pad(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+def _check_halvable(batch: list[int], reading: Reading) -> None:
+    if len(batch) == 1:
+        raise UserError(
+            f"text {batch[0] + 1} ({len(reading.ids[batch[0]])} tokens) does not fit in memory on its own; cut texts "
+            "with a lower --max-tokens, or use --device-map auto or --dtype bfloat16"
+        )
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def pad(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Right-padded token ids [B, S] and mask [B, S]; the padding token is masked, so any id serves."""
     longest = max(map(len, ids))
     padded = torch.tensor([text + [0] * (longest - len(text)) for text in ids])
     return padded, torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in ids])
 
 
-def _pooling(batch: list[int], reading: Reading, mask: Tensor, device: torch.device):
+def _pooling(batch: list[int], reading: Reading, mask: Tensor) -> Callable[[Tensor], Tensor]:
     """Function [B, S, n] -> rows of this batch: masked mean in float32 (Eq. 4), or the picked tokens."""
     if reading.picks is None:
-        weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(1).to(device)  # [B, 1, S]
-        return lambda hidden: torch.bmm(weights, hidden.float()).squeeze(1)  # [B, 1, S] @ [B, S, n] -> [B, n]
-    texts = torch.tensor([b for b, n in enumerate(batch) for _ in reading.picks[n]], device=device)
-    tokens = torch.tensor([token for n in batch for token in reading.picks[n]], device=device)
-    return lambda hidden: hidden[texts, tokens]
+        weights = cache((mask / mask.sum(1, keepdim=True)).unsqueeze(1).to)  # device -> [B, 1, S]
+        return lambda hidden: torch.bmm(weights(hidden.device), hidden.float()).squeeze(1)
+    longest = mask.shape[1]
+    picked = [b * longest + token for b, n in enumerate(batch) for token in reading.picks[n]]
+    places = cache(torch.tensor(picked).to)  # device -> [rows], into [B S, n]
+    return lambda hidden: hidden.flatten(0, 1).index_select(0, places(hidden.device))
 
 
 class _Recorder:
-    """Forward hooks on the attention projections; `taken` holds the pooled rows of the last batch."""
+    """The backbone with forward hooks on its attention projections, which fill `out`."""
 
-    def __init__(self, model: nn.Module, layout: AttentionLayout):
+    def __init__(self, model: nn.Module, layout: AttentionLayout, out: dict[tuple[str, int], Tensor]):
+        self.backbone: Any = layout.decoder(model)
+        self.out = out
         self.taken: dict[tuple[str, int], Tensor] = {}
         self.pool: Any = None
+        self.rows: Any = None
         self.handles = [
             layout.linear(model, layer, projection).register_forward_hook(self._hook(projection, layer))
             for layer in range(layout.n_layers)
             for projection in PROJECTIONS
         ]
 
+    def read(self, batch: list[int], reading: Reading, rows: Tensor) -> bool:
+        """Fill the `rows` of `out` that the batch gives; False when memory does not suffice."""
+        ids, mask = pad([reading.ids[n] for n in batch])
+        self.pool, self.rows = _pooling(batch, reading, mask), rows
+        device = _input_device(self.backbone)
+        try:
+            self.backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            for key, pooled in self.taken.items():
+                self.out[key].index_copy_(0, rows, pooled.float().cpu())
+            return True
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.taken.clear()
+
     def _hook(self, projection: str, layer: int):
         def record(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.taken[projection, layer] = self.pool(output)
+            self._take((projection, layer), self.pool(output))
             if projection in "qo":  # k and v read what q reads
-                self.taken[INPUT_SIDE[projection], layer] = self.pool(args[0])
+                self._take((INPUT_SIDE[projection], layer), self.pool(args[0]))
 
         return record
+
+    def _take(self, key: tuple[str, int], pooled: Tensor) -> None:
+        if pooled.device.type == "cpu":
+            self.out[key].index_copy_(0, self.rows, pooled.float())  # now, while it is in the cache
+        else:
+            self.taken[key] = pooled  # after the pass: a copy would make the device wait for every layer
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _input_device(backbone: Any) -> torch.device:
+    """Where token ids go: an embedding that is offloaded has no device of its own, but a hook that knows it."""
+    embedding = backbone.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else torch.device(device)

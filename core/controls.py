@@ -43,7 +43,8 @@ def control_residual(
         return replace(fused, weight=weight, bias=bias)
     if control == "wrong_layer":
         n_layers = plans.shape[0]
-        return transport_into(fused, transport, (layer + n_layers // 2) % n_layers)
+        (wrong,) = transport_into([fused], transport, (layer + n_layers // 2) % n_layers)
+        return wrong
     if control == "self":
         weight = transport.self_map(layer, projection).index_select(fused.axis, fused.index)
         return keep_mean(replace(fused, weight=weight, bias=None), plans)

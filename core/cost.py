@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from core.attention import SIDES, AttentionLayout
+from core.activations import row_bytes
+from core.attention import FAMILIES, SIDES, AttentionLayout
 from core.checkpoints import open_config
 from core.experiment import Experiment
 from core.hot_transport import solve_layer, standardize
@@ -45,7 +46,7 @@ class SideCost:
     m: int
     problems: int
     flops: float
-    seconds: float
+    seconds: float  # 0 where time was not asked for
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,17 @@ class Cost:
 
 def read_model(name: str, revision: str | None, dtype: str, device: str) -> Model:
     """A model as its config describes it. Raises UserError as `open_config`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     config, layout = open_config(name, revision)
+    family = layout.family
+    if family.needs_code:  # its classes are not there: the text decoder is what counts
+        config, family = config["text_config"], FAMILIES[config["text_config"]["model_type"]]
     rest = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest))
-    prefix = layout.name(0, "q").split(".0.")[0]
+        loader = getattr(transformers, family.auto)
+        model = loader.from_config(transformers.AutoConfig.for_model(config["model_type"], **rest))
+    prefix = family.tower + ".layers."
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     in_layers = sum(size for name, size in sizes.items() if name.startswith(prefix))
     wide = dtype == "float32" or (dtype == "auto" and device == "cpu")
@@ -89,8 +94,8 @@ def estimate(experiment: Experiment) -> str:
     return table(stage1_cost(target, source, e), target, source)
 
 
-def stage1_cost(target: Model, source: Model, experiment: Experiment) -> Cost:
-    """Estimate stage 1, with the texts as long and as many as the settings allow."""
+def stage1_cost(target: Model, source: Model, experiment: Experiment, timed: bool = True) -> Cost:
+    """Estimate stage 1, with texts as long and as many as the settings allow; `timed` calibrates on this machine."""
     token = experiment.pooling == "token"
     texts = experiment.calibration_samples
     T = min(experiment.max_rows, texts * experiment.max_tokens) if token else texts
@@ -98,22 +103,23 @@ def stage1_cost(target: Model, source: Model, experiment: Experiment) -> Cost:
                   else round(ITERATIONS * max(1.0, 0.1 / experiment.regularisation) ** ITERATIONS_POWER))  # fmt: skip
     L, M = target.layout.n_layers, source.layout.n_layers
     sizes = {side: (target.layout.size(side), source.layout.size(side)) for side in SIDES}
-    timed = {shape: _side_seconds(*shape, T, L, M, iterations, experiment, CALIBRATION_S / len(set(sizes.values())))
-             for shape in set(sizes.values())}  # fmt: skip
-    sides = [SideCost(side, n, m, L * M, L * M * (2.0 * n * m * T + 4.0 * n * m * iterations), timed[n, m])
+    shapes = set(sizes.values())
+    budget = CALIBRATION_S / len(shapes)
+    seconds = {shape: _side_seconds(*shape, T, L, M, iterations, experiment, budget) if timed else 0.0
+               for shape in shapes}  # fmt: skip
+    sides = [SideCost(side, n, m, L * M, L * M * (2.0 * n * m * T + 4.0 * n * m * iterations), seconds[n, m])
              for side, (n, m) in sizes.items()]  # fmt: skip
 
     reading_flops = reading_seconds = 0.0
     for model in (target, source):
         flops = 2.0 * model.layer_parameters * texts * experiment.max_tokens
         reading_flops += flops
-        reading_seconds += FORWARD_OVERHEAD * flops * _seconds_per_flop(
-            experiment.batch_size * experiment.max_tokens, model.layout.hidden, experiment.device)  # fmt: skip
-    rows = {model: 4.0 * T * model.layout.n_layers * sum(map(model.layout.size, SIDES)) for model in (target, source)}
-    reading = max(
-        max((m.layer_parameters + m.other_parameters) * m.weight_bytes + rows[m], rows[m] * (1 if token else 2))
-        for m in (target, source)
-    )
+        if timed:
+            reading_seconds += FORWARD_OVERHEAD * flops * _seconds_per_flop(
+                experiment.tokens_per_batch, model.layout.hidden, experiment.device)  # fmt: skip
+    rows = {model: row_bytes(model.layout, T) for model in (target, source)}
+    kept = {model: size if size <= experiment.activations_budget_mb * 2**20 else 0 for model, size in rows.items()}
+    reading = max((m.layer_parameters + m.other_parameters) * m.weight_bytes + kept[m] for m in (target, source))
     plans = max(min(experiment.pairs_budget_mb * 2**20, 4.0 * M * T * m) + 12.0 * T * max(n, m) + 8.0 * n * m
                 for n, m in sizes.values())  # fmt: skip
     potentials = sum(8.0 * L * M * (n + m) for n, m in sizes.values())

@@ -18,9 +18,11 @@ from core.checkpoints import Checkpoint, open_checkpoint
 from core.data import DATA_SUBSETS
 from core.fusion import FEATURE_MAPS, RESIDUAL_FORMS, FusionSettings
 from core.hot_residual import FREEZE_STRATEGIES
+from core.hub import check_repo_id
 from core.runs import UserError, write_text
 
 MIN_TEXTS = 16
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
 
 def option(default: Any, stages: str, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -51,7 +53,11 @@ class Experiment:
     pooling: str = option("text", "1", "text: one mean per text (the paper); token: one row per aligned position",
                           ("text", "token"))  # fmt: skip
     max_rows: int = option(4096, "1", "at most so many rows with token pooling")
-    batch_size: int = option(8, "1e", "texts per forward pass")
+    tokens_per_batch: int = option(4096, "1e", "tokens per forward pass, padding included; a longer text goes alone")
+    activations_budget_mb: int = option(16384, "1", "memory for one model's rows in each process; beyond it they are "
+                                        "kept in a temporary file of the plan directory")  # fmt: skip
+    device_map: str | None = option(None, "1", "spread each model over devices and disk while it reads; default all "
+                                    "of it on --device", DEVICE_MAPS)  # fmt: skip
 
     epsilon: float | None = option(None, "1", "entropic regularisation of Q; default 0.1, and 0.03 for gsm8k")
     eta: float = option(0.1, "1", "entropic regularisation of P")
@@ -69,9 +75,14 @@ class Experiment:
     residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
     alpha: float = option(0.1, "2", "fusion strength, 0 to 1")
     top_k: int = option(128, "2", "strongest neurons fused per layer and projection; 0: all")
-    p_topk: int | None = option(None, "2", "source layers per target layer; default 1 for regression, else all")
+    p_topk: int | None = option(None, "2", "source layers per target layer; default 1 for regression, else all with at "
+                                "least 1e-4 of the row of P")  # fmt: skip
     q_topk: int | None = option(None, "2", "entries kept per row of Q (not for regression); default all")
     ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal")
+
+    push_to_hub: str | None = option(None, "23", "upload the finished checkpoint to this hub repository (made private "
+                                     "when new); stage 3 appends -adapted, or -no-hot for no_hot")  # fmt: skip
+    max_shard_size: str = option("5GB", "23", "largest file of weights, e.g. 5GB or 500MB; one is in memory at a time")
 
     model_type: str | None = option(None, "3", "family of --model_dir; detected when left out",
                                     tuple(SEED_MODEL_TYPES))  # fmt: skip
@@ -104,6 +115,16 @@ class Experiment:
         """epsilon, or the paper's for the data."""
         return self.epsilon if self.epsilon is not None else (0.03 if self.data_subset == "gsm8k" else 0.1)
 
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` as a number. Raises UserError when it is none."""
+        from accelerate.utils import convert_file_size_to_int
+
+        try:
+            return convert_file_size_to_int(self.max_shard_size)
+        except ValueError:
+            raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB") from None
+
     def fusion_settings(self) -> FusionSettings:
         """The part that stage 2 needs."""
         return FusionSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FusionSettings)})
@@ -124,14 +145,19 @@ class Experiment:
             raise UserError(f"seed is {min(self.seed, self.split_seed)}; expected 0 or more")
         if self.q_topk is not None and self.feature_map == "regression":
             raise UserError("q_topk thins out plans, which regression does not read; leave it out")
-        for name in ("max_tokens", "batch_size", "sinkhorn_iters", "pairs_budget_mb", "p_topk", "q_topk", "sft_samples",
-                     "block_size", "train_batch_size", "gradient_accumulation", "save_steps", "held_out_samples",
-                     "bootstrap_samples"):  # fmt: skip
+        for name in ("max_tokens", "tokens_per_batch", "sinkhorn_iters", "pairs_budget_mb", "p_topk", "q_topk",
+                     "sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "save_steps",
+                     "held_out_samples", "bootstrap_samples"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; expected at least 1")
         if (self.freeze_strategy, self.train_alpha) == ("frozen_base", 0):
             raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
+        check_repo_id(self.push_to_hub)
+        if self.max_shard_bytes < 1:
+            raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB")
+        if self.activations_budget_mb < 0:
+            raise UserError(f"activations_budget_mb is {self.activations_budget_mb}; expected 0 (all on disk) or more")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected 0 (all neurons) or more")
         if self.calibration_samples < MIN_TEXTS:

@@ -9,7 +9,7 @@ Plans and weights come in through two small protocols, so this file imports noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ RESIDUAL_FORMS = ("interpolate", "additive")
 PROJECTIONS = ("q", "k", "v", "o")
 # q, k and v read the same input.
 INPUT_SIDE = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in"}
+# Source layers with less than this share of a row of P_eff take no part unless `p_topk` asks for them.
+NEGLIGIBLE_SHARE = 1e-4
 # Regression maps kept for neighbouring target layers that read the same source layer.
 MAP_CACHE = 8
 
@@ -39,7 +41,8 @@ class Plans(Protocol):
     shape: tuple[int, int]  # (L, M)
 
     def layer_plan(self, projection: str) -> Tensor: ...  # P_eff [L, M] of a projection
-    def feature_plan(self, side: str, target_layer: int, source_layer: int) -> Tensor: ...  # Q [n, m]
+    # Q [n, m], or some rows of it
+    def feature_plan(self, side: str, target_layer: int, source_layer: int, rows: Tensor | None) -> Tensor: ...
     def rows(self, model: str, side: str, layer: int, part: str) -> Tensor: ...  # `fit` or `aside`, centred [T, n]
     def mean(self, model: str, side: str, layer: int) -> Tensor: ...  # [n]
     def std(self, model: str, side: str, layer: int) -> Tensor: ...  # [n]
@@ -48,7 +51,7 @@ class Plans(Protocol):
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """How to fuse. `top_k` 0 is dense; `p_topk` None is 1 for `regression` and all source layers otherwise."""
+    """How to fuse. `top_k` 0 is dense; `p_topk` None is 1 for `regression`, else all but negligible ones."""
 
     feature_map: str = "coupling"
     residual_form: str = "interpolate"
@@ -153,40 +156,47 @@ class Transport:
         self.plans, self.source, self.settings = plans, source, settings
         self._target_factor = lru_cache(MAP_CACHE)(lambda side, layer: self._factor("target", side, layer))
         self._source_factor = lru_cache(MAP_CACHE)(lambda side, layer: self._factor("source", side, layer))
-        self._in_map = lru_cache(MAP_CACHE)(self._compute_in_map)
+        self._attention_in = lru_cache(1)(lambda layer, m: self._in_map("attn_in", layer, m, None))
 
     def layer_weights(self, layer: int, projection: str) -> dict[int, float]:
-        """p[m] of every source layer that takes part, after `p_topk` (the row's mass is kept)."""
+        """p[m] of every source layer that takes part: the `p_topk` largest, by default those with at least
+        NEGLIGIBLE_SHARE of the row (one for `regression`). The row's mass is kept."""
         row = self.plans.layer_plan(projection)[layer]
         mass = row.sum() if self.settings.feature_map == "coupling" else torch.ones_like(row.sum())
-        keep = self.settings.p_topk or (1 if self.settings.feature_map == "regression" else len(row))
         values, order = row.sort(descending=True, stable=True)
+        keep = self.settings.p_topk or (
+            1 if self.settings.feature_map == "regression" else int((values >= NEGLIGIBLE_SHARE * row.sum()).sum())
+        )
         values, order = values[:keep], order[:keep]
         values = values * (mass / values.sum())
         return {int(m): float(p) for m, p in sorted(zip(order.tolist(), values.tolist(), strict=True))}
 
-    def transported(self, layer: int, projection: str, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W~ on the selected rows [k, n'] (q, k, v) or columns [n, k] (o) of target layer `layer`, and b~.
+    def transported(self, layer: int, indices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """W~ and b~ of projections of one target layer, on the selected rows [k, n'] (q, k, v) or columns [n, k] (o).
 
         b~ is Out applied to the source's bias (the three OT maps), [k] or [n]; None for `regression` and where the
-        source has no bias.
+        source has no bias. Source layers are the outer loop: q, k and v read the same input and share its map.
+
+        Args:
+            indices: projection -> selected rows or columns [k].
         """
-        weight: Tensor | None = None
-        bias: Tensor | None = None
-        for m, p in self.layer_weights(layer, projection).items():
-            Out, In = self._maps(layer, m, projection)
-            W = self.source.weight(m, projection)
-            b = self.source.bias(m, projection)
-            if projection == "o":
-                part = Out @ (W @ In[:, index])  # [n, m] @ ([m, m'] @ [m', k]) -> [n, k]
-            else:
-                Out = Out[index]
-                part = (Out @ W) @ In  # ([k, m] @ [m, m']) @ [m', n'] -> [k, n']
-            weight = p * part if weight is None else weight.add_(part, alpha=p)
-            if b is not None and self.settings.feature_map != "regression":
-                bias = p * (Out @ b) if bias is None else bias.add_(Out @ b, alpha=p)
-        assert weight is not None  # every layer plan has at least one source layer
-        return weight, bias
+        shares = {c: self.layer_weights(layer, c) for c in indices}
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor] = {}
+        for m in sorted(set().union(*shares.values())):
+            for c, index in indices.items():
+                p = shares[c].get(m)
+                if p is None:
+                    continue
+                Out, In = self._maps(layer, m, c, index)
+                W = self.source.weight(m, c)
+                # [n, m] @ ([m, m'] @ [m', k]) -> [n, k], or ([k, m] @ [m, m']) @ [m', n'] -> [k, n']
+                part = Out @ (W @ In) if c == "o" else (Out @ W) @ In
+                weights[c] = p * part if c not in weights else weights[c].add_(part, alpha=p)
+                b = self.source.bias(m, c)
+                if b is not None and self.settings.feature_map != "regression":
+                    biases[c] = p * (Out @ b) if c not in biases else biases[c].add_(Out @ b, alpha=p)
+        return {c: (weights[c], biases.get(c)) for c in indices}
 
     def self_map(self, layer: int, projection: str) -> Tensor:
         """The target's own outputs regressed on its own inputs [n, n']: smoothing without a source (control)."""
@@ -195,42 +205,49 @@ class Transport:
         S = self.plans.rows("target", projection, layer, "fit")
         return _solve_ridge(self._target_factor(side, layer), R, S)
 
-    def _maps(self, layer: int, m: int, projection: str) -> tuple[Tensor, Tensor]:
-        """(Out [n, m], In [m', n']) of one pair of layers."""
-        if self.settings.feature_map == "regression":
-            R = self.plans.rows("source", projection, m, "fit")
-            S = self.plans.rows("target", projection, layer, "fit")
-            return _solve_ridge(self._source_factor(projection, m), R, S), self._in_map(projection != "o", layer, m)
-        Out = self._sparse_plan(projection, layer, m)
-        In = self._in_map(projection != "o", layer, m)
-        if self.settings.feature_map != "coupling":
-            Out = Out * len(Out)
-        if self.settings.feature_map == "calibrated":
-            Out = self._to_raw_units(Out, projection, layer, m)
-        return Out, In
+    def _maps(self, layer: int, m: int, projection: str, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(Out, In) of one pair of layers, on the selection only: Out [k, m] and In [m', n'], for o Out [n, m] and
+        In [m', k]."""
+        if projection == "o":
+            return self._out_map("o", layer, m, None), self._in_map("o_in", layer, m, index)
+        return self._out_map(projection, layer, m, index), self._attention_in(layer, m)
 
-    def _compute_in_map(self, attention_input: bool, layer: int, m: int) -> Tensor:
-        """In [m', n']: shared by q, k and v, whose input is one side."""
-        side = "attn_in" if attention_input else "o_in"
+    def _out_map(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
+        """Out [n, m], or its `rows` [k, m]."""
+        if self.settings.feature_map == "regression":
+            R = self.plans.rows("source", side, m, "fit")
+            S = self.plans.rows("target", side, layer, "fit")
+            return _solve_ridge(self._source_factor(side, m), R, S if rows is None else S[:, rows])
+        Out = self._sparse_plan(side, layer, m, rows)
+        if self.settings.feature_map == "coupling":
+            return Out
+        target = self.plans.std("target", side, layer)
+        Out = Out * len(target)
+        if self.settings.feature_map == "calibrated":
+            target = target if rows is None else target[rows]
+            Out = target[:, None] * Out * _inverse(self.plans.std("source", side, m))
+        return Out
+
+    def _in_map(self, side: str, layer: int, m: int, columns: Tensor | None) -> Tensor:
+        """In [m', n'], or its `columns` [m', k]."""
         if self.settings.feature_map == "regression":
             R = self.plans.rows("target", side, layer, "fit")
             S = self.plans.rows("source", side, m, "fit")
-            return _solve_ridge(self._target_factor(side, layer), R, S)
-        In = self._sparse_plan(side, layer, m).T
+            In = _solve_ridge(self._target_factor(side, layer), R, S)
+            return In if columns is None else In[:, columns]
+        In = self._sparse_plan(side, layer, m, columns).T
         if self.settings.feature_map != "coupling":
             In = In * len(In)
         if self.settings.feature_map == "calibrated":
-            target, source = self.plans.std("target", side, layer), self.plans.std("source", side, m)
-            In = source[:, None] * In * _inverse(target)
+            target = self.plans.std("target", side, layer)
+            target = target if columns is None else target[columns]
+            In = self.plans.std("source", side, m)[:, None] * In * _inverse(target)
         return In
 
-    def _to_raw_units(self, Out: Tensor, side: str, layer: int, m: int) -> Tensor:
-        target, source = self.plans.std("target", side, layer), self.plans.std("source", side, m)
-        return target[:, None] * Out * _inverse(source)
-
-    def _sparse_plan(self, side: str, layer: int, m: int) -> Tensor:
-        """Q [n, m], with only the `q_topk` largest entries of each row when asked (A.1); the row's mass is kept."""
-        Q = self.plans.feature_plan(side, layer, m)
+    def _sparse_plan(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
+        """Q [n, m] or `rows` of it, with only the `q_topk` largest entries of each row when asked (A.1); the row's mass
+        is kept."""
+        Q = self.plans.feature_plan(side, layer, m, rows)
         keep = self.settings.q_topk
         if not keep or keep >= Q.shape[1]:
             return Q
@@ -278,7 +295,7 @@ def keep_mean(residual: Residual, plans: Plans) -> Residual:
 
 
 def fuse_attention_only_from_hot_dir(
-    plans: Plans, target: Weights, source: Weights, settings: FusionSettings
+    plans: Plans, target: Weights, source: Weights, settings: FusionSettings, layers: Iterable[int] | None = None
 ) -> Iterator[tuple[Residual, dict[str, Any]]]:
     """Transported residual and report of every attention projection of the target, layer by layer.
 
@@ -286,24 +303,28 @@ def fuse_attention_only_from_hot_dir(
         plans: an opened plan directory.
         target, source: the two models' attention weights.
         settings: feature map, form, alpha and selection.
+        layers: target layers to do; None for all.
     Yields:
         (Residual, report) with report keys layer, projection, selected, norm_ratio |W~|/|W|, cosine,
         explained_variance (None without rows kept aside), source_layers {m: p}, bias (fused, dropped, kept or none).
     """
     transport = Transport(plans, source, settings)
-    for layer in range(plans.shape[0]):
-        for projection in PROJECTIONS:
-            residual = empty_residual(plans, target, layer, projection, settings.top_k)
-            residual = transport_into(residual, transport, layer)
-            report = _report(residual, plans, source, transport)
-            yield residual.to("cpu"), report
+    for layer in range(plans.shape[0]) if layers is None else layers:
+        empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in PROJECTIONS]
+        for residual in transport_into(empty, transport, layer):
+            yield residual.to("cpu"), _report(residual, plans, source, transport)
 
 
-def transport_into(residual: Residual, transport: Transport, from_layer: int) -> Residual:
-    """Fill a residual with W~ of target layer `from_layer` (its own, except in the wrong-layer control)."""
-    weight, bias = transport.transported(from_layer, residual.projection, residual.index)
-    residual = replace(residual, weight=weight, bias=bias if residual.original_bias is not None else None)
-    return keep_mean(residual, transport.plans) if transport.settings.feature_map == "regression" else residual
+def transport_into(residuals: Sequence[Residual], transport: Transport, from_layer: int) -> list[Residual]:
+    """Fill residuals of one layer with W~ of target layer `from_layer` (its own, except in the wrong-layer control)."""
+    found = transport.transported(from_layer, {r.projection: r.index for r in residuals})
+    filled = []
+    for residual in residuals:
+        weight, bias = found[residual.projection]
+        residual = replace(residual, weight=weight, bias=bias if residual.original_bias is not None else None)
+        regression = transport.settings.feature_map == "regression"
+        filled.append(keep_mean(residual, transport.plans) if regression else residual)
+    return filled
 
 
 def explained_variance(residual: Residual, plans: Plans) -> float | None:
@@ -338,5 +359,6 @@ def _report(residual: Residual, plans: Plans, source: Weights, transport: Transp
         "cosine": float((W * W_tilde).sum()) / (norm * norm_tilde) if norm and norm_tilde else None,
         "explained_variance": explained_variance(residual, plans),
         "source_layers": {str(m): p for m, p in layers.items()},
+        "left_out_layers": plans.shape[1] - len(layers),
         "bias": bias,
     }

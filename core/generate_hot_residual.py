@@ -5,32 +5,43 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.checkpoints import write_folded
-from core.experiment import open_pair, parse_command, save_resolved
-from core.fusion import PROJECTIONS, Residual, fuse_attention_only_from_hot_dir
+from core import preflight as checks
+from core.card import CARD, fused_card, fused_lineage, licence_warning
+from core.checkpoints import Checkpoint, write_folded
+from core.experiment import Experiment, open_pair, parse_command, save_resolved
+from core.fusion import PROJECTIONS, FusionSettings, Residual, fuse_attention_only_from_hot_dir
 from core.hot_residual import (
     RESIDUAL_FILE,
     enable_hot_residual_for_model,
     fold_bias,
     fold_weight,
+    join_residuals,
+    load_residuals,
     save_residuals,
 )
+from core.hub import push_folder
 from core.plans import PlanDirectory
 from core.runs import (
+    MANIFEST,
     Manifest,
     UserError,
     check_output_folder,
     log_to_file,
     provenance,
+    read_json,
     run_command,
     setup_logging,
     write_json,
@@ -41,6 +52,8 @@ __all__ = ["enable_hot_residual_for_model", "fuse_attention_only_from_hot_dir", 
 
 log = logging.getLogger("stage2")
 STAGE = "fused"
+# Folder of finished layers while the checkpoint is being made.
+PARTS = "parts"
 # Below this |W~| / |W| the transported weight only damps the target.
 DAMPING_RATIO = 1e-3
 
@@ -52,6 +65,7 @@ def main(argv: list[str]) -> None:
         {"hot_dir": "plan directory of stage 1 (default runs/<name>/plans)",
          "output_dir": "fused checkpoint to write (default runs/<name>/fused)"},
         {"modelA_id": "target_model", "modelB_id": "source_model"},
+        {"dry_run": "check everything that can be checked without reading weights, print it, and stop"},
     )  # fmt: skip
     folder = command.path("output_dir", "fused")
     plans = PlanDirectory(command.path("hot_dir", "plans"), command.experiment.device)
@@ -65,53 +79,110 @@ def main(argv: list[str]) -> None:
     target, source = open_pair(experiment)
     check_output_folder(folder, plans.folder, target.folder, source.folder)
     plans.check_models(target, source)
+    preflight(plans, target, source, folder, experiment, "dry_run" in command.modes)
+    if "dry_run" in command.modes:
+        print("nothing is missing")
+        return
     manifest = Manifest.begin(folder, STAGE, {
         "plans": plans.manifest.record["fingerprint"], "target": target.identity, "source": source.identity,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings), "max_shard_bytes": experiment.max_shard_bytes,
     })  # fmt: skip
     log_to_file(command.log_file)
+    lineage = fused_lineage(target, source, made_from, dataclasses.asdict(settings))
+    if warning := licence_warning(lineage["models"]):
+        log.warning(warning)
     if manifest.complete:
         log.info("%s is finished already", folder)
     else:
         save_resolved(experiment, "2", folder)
-        fused = fuse_attention_only_from_hot_dir(plans, target, source, settings)
-        total = plans.shape[0] * len(PROJECTIONS)
-        try:
-            residuals, lines = zip(*tqdm(fused, total=total, desc="fusing", unit="projection"), strict=True)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        save_residuals(folder / RESIDUAL_FILE, residuals, settings.alpha, settings.residual_form)
-        write_folded(target, folder, fold_into(residuals, target.layout.name, settings.alpha, settings.residual_form))
+        lines = transport_layers(folder / PARTS, plans, target, source, settings)
+        parts = [part_file(folder / PARTS, layer) for layer in range(plans.shape[0])]
+        join_residuals(parts, folder / RESIDUAL_FILE)
+        write_folded(target, folder, fold_from(parts, target, settings), experiment.max_shard_bytes)
         means, dropped = by_projection(lines), sum(line["bias"] == "dropped" for line in lines)
+        left_out = sum(line["left_out_layers"] for line in lines) / len(lines)
         write_json(folder / "fusion_report.json", {
             "settings": dataclasses.asdict(settings), "mean": means,
             "dropped_biases": dropped, "projections": lines,
         })  # fmt: skip
-        write_text(folder / "README.md", model_card(target.name, source.name, settings, means))
-        manifest.finish(mean=means, dropped_biases=dropped, data=made_from["data"], **provenance())
+        write_text(folder / CARD, fused_card(lineage, means, dropped))
+        manifest.finish(mean=means, dropped_biases=dropped, left_out_layers=left_out, data=made_from["data"],
+                        lineage=lineage, **provenance())  # fmt: skip
         log.info("%s is finished", folder)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
     print(summary(manifest.record))
     ratio = max(mean["norm_ratio"] or 0.0 for mean in manifest.record["mean"].values())
     if ratio < DAMPING_RATIO and settings.alpha > 0:
         log.warning("|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights",
                     ratio)  # fmt: skip
+    push_folder(folder, experiment.push_to_hub)
 
 
-def fold_into(residuals: tuple[Residual, ...], name_of: Any, alpha: float, form: str) -> Any:
-    """Function (tensor name, tensor) -> folded tensor; tensors that are not fused pass unchanged."""
-    by_name = {name_of(r.layer, r.projection): r for r in residuals}
+def preflight(
+    plans: PlanDirectory, target: Checkpoint, source: Checkpoint, folder: Path, experiment: Experiment, report: bool
+) -> None:
+    """Check models, disk and memory from headers; print what would be done when `report`. Raises UserError."""
+    settings = experiment.fusion_settings()
+    disk = checks.stage2_disk(target, settings)
+    memory = checks.stage2_memory(plans, target, source, experiment.max_shard_bytes)
+    problems = [*checks.model_problems("target", target, False), *checks.model_problems("source", source, False),
+                *([] if (folder / MANIFEST).is_file() else checks.disk_problems(folder, disk))]  # fmt: skip
+    if report:
+        print(checks.stage2_report(plans, target, source, settings, memory, disk))
+        problems += checks.memory_problems(memory, experiment.device)
+    checks.refuse(problems)
 
-    def fold(name: str, tensor: Any) -> Any:
+
+def transport_layers(
+    folder: Path, plans: PlanDirectory, target: Checkpoint, source: Checkpoint, settings: FusionSettings
+) -> list[dict[str, Any]]:
+    """Transported residuals of all target layers, one file per layer in `folder`, and the lines of the report.
+
+    Layers whose file is there already (of a killed run) are not computed again.
+    """
+    folder.mkdir(exist_ok=True)
+    n_layers = plans.shape[0]
+    missing = [layer for layer in range(n_layers) if not part_file(folder, layer).is_file()]
+    fused = fuse_attention_only_from_hot_dir(plans, target, source, settings, missing)
+    layer: list[tuple[Residual, dict[str, Any]]] = []
+    try:
+        for one in tqdm(fused, total=len(missing) * len(PROJECTIONS), desc="fusing", unit="projection"):
+            layer.append(one)
+            if len(layer) == len(PROJECTIONS):
+                residuals, lines = zip(*layer, strict=True)
+                path = part_file(folder, residuals[0].layer)
+                write_json(path.with_suffix(".json"), {"lines": lines})
+                save_residuals(path, residuals, settings.alpha, settings.residual_form)  # last: the layer is done
+                layer = []
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return [line for n in range(n_layers) for line in read_json(part_file(folder, n).with_suffix(".json"))["lines"]]
+
+
+def part_file(folder: Path, layer: int) -> Path:
+    """File of one layer's residuals, until the checkpoint is complete."""
+    return folder / f"{layer}.safetensors"
+
+
+def fold_from(parts: list[Path], target: Checkpoint, settings: FusionSettings) -> Callable[[str, Tensor], Tensor]:
+    """Function (tensor name, tensor) -> folded tensor; tensors that are not fused pass unchanged. Residuals are read
+    one layer at a time."""
+    places = {target.tensor_name(layer, projection): (layer, PROJECTIONS.index(projection))
+              for layer in range(len(parts)) for projection in PROJECTIONS}  # fmt: skip
+    of_layer = lru_cache(1)(lambda layer: load_residuals(parts[layer])[0])
+
+    def fold(name: str, tensor: Tensor) -> Tensor:
         module, _, kind = name.rpartition(".")
-        residual = by_name.get(module)
-        if residual is None:
+        if module not in places or kind not in ("weight", "bias"):
             return tensor
-        return (fold_weight if kind == "weight" else fold_bias)(tensor, residual, alpha, form)
+        layer, place = places[module]
+        fold_one = fold_weight if kind == "weight" else fold_bias
+        return fold_one(tensor, of_layer(layer)[place], settings.alpha, settings.residual_form)
 
     return fold
 
 
-def by_projection(lines: tuple[dict[str, Any], ...]) -> dict[str, dict[str, float | None]]:
+def by_projection(lines: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Means over layers per projection of the report's figures; None where no layer has one."""
     means: dict[str, dict[str, float | None]] = {}
     for projection in PROJECTIONS:
@@ -130,35 +201,9 @@ def summary(record: dict[str, Any]) -> str:
         lines.append(f"{projection:10} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10}")
     if record["dropped_biases"]:
         lines.append(f"{record['dropped_biases']} source biases dropped: the target has none there")
+    if record["left_out_layers"]:
+        lines.append(f"source layers left out of a transported weight: {record['left_out_layers']:.1f} on average")
     return "\n".join(lines)
-
-
-def model_card(target: str, source: str, settings: Any, means: dict[str, dict[str, float | None]]) -> str:
-    """README.md of the fused checkpoint."""
-    table = "\n".join(
-        f"| {projection} | " + " | ".join("-" if value is None else f"{value:.3g}" for value in mean.values()) + " |"
-        for projection, mean in means.items()
-    )
-    options = "\n".join(f"- {name}: {value}" for name, value in dataclasses.asdict(settings).items())
-    return f"""---
-base_model:
-- {target}
-- {source}
-tags:
-- transport-and-merge
----
-# {target} fused with {source}
-
-The attention weights of `{target}` (target) with those of `{source}` (source) transported into its coordinates by
-optimal transport (arXiv 2602.05495) and mixed in. Embeddings, norms and MLPs are the target's. The weights are plain:
-`AutoModelForCausalLM.from_pretrained` loads them. `{RESIDUAL_FILE}` holds the transported part for adaptation.
-
-{options}
-
-| projection | \\|W~\\| / \\|W\\| | cosine | explained variance |
-| --- | --- | --- | --- |
-{table}
-"""
 
 
 if __name__ == "__main__":

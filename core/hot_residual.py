@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -186,6 +186,16 @@ def save_residuals(path: Path, residuals: Iterable[Residual], alpha: float, form
         if r.original_bias is not None:
             tensors[f"{key}.original_bias"] = r.original_bias
     write_safetensors(path, tensors, {"settings": json.dumps({"alpha": alpha, "form": form})})
+
+
+def join_residuals(parts: Sequence[Path], path: Path) -> None:
+    """Join residual files of different layers into one; their tensors stay mapped from the parts, not in memory."""
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        with safe_open(part, "pt") as file:
+            metadata = file.metadata()
+            tensors |= {name: file.get_tensor(name) for name in file.offset_keys()}
+    write_safetensors(path, tensors, metadata)
 
 
 def load_residuals(path: Path) -> tuple[list[Residual], float, str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.scaling import CACHED_BYTES, full_float32
-from core.sinkhorn import SinkhornResult, sinkhorn_uniform_streaming, solve_batch, solve_one
+from core.sinkhorn import Rows, SinkhornResult, sinkhorn_uniform_streaming, solve_batch, solve_one
 
 __all__ = ["SinkhornResult", "compute_P", "compute_Q_and_layer_costs", "corr_distance_matrix", "effective_layer_plan",
            "reconstruct_X", "sinkhorn_uniform_streaming", "standardize"]  # fmt: skip
@@ -144,8 +144,8 @@ def _solve_together(
     return solve_batch(R, (1.0, -1.0), COST_BOUNDS, *problem, rows, probes)
 
 
-def correlation_cost_rows(Zx: Tensor, Zy: Tensor) -> Callable[[slice], Tensor]:
-    """Function slice -> rows of the cost [n, m], computed from standardised activations [T, n], [T, m]."""
+def correlation_cost_rows(Zx: Tensor, Zy: Tensor) -> Callable[[Rows], Tensor]:
+    """Function (slice or row numbers) -> rows of the cost [n, m], from standardised activations [T, n], [T, m]."""
     return lambda rows: _correlation_cost(Zx[:, rows], Zy)
 
 

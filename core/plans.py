@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.attention import SIDES
+from core.attention import SIDES, AttentionLayout
 from core.checkpoints import Checkpoint
 from core.fusion import INPUT_SIDE
 from core.hot_transport import SinkhornResult, correlation_cost_rows, effective_layer_plan, standardize
-from core.runs import Manifest, UserError, write_safetensors
+from core.runs import TEMPORARY, Manifest, UserError, write_safetensors
 
 log = logging.getLogger(__name__)
 STAGE = "plans"
@@ -40,13 +45,72 @@ def plans_file(folder: Path, side: str) -> Path:
     return folder / "plans" / f"{side}.safetensors"
 
 
+@contextmanager
+def row_memory(folder: Path, needed: int, budget: int) -> Iterator[Callable[[int, int], Tensor]]:
+    """Yield allocate(T, n) -> float32 [T, n] for rows of `needed` bytes in all.
+
+    They are in memory, or beyond `budget` (bytes) in files of a temporary folder in `folder`, mapped into memory; it is
+    removed afterwards. Raises UserError when the disk has no room.
+    """
+    if needed <= budget:
+        yield torch.empty
+        return
+    free = shutil.disk_usage(folder).free
+    if free < 2 * needed:  # the rows, and the file made from them; a full disk would kill a process that maps a file
+        raise UserError(f"{folder} has {free / 2**30:.1f} GiB free; rows beyond --activations-budget-mb need "
+                        f"{2 * needed / 2**30:.1f} GiB there: make room or raise the budget")  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY + "rows-", dir=folder) as place:
+        log.info("%.1f GiB of rows are kept on disk (--activations-budget-mb)", needed / 2**30)
+        files = count()
+        yield lambda rows, n: torch.from_numpy(
+            np.memmap(Path(place) / str(next(files)), np.float32, "w+", shape=(rows, n))
+        )
+
+
+def share_file(folder: Path, model: str, process: int, processes: int) -> Path:
+    """File of the rows that one of several processes reads, until they are joined."""
+    return folder / "activations" / f"{model}-shares" / f"{process}-of-{processes}.safetensors"
+
+
+def write_share(path: Path, rows: Mapping[tuple[str, int], Tensor], numbers: Tensor) -> None:
+    """Write the rows [T', n] per (side, layer) that one process read; `numbers` [T'] are theirs among all rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {f"{side}.{layer}": X for (side, layer), X in rows.items()} | {"numbers": numbers})
+
+
+def join_shares(
+    folder: Path, model: str, processes: int, layout: AttentionLayout, allocate: Callable[[int, int], Tensor]
+) -> dict[tuple[str, int], Tensor]:
+    """The rows [T, n] per (side, layer) of all processes, in the order of the texts."""
+    paths = [share_file(folder, model, process, processes) for process in range(processes)]
+    numbers = [_read_tensor(path, "numbers") for path in paths]
+    joined = {}
+    for side in SIDES:
+        for layer in range(layout.n_layers):
+            joined[side, layer] = X = allocate(sum(map(len, numbers)), layout.size(side))
+            for path, places in zip(paths, numbers, strict=True):
+                X[places] = _read_tensor(path, f"{side}.{layer}")
+    return joined
+
+
+def remove_shares(folder: Path, model: str) -> None:
+    """Remove what the processes handed over; done when the model's rows are on disk."""
+    shutil.rmtree(share_file(folder, model, 0, 1).parent, ignore_errors=True)
+
+
+def _read_tensor(path: Path, key: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
+
+
 def write_activations(
     folder: Path, model: str, rows: dict[tuple[str, int], Tensor], aside: Tensor, half: bool
 ) -> dict[tuple[str, int], Tensor]:
     """Write one model's rows [T, n] per (side, layer), with mean, standard deviation and strength.
 
     Text rows are stored float32; token rows (`half`) centred in float16 beside their float32 mean, unless float16
-    would overflow or lose small neurons (such a layer stays float32). Consumes `rows`.
+    would overflow or lose small neurons (such a layer stays float32). Consumes `rows`: what is stored takes the place
+    of what was given, so that rows on disk (`row_memory`) stay there.
 
     Args:
         aside: [T] bool, rows kept out of the regression to measure it on.
@@ -59,24 +123,33 @@ def write_activations(
     strengths = {}
     for side, layer in sorted(rows, key=lambda key: (key[1], FORWARD_ORDER.index(key[0]))):
         X = rows.pop((side, layer))
-        if not torch.isfinite(X).all():
+        # Reductions alone: copies of X would fragment the heap by as much memory as all rows take.
+        low, high = X.amin(0), X.amax(0)
+        if not torch.isfinite(torch.stack((low, high))).all():
             raise UserError(f"{model} layer {layer}, side {side}: activations contain NaN or infinite values")
-        strengths[side, layer] = X.abs().mean(0)
+        strengths[side, layer] = torch.linalg.vector_norm(X, 1, 0) / len(X)
         key = f"{side}.{layer}"
-        constant = X.amax(0) == X.amin(0)  # rounding of the mean would give such a neuron a deviation
-        mean, std = X.mean(0), X.std(0).masked_fill_(constant, 0.0)
+        # Rounding of the mean would give a constant neuron a deviation.
+        mean, std = X.mean(0), X.std(0).masked_fill_(high == low, 0.0)
         if half:
-            centred = X - mean
+            X -= mean
             spread = std[std > 0]
-            fits = centred.abs().max() < HALF_MAX and (len(spread) == 0 or spread.min() > HALF_MIN_STD)
+            largest = torch.maximum(high - mean, mean - low).max()
+            fits = largest < HALF_MAX and (len(spread) == 0 or spread.min() > HALF_MIN_STD)
             if not fits:
                 log.info("%s %s: float16 does not hold its range, stored as float32", model, key)
-            X = centred.half() if fits else centred
+            X = _half_in_place(X) if fits else X
         tensors |= {key: X, f"{key}.mean": mean, f"{key}.std": std}
     path = activations_file(folder, model)
     path.parent.mkdir(exist_ok=True)
     write_safetensors(path, tensors, {"centred": str(half)})
     return strengths
+
+
+def _half_in_place(X: Tensor) -> Tensor:
+    """X [T, n] float32 as float16, in the first half of its own memory."""
+    half = X.half()
+    return X.view(torch.float16).flatten()[: half.numel()].view(half.shape).copy_(half)
 
 
 def read_layer(folder: Path, model: str, side: str, layer: int, device: str = "cpu") -> Tensor:
@@ -182,9 +255,10 @@ class PlanDirectory:
         rows = correlation_cost_rows(Zx, Zy)
         return SinkhornResult(f, g, self.reg, rows, n_iters, error, converged, cost, "stored")
 
-    def feature_plan(self, side: str, target_layer: int, source_layer: int) -> Tensor:
-        """Dense Q [n, m] of one pair, float32."""
-        return self.feature_result(side, target_layer, source_layer).plan()
+    def feature_plan(self, side: str, target_layer: int, source_layer: int, rows: Tensor | None = None) -> Tensor:
+        """Dense Q [n, m] of one pair, or its `rows` [k, m], float32."""
+        result = self.feature_result(side, target_layer, source_layer)
+        return result.plan() if rows is None else result.plan_at(rows)
 
     def rows(self, model: str, side: str, layer: int, part: str) -> Tensor:
         """Rows [T', n] of one layer, float32, centred on themselves: `fit`, or `aside` (kept out of every fit)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from core.scaling import PLAN_BLOCK_ROWS, Scaled, scale_batch, scale_log, scale_
 # exp(-x) and the scalings stay inside a float's range while osc(C)/reg + ln(max(n, m)) is below these.
 EXP_RANGE = {"float32": 80.0, "float64": 600.0}
 MODES = ("auto", "paper")
+Rows: TypeAlias = slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SinkhornResult:
         f: [n] float64 target potentials, in units of the cost.
         g: [m] float64 source potentials, in units of the cost.
         reg: entropic regularisation epsilon.
-        cost_rows: a slice of the rows of C on demand, so that neither C nor Q has to stay in memory.
+        cost_rows: rows of C (a slice, or their numbers) on demand, so that neither C nor Q has to stay in memory.
         n_iters: iterations done.
         error: larger L1 marginal error, max(sum |Q1 - 1/n|, sum |Q^T 1 - 1/m|).
         converged: whether `error` reached the tolerance.
@@ -38,7 +39,7 @@ class SinkhornResult:
     f: Tensor
     g: Tensor
     reg: float
-    cost_rows: Callable[[slice], Tensor]
+    cost_rows: Callable[[Rows], Tensor]
     n_iters: int
     error: float
     converged: bool
@@ -48,8 +49,12 @@ class SinkhornResult:
 
     def plan_rows(self, a: int, b: int) -> Tensor:
         """Rows a..b of Q: [b - a, m] in the cost's dtype."""
-        C = self.cost_rows(slice(a, b))
-        exponent = (self.f[a:b, None].to(C.device) + self.g.to(C.device) - C) / self.reg  # float64
+        return self.plan_at(slice(a, b))
+
+    def plan_at(self, rows: Rows) -> Tensor:
+        """Some rows of Q [k, m], in the cost's dtype."""
+        C = self.cost_rows(rows)
+        exponent = (self.f[rows, None].to(C.device) + self.g.to(C.device) - C) / self.reg  # float64
         return exponent.exp_().to(C.dtype)
 
     def plan(self) -> Tensor:
@@ -121,7 +126,7 @@ def sinkhorn_uniform_streaming(
 
 def solve_one(
     matrix: np.ndarray, affine: tuple[float, float], bounds: tuple[float, float], reg: float, n_iters: int, tol: float,
-    mode: str, cost_rows: Callable[[slice], Tensor], K: np.ndarray | None = None, probe: np.ndarray | None = None,
+    mode: str, cost_rows: Callable[[Rows], Tensor], K: np.ndarray | None = None, probe: np.ndarray | None = None,
 ) -> SinkhornResult:  # fmt: skip
     """`sinkhorn_uniform_streaming` on a CPU, for a caller that knows the range of its cost and has memory for K.
 
@@ -147,7 +152,7 @@ def solve_one(
 
 def solve_batch(
     matrices: Tensor, affine: tuple[float, float], bounds: tuple[float, float], reg: float, n_iters: int, tol: float,
-    mode: str, cost_rows: Sequence[Callable[[slice], Tensor]], probes: Tensor | None = None,
+    mode: str, cost_rows: Sequence[Callable[[Rows], Tensor]], probes: Tensor | None = None,
 ) -> list[SinkhornResult]:  # fmt: skip
     """`solve_one` for B problems of one shape on an accelerator: `matrices` [B, n, m] is lost, `probes` [B, m, r]."""
     dtype, shift = _range(matrices.shape[1:], matrices.element_size(), affine[0], bounds, reg, n_iters, mode)
@@ -186,7 +191,7 @@ def _range(
 
 
 def _result(
-    scaled: Scaled, reg: float, tol: float, cost_rows: Callable[[slice], Tensor], dtype: str | None
+    scaled: Scaled, reg: float, tol: float, cost_rows: Callable[[Rows], Tensor], dtype: str | None
 ) -> SinkhornResult:
     solver = "log-float64" if dtype is None else f"exp-{dtype}"
     probed = None if scaled.probed is None else scaled.probed.float()

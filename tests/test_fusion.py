@@ -58,9 +58,10 @@ class FakePlans:
     def layer_plan(self, projection):
         return torch.softmax(draw(L, M, seed=ord(projection)), 1).double() / L
 
-    def feature_plan(self, side, layer, m):
+    def feature_plan(self, side, layer, m, rows=None):
         n, k = TARGET[side], SOURCE[side]
-        return torch.softmax(draw(n * k, seed=layer + 10 * m + len(side)), 0).reshape(n, k)
+        Q = torch.softmax(draw(n * k, seed=layer + 10 * m + len(side)), 0).reshape(n, k)
+        return Q if rows is None else Q[rows]
 
     def raw(self, model, side, layer):
         if model == "target" and side in "qkvo":
@@ -127,7 +128,7 @@ def test_transported_weight_equals_the_formula(world, feature_map, projection, t
     transport = Transport(plans, source, FusionSettings(feature_map))
     W_tilde, b_tilde = dense(plans, source, feature_map, 1, projection)
     residual = empty_residual(plans, target, 1, projection, top_k)
-    weight, bias = transport.transported(1, projection, residual.index)
+    weight, bias = transport.transported(1, {projection: residual.index})[projection]
     assert residual.axis == (1 if projection == "o" else 0)
     assert_close(weight, W_tilde.index_select(residual.axis, residual.index), atol=1e-6, rtol=1e-5)
     if projection == "o" and not o_bias:
@@ -152,9 +153,34 @@ def test_regression_reads_the_best_layer_with_ridge_maps(world):
     In = ridge(plans.rows("target", "attn_in", 0, "fit"), plans.rows("source", "attn_in", m, "fit"))
     Out = ridge(plans.rows("source", "v", m, "fit"), plans.rows("target", "v", 0, "fit"))
     expected = torch.from_numpy(Out @ source.weight(m, "v").double().numpy() @ In)
-    weight, bias = transport.transported(0, "v", torch.arange(4))
+    weight, bias = transport.transported(0, {"v": torch.arange(4)})["v"]
     assert_close(weight.double(), expected, atol=1e-4, rtol=1e-3)
     assert bias is None
+
+
+def test_projections_together_are_each_alone(world):
+    """Also where their layer plans keep other source layers."""
+    plans, _, source = world
+    for feature_map in ("calibrated", "regression"):
+        transport = Transport(plans, source, FusionSettings(feature_map, p_topk=2))
+        indices = {c: torch.tensor([0, 2]) for c in "qkvo"}
+        together = transport.transported(0, indices)
+        for c, (weight, bias) in together.items():
+            alone = transport.transported(0, {c: indices[c]})[c]
+            assert torch.equal(weight, alone[0]) and (bias is None) == (alone[1] is None)
+
+
+def test_negligible_source_layers_are_left_out(world, monkeypatch):
+    plans, _, source = world
+    row = torch.tensor([0.5, 1e-5, 0.5]).double()
+    monkeypatch.setattr(type(plans), "layer_plan", lambda *_: row.repeat(2, 1) / 7)
+    mass = float(row.sum()) / 7
+    by_default = Transport(plans, source, FusionSettings("coupling")).layer_weights(0, "q")
+    kept = [m for m in range(M) if row[m] >= 1e-4 * row.sum()]
+    assert list(by_default) == kept and len(kept) < M
+    assert sum(by_default.values()) == pytest.approx(mass)
+    everything = Transport(plans, source, FusionSettings("coupling", p_topk=M)).layer_weights(0, "q")
+    assert len(everything) == M and sum(everything.values()) == pytest.approx(mass)
 
 
 def test_p_topk_keeps_the_mass_and_renormalises(world):
@@ -171,7 +197,7 @@ def test_p_topk_keeps_the_mass_and_renormalises(world):
 def test_q_topk_keeps_the_mass_of_each_row(world):
     plans, _, source = world
     Q = plans.feature_plan("q", 0, 1)
-    sparse = Transport(plans, source, FusionSettings("coupling", q_topk=3))._sparse_plan("q", 0, 1)
+    sparse = Transport(plans, source, FusionSettings("coupling", q_topk=3))._sparse_plan("q", 0, 1, None)
     assert torch.equal((sparse > 0).sum(1), torch.full((6,), 3))
     assert_close(sparse.sum(1), Q.sum(1))
     assert torch.equal(sparse.argmax(1), Q.argmax(1))
@@ -271,7 +297,7 @@ def test_controls_share_norm_or_mean_but_not_the_correspondence(projection, bias
     change, shuffled = (r.weight - residual.original_weight for r in (residual, made["permuted"]))
     assert_close(shuffled.flatten().sort().values, change.flatten().sort().values)
     assert not torch.equal(shuffled, change)
-    elsewhere, _ = transport.transported(1, projection, residual.index)
+    elsewhere, _ = transport.transported(1, {projection: residual.index})[projection]
     wrong = keep_mean(replace(residual, weight=elsewhere, bias=None), plans)
     assert_close(made["wrong_layer"].weight, wrong.weight)
     own = ridge_map(plans.rows("target", INPUT_SIDE[projection], 0, "fit"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.checkpoints import open_checkpoint
+from core.data import load_rows
+from core.experiment import Experiment
 from core.fusion import FusionSettings, Transport
 from core.hot_residual import enable_hot_residual_for_model, load_residuals, restore_base
 from core.plans import PlanDirectory, part_file, write_activations, write_part
-from core.runs import UserError
+from core.runs import TEMPORARY, UserError
 
 
 def fuse(plans: Path, models: dict[str, Path], out: Path, *flags, target="target", source="source") -> Path:
@@ -176,11 +179,12 @@ def test_a_killed_run_continues_to_the_same_bytes(plans, models, texts, tmp_path
 def test_processes_share_the_layers_and_write_the_same_bytes(plans, models, texts, tmp_path):
     """Two processes of one thread each, and a memory budget that keeps no source layer, against one process."""
     flags = ["--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
-             "--data-file", texts, "--pooling", "token", "--max-tokens", "24"]  # fmt: skip
+             "--data-file", texts, "--pooling", "token", "--max-tokens", "24", "--tokens-per-batch", "200"]  # fmt: skip
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    for name, command, more in (("one", [], []), ("two", launch, ["--pairs-budget-mb", "1"])):
+    tight = ["--pairs-budget-mb", "1", "--activations-budget-mb", "0"]
+    for name, command, more in (("one", [], []), ("two", launch, tight)):
         done = subprocess.run([sys.executable, *command, str(ROOT / "run_activs_and_hot.py"), *map(str, flags),
                                "--out-dir", str(tmp_path / name), *more],
                               env=environment, capture_output=True, text=True)  # fmt: skip
@@ -188,6 +192,68 @@ def test_processes_share_the_layers_and_write_the_same_bytes(plans, models, text
         assert done.stdout.count("Spearman") == 1
     one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
     assert one.pop("resolved.yaml") != two.pop("resolved.yaml") and one == two
+
+
+@pytest.mark.parametrize("pooling", ["token", "text"])
+@pytest.mark.parametrize("flags", [["--activations-budget-mb", 0], ["--device-map", "disk"]])
+def test_where_rows_and_weights_are_kept_does_not_change_the_bytes(plans, models, texts, tmp_path, pooling, flags):
+    folder = tmp_path / "p"
+    run_main(stage1, "--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
+             "--data-file", texts, "--pooling", pooling, "--max-tokens", 24, "--out-dir", folder, *flags)  # fmt: skip
+    got, expected = digests(folder), digests(plans[pooling])
+    assert got.pop("resolved.yaml") != expected.pop("resolved.yaml") and got == expected
+
+
+def test_a_killed_reading_of_two_processes_continues(models, texts, tmp_path, monkeypatch):
+    """Both processes in this one, one after the other; the first is killed when it begins to read the source."""
+    pair = {name: open_checkpoint(str(models[name])) for name in ("target", "source")}
+    experiment = Experiment(data_subset="file", data_file=str(texts), pooling="token", max_tokens=24,
+                            tokens_per_batch=200)  # fmt: skip
+    rows = load_rows("file", "calibration", 2000, 0, str(texts))
+    readings, aside = stage1.read_both(*pair.values(), rows, experiment)
+    extract, read = stage1.extract, []
+
+    def process(folder: Path, index: int, count: int) -> list[str]:
+        read.clear()
+        state = SimpleNamespace(process_index=index, num_processes=count, is_main_process=index == 0,
+                                wait_for_everyone=lambda: None)  # fmt: skip
+        stage1.record_activations(folder, pair, readings, aside, experiment, state)
+        return list(read)
+
+    def record(*arguments):
+        read.append(arguments[4])
+        return extract(*arguments)
+
+    def dies(*arguments):
+        if arguments[4].startswith("source"):
+            raise KeyboardInterrupt
+        return extract(*arguments)
+
+    monkeypatch.setattr(stage1, "extract", record)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    both = ["target activations", "source activations"]
+    assert process(tmp_path / "one", 0, 1) == both and process(tmp_path / "two", 1, 2) == both
+    with monkeypatch.context() as patch:
+        patch.setattr(stage1, "extract", dies)
+        with pytest.raises(KeyboardInterrupt):
+            process(tmp_path / "two", 0, 2)
+    assert process(tmp_path / "two", 1, 2) == []
+    assert process(tmp_path / "two", 0, 2) == both[1:]
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+    assert sorted(digests(tmp_path / "one")) == [
+        "activations/source.safetensors", "activations/target.safetensors", "selection.safetensors"]  # fmt: skip
+
+
+def test_what_a_killed_reading_left_is_removed(plans, models, texts, tmp_path):
+    folder = tmp_path / "p"
+    shutil.copytree(plans["text"], folder)
+    for name in ("rows", "offload"):
+        (folder / f"{TEMPORARY}{name}-abc").mkdir()
+        (folder / f"{TEMPORARY}{name}-abc" / "0").write_bytes(b"left")
+    run_main(stage1, "--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
+             "--data-file", texts, "--max-tokens", 24, "--out-dir", folder)  # fmt: skip
+    assert digests(folder) == digests(plans["text"])
 
 
 def test_a_finished_run_is_reused_and_a_changed_setting_runs_again(plans, models, texts, tmp_path, monkeypatch, capsys):
@@ -291,7 +357,7 @@ def test_biases_fuse_where_both_models_have_them(models, texts, tmp_path):
         logits(out)
 
 
-def test_sharded_half_precision_target_keeps_shards_and_dtype(plans, models, texts, tmp_path):
+def test_sharded_half_precision_target_keeps_names_and_dtype(plans, models, texts, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(models["target"], dtype=torch.bfloat16)
@@ -300,13 +366,22 @@ def test_sharded_half_precision_target_keeps_shards_and_dtype(plans, models, tex
     assert len(shards) > 2
     run_main(stage1, "--target-model", folder, "--source-model", models["source"], "--data-subset", "file",
              "--data-file", texts, "--max-tokens", 24, "--out-dir", tmp_path / "p")  # fmt: skip
-    out = fuse(tmp_path / "p", {**models, "target": folder}, tmp_path / "f", "--top-k", "4")
-    assert sorted(p.name for p in out.glob("model*.safetensors")) == shards
-    for shard in shards:
-        before, after = load_file(folder / shard), load_file(out / shard)
-        assert before.keys() == after.keys()
-        assert all(after[name].dtype == torch.bfloat16 for name in after)
-    logits(out)
+    out = fuse(tmp_path / "p", {**models, "target": folder}, tmp_path / "f", "--top-k", "4", "--max-shard-size", "16KB")
+    before = {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
+    after = {}
+    for path in sorted(out.glob("model-*.safetensors")):
+        shard = load_file(path)
+        assert sum(tensor.nbytes for tensor in shard.values()) <= 16000 or len(shard) == 1
+        after |= shard
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == before.keys() == after.keys() and len(set(index["weight_map"].values())) > 3
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in before.values())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
+    fused_layers = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(fused_layers) == 3 * 4 and all("_proj.weight" in name for name in fused_layers)
+    whole = fuse(tmp_path / "p", {**models, "target": folder}, tmp_path / "g", "--top-k", "4")
+    assert [path.name for path in whole.glob("model*")] == ["model.safetensors"]
+    assert torch.equal(logits(out), logits(whole))
 
 
 def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
@@ -343,7 +418,7 @@ def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
     for residual in load_residuals(out / "hot_residual.safetensors")[0]:
         W, layer, c = residual.original_weight, residual.layer, residual.projection
         assert float((W - residual.weight).norm() / W.norm()) <= 1e-3, (layer, c)
-        Out, In = transport._maps(layer, layer, c)
+        Out, In = transport._maps(layer, layer, c, residual.index)
         swapped = In @ transport.source.weight(layer, c) @ Out
         assert float((W - swapped).norm() / W.norm()) > 0.5, (layer, c)
     assert_close(logits(out), logits(models["target"]), atol=2e-2, rtol=2e-2)
@@ -434,7 +509,7 @@ def test_killed_training_resumes_to_the_same_weights(fused, tmp_path):
         ({"--target-model": "/no/such/model"}, "model /no/such/model does not exist"),
         ({"--target-model": "nobody/nothing"}, "neither a folder, nor in models, nor to be had from the hub"),
         ({"--target-model": "EMPTY"}, "not a model folder: it has no config.json"),
-        ({"--source-model": "BERT"}, "unsupported model_type 'bert'; supported: llama (LlamaForCausalLM), qwen2"),
+        ({"--source-model": "BERT"}, "unsupported model_type 'bert'; supported: llama (LlamaForCausalLM), mistral"),
         ({"--source-model": "CONFIG"}, "has no model.safetensors"),
         ({"--data-file": "FEW"}, "plans need at least 16 texts"),
         ({"--data-file": "BLANK"}, "row 21 has an empty text"),
@@ -523,7 +598,7 @@ def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path
     out = tmp_path / "f"
     shutil.copytree(fused, out)
     manifest = json.loads((out / "manifest.json").read_text()) | {"status": "incomplete"}
-    for key in ("mean", "dropped_biases", "data", "versions", "commit"):
+    for key in ("mean", "dropped_biases", "left_out_layers", "data", "lineage", "versions", "commit"):
         manifest.pop(key)
     (out / "manifest.json").write_text(json.dumps(manifest))
     (out / "model.safetensors").unlink()
@@ -532,10 +607,29 @@ def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path
     assert digests(out) == digests(fused)
 
 
+def test_fusion_killed_between_layers_goes_on_with_the_missing_ones(fused, plans, models, tmp_path, monkeypatch):
+    flags = ["--feature-map", "regression", "--alpha", "0.3", "--top-k", "0"]
+    save_one, done = stage2.save_residuals, []
+
+    def dies(path, residuals, *arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(residuals[0].layer)
+        save_one(path, residuals, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage2, "save_residuals", dies)
+        with pytest.raises(KeyboardInterrupt):
+            fuse(plans["token"], models, tmp_path / "f", *flags)
+    monkeypatch.setattr(stage2, "save_residuals", lambda *a: done.append(a[1][0].layer) or save_one(*a))
+    assert digests(fuse(plans["token"], models, tmp_path / "f", *flags)) == digests(fused)
+    assert done == [0, 1, 2]
+
+
 def test_constant_neurons_have_no_deviation(tmp_path):
     rows = torch.full((4096, 3), 0.1)
     rows[:, 1] = torch.randn(4096)
-    write_activations(tmp_path, "target", {("q", 0): rows}, torch.zeros(4096, dtype=torch.bool), half=True)
+    write_activations(tmp_path, "target", {("q", 0): rows.clone()}, torch.zeros(4096, dtype=torch.bool), half=True)
     stored = load_file(tmp_path / "activations/target.safetensors")
     assert stored["q.0.std"][0] == stored["q.0.std"][2] == 0 and stored["q.0"].dtype == torch.float16
     assert_close(stored["q.0"].float() + stored["q.0.mean"], rows, atol=2e-3, rtol=0)

@@ -359,6 +359,5 @@ def _report(residual: Residual, plans: Plans, source: Weights, transport: Transp
         "cosine": float((W * W_tilde).sum()) / (norm * norm_tilde) if norm and norm_tilde else None,
         "explained_variance": explained_variance(residual, plans),
         "source_layers": {str(m): p for m, p in layers.items()},
-        "left_out_layers": plans.shape[1] - len(layers),
         "bias": bias,
     }

@@ -100,14 +100,14 @@ def main(argv: list[str]) -> None:
         join_residuals(parts, folder / RESIDUAL_FILE)
         write_folded(target, folder, fold_from(parts, target, settings), experiment.max_shard_bytes)
         means, dropped = by_projection(lines), sum(line["bias"] == "dropped" for line in lines)
-        left_out = sum(line["left_out_layers"] for line in lines) / len(lines)
+        used = sum(len(line["source_layers"]) for line in lines) / len(lines)
         write_json(folder / "fusion_report.json", {
             "settings": dataclasses.asdict(settings), "mean": means,
             "dropped_biases": dropped, "projections": lines,
         })  # fmt: skip
         write_text(folder / CARD, fused_card(lineage, means, dropped))
-        manifest.finish(mean=means, dropped_biases=dropped, left_out_layers=left_out, data=made_from["data"],
-                        lineage=lineage, **provenance())  # fmt: skip
+        manifest.finish(mean=means, dropped_biases=dropped, source_layers_used=used, source_layers=plans.shape[1],
+                        data=made_from["data"], lineage=lineage, **provenance())  # fmt: skip
         log.info("%s is finished", folder)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     print(summary(manifest.record))
@@ -201,8 +201,8 @@ def summary(record: dict[str, Any]) -> str:
         lines.append(f"{projection:10} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10}")
     if record["dropped_biases"]:
         lines.append(f"{record['dropped_biases']} source biases dropped: the target has none there")
-    if record["left_out_layers"]:
-        lines.append(f"source layers left out of a transported weight: {record['left_out_layers']:.1f} on average")
+    lines.append(f"source layers in a transported weight: {record['source_layers_used']:.1f} of "
+                 f"{record['source_layers']} on average (--p-topk)")  # fmt: skip
     return "\n".join(lines)
 
 

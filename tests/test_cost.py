@@ -38,6 +38,16 @@ def test_plan_only_counts_what_stage_1_will_write(configs, plans, capsys):
     assert estimate.seconds == estimate.reading_seconds + sum(side.seconds for side in estimate.sides) > 0
 
 
+def test_rows_beyond_the_budget_take_no_memory(configs, monkeypatch):
+    monkeypatch.setattr(cost, "CALIBRATION_S", 0.1)
+    target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
+    rows = 4 * 4000 * 4 * (2 * 16 + 4 * 32)  # of the source: 4000 rows, 4 layers, sides k, v and the four others
+    memory = [cost.stage1_cost(target, source, Experiment(calibration_samples=4000, activations_budget_mb=budget,
+                                                          pairs_budget_mb=1)).memory
+              for budget in (rows // 2**20 + 1, 0)]  # fmt: skip
+    assert memory[1] < memory[0] - rows / 2
+
+
 def test_parameters_are_those_of_the_model(configs):
     from conftest import llama
 

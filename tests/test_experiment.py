@@ -114,6 +114,20 @@ def test_bad_flags_are_refused(argv, message, monkeypatch):
         parse(*argv, stage="2")
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--tokens-per-batch", "0"), "tokens_per_batch is 0; expected at least 1"),
+        (("--activations-budget-mb", "-1"), "activations_budget_mb is -1; expected 0"),
+        (("--device-map", "everywhere"), "invalid choice: 'everywhere'"),
+        (("--batch-size", "8"), "unrecognized arguments: --batch-size"),
+    ],
+)
+def test_bad_flags_of_reading_are_refused(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(*argv)
+
+
 def test_missing_folder_flag_is_named():
     with pytest.raises(UserError, match="--out_dir is missing"):
         parse().path("out_dir", "plans")

@@ -598,7 +598,16 @@ def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path
     out = tmp_path / "f"
     shutil.copytree(fused, out)
     manifest = json.loads((out / "manifest.json").read_text()) | {"status": "incomplete"}
-    for key in ("mean", "dropped_biases", "left_out_layers", "data", "lineage", "versions", "commit"):
+    for key in (
+        "mean",
+        "dropped_biases",
+        "source_layers_used",
+        "source_layers",
+        "data",
+        "lineage",
+        "versions",
+        "commit",
+    ):
         manifest.pop(key)
     (out / "manifest.json").write_text(json.dumps(manifest))
     (out / "model.safetensors").unlink()

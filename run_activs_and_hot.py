@@ -97,6 +97,8 @@ def main(argv: list[str]) -> None:
         make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment, state)
         if state.is_main_process:
             shutil.rmtree(folder / "plans" / "parts", ignore_errors=True)
+            for name in readings:  # of a run that was killed before it removed them
+                plans.remove_shares(folder, name)
             shapes = {name: vars(c.layout) for name, c in (("target", target), ("source", source))}
             manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
             log.info("%s is finished", folder)
@@ -112,9 +114,8 @@ def preflight(target: Checkpoint, source: Checkpoint, folder: Path, experiment: 
     estimate = cost.stage1_cost(small, large, experiment, timed=False)
     if report:
         print(checks.stage1_report(target, source, estimate))
-    finished = (folder / MANIFEST).is_file()  # what is on disk already needs no more space
-    problems = [*checks.model_problems("target", target, True), *checks.model_problems("source", source, True),
-                *([] if finished else checks.disk_problems(folder, estimate.disk))]  # fmt: skip
+    problems = [*checks.model_problems("target", target), *checks.model_problems("source", source),
+                *checks.disk_problems(folder, estimate.disk)]  # fmt: skip
     short = checks.memory_problems(estimate.memory, experiment.device)
     if report:
         problems += short

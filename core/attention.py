@@ -150,8 +150,8 @@ def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
     Raises UserError for an unsupported family (naming `where` and what is supported) or a config that transformers
     cannot read.
     """
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(f"{key} ({family.architecture})" for key, family in FAMILIES.items())
         raise UserError(f"{where} has the unsupported model_type {model_type!r}; supported: {supported}")
     text = _text_config(config, where)
@@ -159,6 +159,8 @@ def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
         raise UserError(f"{where}: the language tower is a {text.model_type} model; supported towers: "
                         f"{', '.join(sorted(TOWERS))}")  # fmt: skip
     heads = text.num_attention_heads
+    if not heads:
+        raise UserError(f"{where} has num_attention_heads {heads}")
     return AttentionLayout(
         model_type=model_type,
         n_layers=text.num_hidden_layers,
@@ -176,7 +178,7 @@ def _text_config(config: dict[str, Any], where: str) -> Any:
 
     if FAMILIES[config["model_type"]].needs_code:  # the tower is one of transformers' own
         config = config.get("text_config") or {}
-        if config.get("model_type") not in TOWERS:
+        if config.get("model_type") not in TOWERS & FAMILIES.keys():
             raise UserError(f"{where}: text_config.model_type is {config.get('model_type')!r}; supported towers: "
                             f"{', '.join(sorted(TOWERS))}")  # fmt: skip
     rest = {key: value for key, value in config.items() if key != "model_type"}

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_ONLY = ["config.json"]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 # Where a model states its licence: downloaded with it, but a cached model without them is complete.
 CARD_FILES = ["README.md", "LICEN[CS]E*"]
@@ -63,7 +64,7 @@ class Checkpoint:
         """Tensor name -> safetensors file. Raises UserError when there are none."""
         index = self.folder / INDEX_FILE
         if index.is_file():
-            return {name: self.folder / file for name, file in read_json(index)["weight_map"].items()}
+            return {name: self.folder / file for name, file in _weight_map(index).items()}
         single = self.folder / SINGLE_FILE
         if not single.is_file():
             raise UserError(
@@ -206,9 +207,10 @@ def open_checkpoint(
     """
     if not name:
         raise UserError("no model given; use --target-model and --source-model, or --config")
-    found = _find(name, revision, HUB_FILES)
+    files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    found = _find(name, revision, files)
     if found.is_dir() and not has_safetensors(found) and not bin_files(found) and not Path(name).is_dir():
-        found = _find(name, revision, [*HUB_FILES, *BIN_FILES])
+        found = _find(name, revision, [*files, *BIN_FILES])
     folder = _as_safetensors(found, trust_remote_code)
     config = read_json(folder / "config.json")
     layout = attention_layout(config, str(folder))
@@ -226,7 +228,7 @@ def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any],
         raise UserError("no model given; use --target-model and --source-model, or --config")
     path = Path(name).expanduser()
     if path.suffix != ".json":
-        path = _find(name, revision, ["config.json"])
+        path = _find(name, revision, CONFIG_ONLY)
         path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a config.json, a model folder, a GGUF file or a hub id")
@@ -267,13 +269,17 @@ def _find(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+            found = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+            if files == CONFIG_ONLY or _has_weights(found):
+                return found
         except LocalEntryNotFoundError:
+            pass
+        if not constants.HF_HUB_OFFLINE:
             HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
         wanted = [*files, *CARD_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT_S))
@@ -283,6 +289,23 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
             or f"model {name} is neither a folder, nor in {models_root()}, nor to be had from the hub "
             f"({_first_line(error)}); put a local copy at {models_root() / name}"
         ) from None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether every file of weights is there (a cached snapshot may hold a config alone)."""
+    if bin_files(folder):
+        return True
+    if (folder / INDEX_FILE).is_file():
+        return all((folder / file).is_file() for file in set(_weight_map(folder / INDEX_FILE).values()))
+    return (folder / SINGLE_FILE).is_file()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file of a sharded checkpoint."""
+    found = read_json(index)
+    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+        raise UserError(f"{index} has no weight_map; download or save the model again")
+    return found["weight_map"]
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from core.runs import UserError
+from core.runs import TEMPORARY, UserError
 
 log = logging.getLogger(__name__)
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
@@ -45,23 +47,25 @@ def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Pat
     Raises:
         UserError: the file cannot be converted.
     """
-    files = [source] if source.is_file() else bin_files(source)
+    small = [path for path in sorted(source.glob("*.json")) if not path.name.endswith(".index.json")]
+    files = [source] if source.is_file() else [*bin_files(source), *small]
     folder = cache / f"{source.stem if source.is_file() else source.name}-{sample_digest(files)[:12]}"
     if folder.is_dir():
         return folder
     log.info("converting %s once into %s", source, folder)
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        if source.is_file():
-            convert_gguf(source, temporary)
-        else:
-            convert_bin(source, temporary, trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, UnpicklingError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source} cannot be converted ({reason}); give a safetensors copy of the model") from None
-    temporary.rename(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=cache) as place:  # of this process: others may do the same
+        made = Path(place) / "model"
+        try:
+            if source.is_file():
+                convert_gguf(source, made)
+            else:
+                convert_bin(source, made, trust_remote_code)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{source} cannot be converted ({reason}); give a safetensors copy of the model") from None
+        with contextlib.suppress(OSError):  # another process was first: its copy is the same
+            made.rename(folder)
     return folder
 
 

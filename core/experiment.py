@@ -121,7 +121,7 @@ class Experiment:
         from accelerate.utils import convert_file_size_to_int
 
         try:
-            return convert_file_size_to_int(self.max_shard_size)
+            return convert_file_size_to_int(self.max_shard_size.upper().replace("IB", "iB"))
         except ValueError:
             raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB") from None
 

@@ -35,7 +35,6 @@ from core.hot_residual import (
 from core.hub import push_folder
 from core.plans import PlanDirectory
 from core.runs import (
-    MANIFEST,
     Manifest,
     UserError,
     check_output_folder,
@@ -125,8 +124,8 @@ def preflight(
     settings = experiment.fusion_settings()
     disk = checks.stage2_disk(target, settings)
     memory = checks.stage2_memory(plans, target, source, experiment.max_shard_bytes)
-    problems = [*checks.model_problems("target", target, False), *checks.model_problems("source", source, False),
-                *([] if (folder / MANIFEST).is_file() else checks.disk_problems(folder, disk))]  # fmt: skip
+    problems = [*checks.model_problems("target", target), *checks.model_problems("source", source),
+                *checks.disk_problems(folder, disk)]  # fmt: skip
     if report:
         print(checks.stage2_report(plans, target, source, settings, memory, disk))
         problems += checks.memory_problems(memory, experiment.device)

@@ -16,6 +16,7 @@ from core.plans import ROWS_CACHE, PlanDirectory
 from core.runs import UserError
 
 GIB = 2**30
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def refuse(problems: list[str]) -> None:
@@ -24,8 +25,8 @@ def refuse(problems: list[str]) -> None:
         raise UserError("; ".join(problems))
 
 
-def model_problems(role: str, model: Checkpoint, tokenizer: bool) -> list[str]:
-    """Attention tensors that are absent or of another shape than the config says, and a missing tokenizer."""
+def model_problems(role: str, model: Checkpoint) -> list[str]:
+    """Attention tensors that are absent, of another shape than the config says, or quantised (codes, not weights)."""
     layout, found = model.layout, []
     for layer in range(layout.n_layers):
         for projection in PROJECTIONS:
@@ -33,20 +34,21 @@ def model_problems(role: str, model: Checkpoint, tokenizer: bool) -> list[str]:
             out, into = layout.size(projection), layout.size("o_in" if projection == "o" else "attn_in")
             if name not in model.headers:
                 found.append(f"{name} is missing")
+            elif model.headers[name][1] not in FLOATS or "quantization_config" in model.config:
+                dtype = model.headers[name][1]
+                return [f"{role} {model.folder} is quantised ({name} is {dtype}); give the unquantised checkpoint"]
             elif model.headers[name][0] != (out, into):
                 found.append(f"{name} is {model.headers[name][0]}, expected {(out, into)}")
-    problems = []
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        problems.append(f"{role} {model.folder}: {found[0]}{more}; its config.json and weights do not belong together")
-    if tokenizer and not any((model.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        problems.append(f"{role} {model.folder} has no tokenizer files; copy them beside the weights")
-    return problems
+    if not found:
+        return []
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return [f"{role} {model.folder}: {found[0]}{more}; its config.json and weights do not belong together"]
 
 
 def disk_problems(folder: Path, needed: float) -> list[str]:
-    """Too little space for `needed` bytes where `folder` is or will be."""
+    """Too little space for `needed` bytes where `folder` is or will be; what it holds already needs no more."""
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    needed -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(place).free
     if free >= needed:
         return []

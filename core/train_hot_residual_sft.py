@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.attention import SEED_MODEL_TYPES
 from core.card import CARD, adapted_card, adapted_lineage
-from core.checkpoints import Checkpoint, open_checkpoint, write_folded
+from core.checkpoints import SINGLE_FILE, Checkpoint, open_checkpoint, write_folded
 from core.data import Row, check_same_split, data_identity, load_rows, sft_example
 from core.experiment import Experiment, parse_command, save_resolved
 from core.fusion import Residual
@@ -133,6 +133,7 @@ def train(model: Any, tokenizer: Any, rows: list[Row], folder: Path, experiment:
 
     Continues from the last whole checkpoint in `folder`.
     """
+    from safetensors.torch import load_model, save_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
     set_seed(experiment.seed)
@@ -159,7 +160,20 @@ def train(model: Any, tokenizer: Any, rows: list[Row], folder: Path, experiment:
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU: no silent DataParallel, no larger batch
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    trainer = Trainer(
+
+    class ExactTrainer(Trainer):
+        """Resume points with the names of the loaded model: its own are those of published files, which the Trainer
+        does not find again in a vision-language model or around a residual."""
+
+        def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+            place = Path(output_dir or self.args.output_dir)
+            place.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(place / SINGLE_FILE))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            load_model(self.model, str(Path(resume_from_checkpoint) / SINGLE_FILE), strict=True)
+
+    trainer = ExactTrainer(
         model=model,
         args=arguments,
         train_dataset=examples,
@@ -182,7 +196,8 @@ def save_adapted(
     state = model.state_dict()
 
     def trained(name: str, tensor: Tensor) -> Tensor:
-        return state.get(start.name_in_model(name), tensor).to("cpu", tensor.dtype)
+        # A copy: tied weights that are stored twice would share memory, which safetensors refuses.
+        return state.get(start.name_in_model(name), tensor).to("cpu", tensor.dtype, copy=True)
 
     write_folded(start, folder, trained, max_shard_bytes)
 

@@ -129,7 +129,8 @@ def evaluate_arms(
         del model
     for arm in arms:
         if arm not in in_memory:
-            checkpoint = open_checkpoint(str(run / TRAINED.get(arm, arm)), device=experiment.device)
+            checkpoint = open_checkpoint(str(run / TRAINED.get(arm, arm)), None, experiment.trust_remote_code,
+                                         experiment.device)  # fmt: skip
             yield measure(checkpoint.load_model(experiment.dtype), arm)
 
 

@@ -99,8 +99,8 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         self.connector = torch.nn.Linear(4, 4)
         self.post_init()
 
-    def forward(self, **inputs):
-        return self.language_model(**inputs)
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **rest):
+        return self.language_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **rest)
 """,
 }
 

@@ -289,3 +289,31 @@ def test_bin_weights_go_through_safe_loading(models, tmp_path, monkeypatch):
     torch.save({"x": Trap()}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be converted"):
         open_checkpoint(str(folder))
+
+
+def test_converting_twice_at_once_ends_with_one_copy(models, tmp_path, monkeypatch):
+    """As the processes of one launch do: the second finds the first's copy when it is done with its own."""
+    folder, cache = tmp_path / "old", tmp_path / "cache"
+    shutil.copytree(models["source"], folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    original = convert.convert_bin
+
+    def with_another_meanwhile(*arguments):
+        monkeypatch.setattr(convert, "convert_bin", original)
+        convert.converted(folder, cache)
+        original(*arguments)
+
+    monkeypatch.setattr(convert, "convert_bin", with_another_meanwhile)
+    made = convert.converted(folder, cache)
+    assert [path.name for path in cache.iterdir()] == [made.name] and (made / "model.safetensors").is_file()
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert convert.converted(folder, cache) != made  # another config is another model
+
+
+def test_shard_sizes_are_bytes_in_any_spelling():
+    from core.experiment import Experiment
+
+    sizes = {"5GB": 5 * 10**9, "5gb": 5 * 10**9, "5GiB": 5 * 2**30, "5gib": 5 * 2**30, "500MB": 5 * 10**8}
+    assert {text: Experiment(max_shard_size=text).max_shard_bytes for text in sizes} == sizes

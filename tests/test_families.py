@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
+from core import train_hot_residual_sft as stage3
 from core.attention import FAMILIES, SIDES
 from core.checkpoints import open_checkpoint
 from core.hot_residual import enable_hot_residual_for_model, load_residuals, restore_base
@@ -155,3 +156,40 @@ def test_towers_without_the_projections_are_refused(tmp_path, fails, models, tex
     told = fails(stage1, "--target-model", folder, "--source-model", models["source"], "--data-subset", "file",
                  "--data-file", texts, "--out-dir", tmp_path / "p")  # fmt: skip
     assert "the language tower is a gpt2 model; supported towers: gemma3_text, llama" in told
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "tinyllava"])
+def test_training_moves_the_language_tower_alone_and_resumes_to_the_same_weights(name, models, texts, tmp_path,
+                                                                                 monkeypatch):  # fmt: skip
+    trust = ["--trust-remote-code"] if name == "tinyllava" else []
+    own = make(name, tmp_path / "own")
+    _, fused = fuse_pair(own, models["source"], texts, tmp_path, *trust)
+    flags = ["--model_dir", fused, "--sft-samples", 8, "--gradient-accumulation", 2, "--learning-rate", "1e-2",
+             "--save-steps", 1, *trust]  # fmt: skip
+    run_main(stage3, *flags, "--output_dir", tmp_path / "whole")
+
+    class Kill(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    original = transformers.Trainer.__init__
+
+    def with_kill(trainer, *arguments, **options):
+        original(trainer, *arguments, **options)
+        trainer.add_callback(Kill())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "__init__", with_kill)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(stage3, *flags, "--output_dir", tmp_path / "part")
+    assert (tmp_path / "part" / "checkpoints" / "checkpoint-2").is_dir()
+    run_main(stage3, *flags, "--output_dir", tmp_path / "part")
+    before, whole, part = (load_file(tmp_path / folder / "model.safetensors") for folder in ("f", "whole", "part"))
+    assert before.keys() == whole.keys()
+    moved = {key for key in before if not torch.equal(before[key], whole[key])}
+    checkpoint = open_checkpoint(str(own), None, bool(trust))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+    assert all(key.startswith((checkpoint.tower + ".", *checkpoint.layout.family.heads_on_disk)) for key in moved)
+    assert len(moved) > 3 * 7 and not any("vis" in key for key in moved)
+    stock(tmp_path / "whole", bool(trust))

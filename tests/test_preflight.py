@@ -106,5 +106,44 @@ def test_little_memory_stops_a_dry_run_and_warns_a_run(fails, models, plans, tex
 def test_too_few_texts_and_missing_data_are_told(fails, no_weights, models, texts, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(texts.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
-    assert "texts" in fails(stage1, *stage1_flags(models, few, tmp_path / "p"), "--dry-run")
+    told = fails(stage1, *stage1_flags(models, few, tmp_path / "p"), "--dry-run")
+    assert "10 calibration texts; plans need at least 16 texts" in told
     assert "does not exist" in fails(stage1, *stage1_flags(models, tmp_path / "no.jsonl", tmp_path / "p"), "--dry-run")
+
+
+@pytest.mark.parametrize("how", ["dtype", "config"])
+def test_quantised_weights_are_refused(how, fails, no_weights, pair, texts, tmp_path):
+    """Their tensors have the right shapes and hold codes."""
+    if how == "dtype":
+        damage(pair["source"], model__layers__1__self_attn__q_proj__weight=torch.ones(32, 32, dtype=torch.int8))
+    else:
+        config = json.loads((pair["source"] / "config.json").read_text())
+        (pair["source"] / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+        )
+    told = fails(stage1, *stage1_flags(pair, texts, tmp_path / "p"))
+    assert "is quantised" in told and "give the unquantised checkpoint" in told
+
+
+def test_damaged_indexes_and_configs_are_told(fails, pair, texts, tmp_path):
+    flags = stage1_flags(pair, texts, tmp_path / "p")
+    (pair["source"] / "model.safetensors.index.json").write_text("{}")
+    assert "index.json has no weight_map" in fails(stage1, *flags)
+    (pair["source"] / "config.json").write_text("[]")
+    assert "unsupported model_type None" in fails(stage1, *flags)
+
+
+def test_tokenizers_of_other_files_pass(models, pair, texts, tmp_path, capsys):
+    """What loads is there: no list of file names decides."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pair["source"])
+    model = json.loads((pair["source"] / "tokenizer.json").read_text())["model"]
+    (pair["source"] / "tokenizer.json").unlink()
+    (pair["source"] / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
+    (pair["source"] / "merges.txt").write_text("\n".join(" ".join(pair_) for pair_ in model["merges"]), "utf-8")
+    config = json.loads((pair["source"] / "tokenizer_config.json").read_text())
+    (pair["source"] / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer"}))
+    assert len(tokenizer) > 300
+    run_main(stage1, *stage1_flags(pair, texts, tmp_path / "p"), "--dry-run")
+    assert "nothing is missing" in capsys.readouterr().out

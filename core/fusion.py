@@ -4,7 +4,7 @@ For target layer l and projection c:  W~ = sum over m of p[m] * Out[m] @ W_sourc
 Four feature maps say what p, Out and In are; see `Transport`. Shapes: n, n' target outputs and inputs of a
 projection, m, m' the source's. Only the selected rows (q, k, v) or columns (o) of W~ are ever computed.
 
-Plans and weights come in through two small protocols, so this file imports nothing of ours.
+Plans and weights come in through two small protocols: this file knows no files.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from core.ridge import ridge_factor, solve_ridge
 
 FEATURE_MAPS = ("coupling", "barycentric", "calibrated", "regression")
 RESIDUAL_FORMS = ("interpolate", "additive")
@@ -109,39 +111,6 @@ def mix(base: Tensor, transported: Tensor, alpha: float, form: str) -> Tensor:
     return torch.add(base, transported, alpha=alpha)
 
 
-def ridge_map(R: Tensor, S: Tensor, ridge: float) -> Tensor:
-    """Least-squares map from rows R to rows S: solves (R^T R + ridge * d * I) Z = R^T S and returns Z^T.
-
-    Args:
-        R: [T, r] centred predictors.
-        S: [T, s] centred responses.
-        ridge: lambda, relative to d, the mean diagonal of R^T R.
-    Returns:
-        [s, r], so that S ~ R @ map^T. Zero when R is constant.
-    Raises:
-        ValueError: ridge too small for R^T R to be positive definite in float64.
-    """
-    return _solve_ridge(_ridge_factor(R, ridge), R, S)
-
-
-def _ridge_factor(R: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor [r, r] of R^T R + ridge * d * I; float64 only where float32 finds it not positive definite."""
-    gram = R.T @ R  # [r, T] @ [T, r] -> [r, r]
-    scale = gram.diagonal().mean()
-    gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if info == 0:
-        return factor
-    if R.dtype == torch.float64:
-        raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
-    return _ridge_factor(R.double(), ridge)
-
-
-def _solve_ridge(factor: Tensor, R: Tensor, S: Tensor) -> Tensor:
-    cross = R.to(factor.dtype).T @ S.to(factor.dtype)  # [r, T] @ [T, s] -> [r, s]
-    return torch.cholesky_solve(cross, factor).T.to(R.dtype)
-
-
 class Transport:
     """W~ of any target layer and projection, from one plan directory and the source's weights.
 
@@ -203,7 +172,7 @@ class Transport:
         side = INPUT_SIDE[projection]
         R = self.plans.rows("target", side, layer, "fit")
         S = self.plans.rows("target", projection, layer, "fit")
-        return _solve_ridge(self._target_factor(side, layer), R, S)
+        return solve_ridge(self._target_factor(side, layer), R, S)
 
     def _maps(self, layer: int, m: int, projection: str, index: Tensor) -> tuple[Tensor, Tensor]:
         """(Out, In) of one pair of layers, on the selection only: Out [k, m] and In [m', n'], for o Out [n, m] and
@@ -217,7 +186,7 @@ class Transport:
         if self.settings.feature_map == "regression":
             R = self.plans.rows("source", side, m, "fit")
             S = self.plans.rows("target", side, layer, "fit")
-            return _solve_ridge(self._source_factor(side, m), R, S if rows is None else S[:, rows])
+            return solve_ridge(self._source_factor(side, m), R, S if rows is None else S[:, rows])
         Out = self._sparse_plan(side, layer, m, rows)
         if self.settings.feature_map == "coupling":
             return Out
@@ -233,7 +202,7 @@ class Transport:
         if self.settings.feature_map == "regression":
             R = self.plans.rows("target", side, layer, "fit")
             S = self.plans.rows("source", side, m, "fit")
-            In = _solve_ridge(self._target_factor(side, layer), R, S)
+            In = solve_ridge(self._target_factor(side, layer), R, S)
             return In if columns is None else In[:, columns]
         In = self._sparse_plan(side, layer, m, columns).T
         if self.settings.feature_map != "coupling":
@@ -256,7 +225,7 @@ class Transport:
         return torch.zeros_like(Q).scatter_(1, columns, values)
 
     def _factor(self, model: str, side: str, layer: int) -> Tensor:
-        return _ridge_factor(self.plans.rows(model, side, layer, "fit"), self.settings.ridge)
+        return ridge_factor(self.plans.rows(model, side, layer, "fit"), self.settings.ridge)
 
 
 def _inverse(scale: Tensor) -> Tensor:

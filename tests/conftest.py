@@ -237,3 +237,12 @@ def plans(models: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPat
                  "--data-subset", "file", "--data-file", texts, "--pooling", pooling, "--max-tokens", 24,
                  "--out-dir", folders[pooling])  # fmt: skip
     return folders
+
+
+@pytest.fixture(scope="session")
+def fused(models: dict[str, Path], plans: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fused checkpoint of the pico pair (token rows, regression, dense)."""
+    from stages import fuse
+
+    return fuse(plans["token"], models, tmp_path_factory.mktemp("fused") / "out", "--feature-map", "regression",
+                "--alpha", "0.3", "--top-k", "0")  # fmt: skip

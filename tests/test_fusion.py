@@ -17,13 +17,17 @@ from core.fusion import (
     fuse_attention_only_from_hot_dir,
     keep_mean,
     mix,
-    ridge_map,
     select,
 )
+from core.ridge import ridge_factor, solve_ridge
 
 L, M, T = 2, 3, 60
 TARGET = {"q": 6, "k": 4, "v": 4, "o": 5, "attn_in": 5, "o_in": 6}
 SOURCE = {"q": 8, "k": 4, "v": 4, "o": 7, "attn_in": 7, "o_in": 8}
+
+
+def ridge_map(R: torch.Tensor, S: torch.Tensor, ridge: float) -> torch.Tensor:
+    return solve_ridge(ridge_factor(R, ridge), R, S)
 
 
 def draw(*shape, seed):

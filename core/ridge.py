@@ -1,0 +1,36 @@
+"""Least-squares maps between rows of activations (the `regression` feature map): tensors in, tensors out.
+
+The map from rows R [T, r] to rows S [T, s], both centred, is Z^T with (R^T R + ridge * d * I) Z = R^T S, d the mean
+diagonal of R^T R. The factor of the left side is shared by all maps that read the same rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ridge_factor(R: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor [r, r] of R^T R + ridge * d * I; float64 only where float32 finds it not positive definite.
+
+    Args:
+        R: [T, r] centred predictors. Constant ones give the identity, and so a map of zeros.
+        ridge: lambda, relative to d.
+    Raises:
+        ValueError: ridge too small for R^T R to be positive definite in float64.
+    """
+    gram = R.T @ R  # [r, T] @ [T, r] -> [r, r]
+    scale = gram.diagonal().mean()
+    gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info == 0:
+        return factor
+    if R.dtype == torch.float64:
+        raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
+    return ridge_factor(R.double(), ridge)
+
+
+def solve_ridge(factor: Tensor, R: Tensor, S: Tensor) -> Tensor:
+    """The map Z^T [s, r], so that S ~ R @ map^T, from `ridge_factor` of the predictors R and the responses S [T, s]."""
+    cross = R.to(factor.dtype).T @ S.to(factor.dtype)  # [r, T] @ [T, s] -> [r, s]
+    return torch.cholesky_solve(cross, factor).T.to(R.dtype)

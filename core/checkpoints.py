@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from core.attention import AttentionLayout, attention_layout, projection_in_tower
 from core.convert import BIN_FILES, bin_files, converted, gguf_config, sample_digest
 from core.hub import HUB_TIMEOUT_S, hub_refusal
-from core.runs import UserError, atomic_file, read_json, write_json, write_safetensors
+from core.runs import UserError, atomic_file, first_line, read_json, write_json, write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Checkpoint:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder} has no usable tokenizer: {_first_line(error)}") from None
+            raise UserError(f"{self.folder} has no usable tokenizer: {first_line(error)}") from None
         if not tokenizer("a")["input_ids"]:
             raise UserError(f"{self.folder} has no tokenizer files; copy them beside the weights")
         if not tokenizer.is_fast:
@@ -287,7 +287,7 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
         raise UserError(
             hub_refusal(name, revision, error)
             or f"model {name} is neither a folder, nor in {models_root()}, nor to be had from the hub "
-            f"({_first_line(error)}); put a local copy at {models_root() / name}"
+            f"({first_line(error)}); put a local copy at {models_root() / name}"
         ) from None
 
 
@@ -306,10 +306,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
         raise UserError(f"{index} has no weight_map; download or save the model again")
     return found["weight_map"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def write_folded(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from core.runs import TEMPORARY, UserError
+from core.runs import TEMPORARY, UserError, first_line
 
 log = logging.getLogger(__name__)
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
@@ -62,8 +62,9 @@ def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Pat
             else:
                 convert_bin(source, made, trust_remote_code)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, UnpicklingError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{source} cannot be converted ({reason}); give a safetensors copy of the model") from None
+            raise UserError(
+                f"{source} cannot be converted ({first_line(error)}); give a safetensors copy of the model"
+            ) from None
         with contextlib.suppress(OSError):  # another process was first: its copy is the same
             made.rename(folder)
     return folder
@@ -94,8 +95,9 @@ def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
     loader: Any = getattr(transformers, family.auto)
     options = {"use_safetensors": False, "trust_remote_code": trust_remote_code}
     loader.from_pretrained(source, dtype="auto", **options).save_pretrained(folder)
+    weights = {path.name for pattern in BIN_FILES for path in source.glob(pattern)}
     for file in source.iterdir():
-        if file.is_file() and file not in bin_files(source) and not (folder / file.name).exists():
+        if file.is_file() and file.name not in weights and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 

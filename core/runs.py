@@ -33,6 +33,11 @@ class UserError(Exception):
     """Bad input. Shown as one line (what was got, what was expected, what to do); the command exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line; its type when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run `main(argv)` as a process: a UserError becomes one line on stderr and exit code 2, an error of the operating
     system or a damaged file (disk full, no permission) one line and 1, Ctrl-C 130."""

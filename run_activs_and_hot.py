@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -32,6 +31,7 @@ from core.hot_transport import (
     solve_layer,
     standardize_layer,
 )
+from core.locate import waits_for
 from core.runs import (
     MANIFEST,
     TEMPORARY,
@@ -66,18 +66,25 @@ def main(argv: list[str]) -> None:
     if "plan_only" in command.modes:
         print(cost.estimate(experiment))
         return
+    dry_run = "dry_run" in command.modes
+    if dry_run and (waiting := models_to_fetch(experiment)):
+        print(cost.estimate(experiment, timed=False))
+        print(f"{'; '.join(waiting)}: its tensors, tokenizer and the disk are checked after that")
+        return
     folder = command.path("out_dir", "plans")
     target, source = open_pair(experiment)
     check_output_folder(folder, target.folder, source.folder)
-    preflight(target, source, folder, experiment, "dry_run" in command.modes)
+    preflight(target, source, folder, experiment, dry_run)
     rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.split_seed,
                      experiment.data_file)  # fmt: skip
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
-    readings, aside = read_both(target, source, rows, experiment)
-    if "dry_run" in command.modes:
-        print(f"{len(rows)} texts, {readings['target'].n_rows} rows; nothing is missing")
+    if dry_run:
+        target.check_tokenizer()
+        source.check_tokenizer()
+        print(f"{len(rows)} texts; nothing is missing")
         return
+    readings, aside = read_both(target, source, rows, experiment)
     settings = {name: getattr(experiment, name) for name in SETTINGS}
     data = data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed)
     state = process_state(experiment.device)
@@ -106,11 +113,17 @@ def main(argv: list[str]) -> None:
         print(summary(manifest.record))
 
 
+def models_to_fetch(experiment: Experiment) -> list[str]:
+    """The models of which only the config can be read now, with what they wait for."""
+    pair = {"target": (experiment.target_model, experiment.target_revision),
+            "source": (experiment.source_model, experiment.source_revision)}  # fmt: skip
+    found = {role: (name, waits_for(name, revision)) for role, (name, revision) in pair.items() if name}
+    return [f"{role} {name} waits for {what}" for role, (name, what) in found.items() if what]
+
+
 def preflight(target: Checkpoint, source: Checkpoint, folder: Path, experiment: Experiment, report: bool) -> None:
     """Check models, disk and memory from configs and headers; print them when `report`. Raises UserError."""
-    small, large = (
-        cost.read_model(str(model.folder), None, experiment.dtype, experiment.device) for model in (target, source)
-    )
+    small, large = (cost.opened_model(model, experiment.dtype) for model in (target, source))
     estimate = cost.stage1_cost(small, large, experiment, timed=False)
     if report:
         print(checks.stage1_report(target, source, estimate))
@@ -260,6 +273,8 @@ def describe(tensors: dict[str, Tensor], measured: dict[str, Tensor]) -> dict[st
     31-34), mean over layers, on up to PROBE_ROWS rows; `permuted`: the same with the neurons of every plan shuffled.
     `top_mass`: share of a plan's mass in its max(n, m) largest entries, with the source layer of the same depth.
     """
+    from scipy.stats import spearmanr
+
     matched = tensors["P"].argmax(1)
     rank = float(spearmanr(range(len(matched)), matched.tolist()).statistic) if len(matched.unique()) > 1 else None
     fits = {name: reconstruction_fit(tensors["P"], measured[key], measured["gram"], measured["power"])

@@ -1,11 +1,10 @@
-"""Model checkpoints: open by folder or hub id, read single tensors lazily, write folded weights atomically."""
+"""Model checkpoints: opened by name, single tensors read lazily, folded weights written atomically."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,18 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.attention import AttentionLayout, attention_layout, projection_in_tower
-from core.convert import BIN_FILES, bin_files, converted, gguf_config, sample_digest
-from core.hub import HUB_TIMEOUT_S, hub_refusal
+from core.convert import gguf_config, sample_digest
+from core.locate import CONFIG_ONLY, INDEX_FILE, SINGLE_FILE, find, model_folder, weight_map
 from core.runs import UserError, atomic_file, first_line, read_json, write_json, write_safetensors
 
 log = logging.getLogger(__name__)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-CONFIG_ONLY = ["config.json"]
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-# Where a model states its licence: downloaded with it, but a cached model without them is complete.
-CARD_FILES = ["README.md", "LICEN[CS]E*"]
 # Never copied from a target into a checkpoint made from it: weights (written anew) and our own files.
 NOT_COPIED = {
     INDEX_FILE,
@@ -43,6 +36,8 @@ NOT_COPIED = {
     "resolved.yaml",
     "README.md",
 }
+# Terms that go with every copy of a model.
+LICENCE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
 # Bytes per number of the dtypes in safetensors headers; the others take one.
 DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -64,7 +59,7 @@ class Checkpoint:
         """Tensor name -> safetensors file. Raises UserError when there are none."""
         index = self.folder / INDEX_FILE
         if index.is_file():
-            return {name: self.folder / file for name, file in _weight_map(index).items()}
+            return {name: self.folder / file for name, file in weight_map(index).items()}
         single = self.folder / SINGLE_FILE
         if not single.is_file():
             raise UserError(
@@ -155,6 +150,19 @@ class Checkpoint:
             raise UserError(f"{self.folder} has a slow tokenizer; character offsets need a fast one (tokenizer.json)")
         return tokenizer
 
+    def check_tokenizer(self) -> None:
+        """Raise UserError when there is no usable tokenizer. Reads tokenizer.json alone, where there is one."""
+        from tokenizers import Tokenizer
+
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            self.load_tokenizer()
+            return
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again") from None
+
     def _check_code(self) -> None:
         """Raise UserError when the model's classes are not transformers' own and not allowed or not there."""
         if not self.layout.family.needs_code:
@@ -192,11 +200,6 @@ class Checkpoint:
         return loader.from_pretrained(self.folder, **options, device_map=where, offload_folder=offload_folder).eval()
 
 
-def models_root() -> Path:
-    """Where model ids are looked up before the hub: $MODELS_ROOT, by default `models/` in the working folder."""
-    return Path(os.environ.get("MODELS_ROOT", "models"))
-
-
 def open_checkpoint(
     name: str, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu"
 ) -> Checkpoint:
@@ -207,11 +210,7 @@ def open_checkpoint(
     """
     if not name:
         raise UserError("no model given; use --target-model and --source-model, or --config")
-    files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
-    found = _find(name, revision, files)
-    if found.is_dir() and not has_safetensors(found) and not bin_files(found) and not Path(name).is_dir():
-        found = _find(name, revision, [*files, *BIN_FILES])
-    folder = _as_safetensors(found, trust_remote_code)
+    folder = model_folder(name, revision, trust_remote_code)
     config = read_json(folder / "config.json")
     layout = attention_layout(config, str(folder))
     checkpoint = Checkpoint(name, folder, revision, config, layout, trust_remote_code, device)
@@ -228,84 +227,12 @@ def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any],
         raise UserError("no model given; use --target-model and --source-model, or --config")
     path = Path(name).expanduser()
     if path.suffix != ".json":
-        path = _find(name, revision, CONFIG_ONLY)
+        path = find(name, revision, CONFIG_ONLY)
         path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a config.json, a model folder, a GGUF file or a hub id")
     config = gguf_config(path) if path.suffix == ".gguf" else read_json(path)
     return config, attention_layout(config, str(path))
-
-
-def _as_safetensors(found: Path, trust_remote_code: bool) -> Path:
-    """The folder itself, or the converted copy of a GGUF file or of a folder with .bin weights alone."""
-    cache = models_root() / "converted"
-    if found.is_file():
-        return converted(found, cache)
-    if not (found / "config.json").is_file():
-        raise UserError(f"{found} is not a model folder: it has no config.json")
-    if has_safetensors(found) or not bin_files(found):
-        return found
-    attention_layout(read_json(found / "config.json"), str(found))  # an unsupported family is told at once
-    return converted(found, cache, trust_remote_code)
-
-
-def has_safetensors(folder: Path) -> bool:
-    """Whether a model folder holds weights that can be read one tensor at a time."""
-    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
-
-
-def _find(name: str, revision: str | None, files: list[str]) -> Path:
-    """The folder or GGUF file that a name stands for."""
-    for candidate in (Path(name).expanduser(), models_root() / name):
-        if candidate.is_dir():
-            return candidate
-        if candidate.is_file() and candidate.suffix != ".gguf":
-            raise UserError(f"{candidate} is a file; give a model folder with config.json and safetensors, or a .gguf")
-        if candidate.is_file():
-            return candidate
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise UserError(f"model {name} does not exist (looked for {name} and {models_root() / name})")
-    return _download(name, revision, files)
-
-
-def _download(name: str, revision: str | None, files: list[str]) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-
-    try:
-        try:
-            found = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
-            if files == CONFIG_ONLY or _has_weights(found):
-                return found
-        except LocalEntryNotFoundError:
-            pass
-        if not constants.HF_HUB_OFFLINE:
-            HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
-        wanted = [*files, *CARD_FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT_S))
-    except (HTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            hub_refusal(name, revision, error)
-            or f"model {name} is neither a folder, nor in {models_root()}, nor to be had from the hub "
-            f"({first_line(error)}); put a local copy at {models_root() / name}"
-        ) from None
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether every file of weights is there (a cached snapshot may hold a config alone)."""
-    if bin_files(folder):
-        return True
-    if (folder / INDEX_FILE).is_file():
-        return all((folder / file).is_file() for file in set(_weight_map(folder / INDEX_FILE).values()))
-    return (folder / SINGLE_FILE).is_file()
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file of a sharded checkpoint."""
-    found = read_json(index)
-    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
-        raise UserError(f"{index} has no weight_map; download or save the model again")
-    return found["weight_map"]
 
 
 def write_folded(
@@ -317,7 +244,7 @@ def write_folded(
     memory at a time, each written atomically, their index last; tokenizer, chat template and configs are copied.
     """
     for file in sorted(checkpoint.folder.iterdir()):
-        known = file.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+        known = file.suffix in (".json", ".jinja", ".txt", ".model", ".py") or LICENCE_FILE.match(file.name)
         if file.is_file() and known and file.name not in NOT_COPIED:
             with atomic_file(folder / file.name) as temporary:
                 shutil.copyfile(file, temporary)
@@ -327,9 +254,9 @@ def write_folded(
         write_safetensors(folder / file_name, tensors, {"format": "pt"})
         del tensors  # before the next shard is filled
     if len(shards) > 1:
-        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        where = {name: file_name for file_name, names in shards.items() for name in names}
         total = sum(checkpoint.sizes.values())
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _shards(checkpoint: Checkpoint, max_shard_bytes: int) -> dict[str, list[str]]:

@@ -38,6 +38,13 @@ def bin_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("pytorch_model*.bin"))
 
 
+def converted_folder(source: Path, cache: Path) -> Path:
+    """Where the converted copy of a GGUF file or a folder of .bin files is, or will be: named by the contents."""
+    small = [path for path in sorted(source.glob("*.json")) if not path.name.endswith(".index.json")]
+    files = [source] if source.is_file() else [*bin_files(source), *small]
+    return cache / f"{source.stem if source.is_file() else source.name}-{sample_digest(files)[:12]}"
+
+
 def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Path:
     """Folder with the safetensors copy of a GGUF file (float32) or a folder of .bin files (its own dtype).
 
@@ -47,9 +54,7 @@ def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Pat
     Raises:
         UserError: the file cannot be converted.
     """
-    small = [path for path in sorted(source.glob("*.json")) if not path.name.endswith(".index.json")]
-    files = [source] if source.is_file() else [*bin_files(source), *small]
-    folder = cache / f"{source.stem if source.is_file() else source.name}-{sample_digest(files)[:12]}"
+    folder = converted_folder(source, cache)
     if folder.is_dir():
         return folder
     log.info("converting %s once into %s", source, folder)

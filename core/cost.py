@@ -3,6 +3,7 @@ calibration of the real solver on this machine."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from core.activations import row_bytes
 from core.attention import FAMILIES, SIDES, AttentionLayout
-from core.checkpoints import open_config
+from core.checkpoints import Checkpoint, open_config
 from core.experiment import Experiment
 from core.hot_transport import solve_layer, standardize
 
@@ -79,19 +80,28 @@ def read_model(name: str, revision: str | None, dtype: str, device: str) -> Mode
     with torch.device("meta"):
         loader = getattr(transformers, family.auto)
         model = loader.from_config(transformers.AutoConfig.for_model(config["model_type"], **rest))
-    prefix = family.tower + ".layers."
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    in_layers = sum(size for name, size in sizes.items() if name.startswith(prefix))
+    return _model(name, layout, sizes, family.tower, dtype, device)
+
+
+def opened_model(checkpoint: Checkpoint, dtype: str) -> Model:
+    """The same from the headers of an opened checkpoint."""
+    sizes = {name: math.prod(shape) for name, (shape, _) in checkpoint.headers.items()}
+    return _model(checkpoint.name, checkpoint.layout, sizes, checkpoint.tower, dtype, checkpoint.device)
+
+
+def _model(name: str, layout: AttentionLayout, sizes: dict[str, int], tower: str, dtype: str, device: str) -> Model:
+    in_layers = sum(size for name, size in sizes.items() if name.startswith(tower + ".layers."))
     wide = dtype == "float32" or (dtype == "auto" and device == "cpu")
     return Model(name, layout, in_layers, sum(sizes.values()) - in_layers, 4 if wide else 2)
 
 
-def estimate(experiment: Experiment) -> str:
-    """Cost of stage 1 as a table. Raises UserError as `open_config`."""
+def estimate(experiment: Experiment, timed: bool = True) -> str:
+    """Cost of stage 1 as a table; `timed` as in `stage1_cost`. Raises UserError as `open_config`."""
     e = experiment
     target = read_model(e.target_model, e.target_revision, e.dtype, e.device)
     source = read_model(e.source_model, e.source_revision, e.dtype, e.device)
-    return table(stage1_cost(target, source, e), target, source)
+    return table(stage1_cost(target, source, e, timed), target, source)
 
 
 def stage1_cost(target: Model, source: Model, experiment: Experiment, timed: bool = True) -> Cost:
@@ -193,6 +203,8 @@ def table(cost: Cost, target: Model, source: Model) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if not seconds:
+        return "not asked"
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

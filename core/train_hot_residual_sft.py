@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.attention import SEED_MODEL_TYPES
 from core.card import CARD, adapted_card, adapted_lineage
-from core.checkpoints import SINGLE_FILE, Checkpoint, open_checkpoint, write_folded
+from core.checkpoints import Checkpoint, open_checkpoint, write_folded
 from core.data import Row, check_same_split, data_identity, load_rows, sft_example
 from core.experiment import Experiment, parse_command, save_resolved
 from core.fusion import Residual
@@ -33,6 +33,7 @@ from core.hot_residual import (
     set_trainable,
 )
 from core.hub import push_folder
+from core.locate import SINGLE_FILE
 from core.runs import (
     Manifest,
     UserError,

@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 
 from core import plans
 from core.attention import SIDES
-from core.checkpoints import INDEX_FILE, Checkpoint, open_checkpoint
+from core.checkpoints import Checkpoint, open_checkpoint
 from core.fusion import FusionSettings, Transport
+from core.locate import INDEX_FILE
 from core.runs import Manifest, write_json, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]

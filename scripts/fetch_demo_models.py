@@ -23,9 +23,9 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.card import CARD
-from core.checkpoints import CARD_FILES, HUB_FILES, models_root
 from core.convert import convert_gguf
 from core.hub import HUB_TIMEOUT_S
+from core.locate import CARD_FILES, HUB_FILES, models_root
 from core.runs import UserError, atomic_file, run_command, setup_logging, write_json, write_text
 
 log = logging.getLogger("fetch")

@@ -44,8 +44,30 @@ def test_stage1_dry_run_says_what_it_would_do(no_weights, models, texts, tmp_pat
     printed = capsys.readouterr().out
     assert "llama, 3 layers, hidden 24, 3 heads of 12, 1 kv heads, biases none" in printed
     assert "qwen2, 4 layers, hidden 32, 4 heads of 8, 2 kv heads, biases qkv" in printed
-    assert "36 x 32" in printed and "60 texts, 60 rows; nothing is missing" in printed
+    assert "36 x 32" in printed and "60 texts; nothing is missing" in printed
     assert not (tmp_path / "p").exists()
+
+
+def test_stage1_dry_run_converts_nothing(no_weights, models, texts, tmp_path, monkeypatch, capsys):
+    """A folder of .bin weights is told as one that waits; what its config says is printed."""
+    monkeypatch.setenv("MODELS_ROOT", str(tmp_path / "root"))
+    source = shutil.copytree(models["source"], tmp_path / "bin")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    flags = stage1_flags({"target": models["target"], "source": source}, texts, tmp_path / "p")
+    run_main(stage1, *flags, "--dry-run")
+    printed = capsys.readouterr().out
+    assert f"source {source} waits for a conversion" in printed and "36 x 32" in printed
+    assert not (tmp_path / "root").exists() and not (tmp_path / "p").exists()
+    checkpoints.open_checkpoint(str(source))
+    run_main(stage1, *flags, "--dry-run")
+    assert "nothing is missing" in capsys.readouterr().out
+
+
+def test_stage1_dry_run_tells_a_damaged_tokenizer(no_weights, fails, pair, texts, tmp_path):
+    (pair["source"] / "tokenizer.json").write_text("{")
+    told = fails(stage1, *stage1_flags(pair, texts, tmp_path / "p"), "--dry-run")
+    assert "tokenizer.json cannot be read" in told and "copy it again" in told
 
 
 def test_stage2_dry_run_says_what_would_be_fused(no_weights, models, plans, tmp_path, capsys):

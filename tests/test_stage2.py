@@ -33,6 +33,34 @@ def test_fused_checkpoint_is_plain_and_loads_in_stock_transformers(fused, models
     assert "base_model" in (fused / "README.md").read_text()
 
 
+def test_the_targets_terms_go_with_the_fused_weights(plans, models, tmp_path):
+    target = shutil.copytree(models["target"], tmp_path / "target")
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md"):
+        (target / name).write_text(f"terms: {name}")
+    (target / "secret.env").write_text("not a model file")
+    out = fuse(plans["text"], {**models, "target": target}, tmp_path / "f", "--top-k", "5")
+    assert all((out / name).read_text() == f"terms: {name}" for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md"))
+    assert not (out / "secret.env").exists()
+
+
+def test_the_evaluation_harness_loads_it_and_scores_as_stock_transformers(fused):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=str(fused), device="cpu", dtype="float32", batch_size=2)
+    pairs = [("The river", " keeps the lamp"), ("A", " b")]
+    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    scores = [score for score, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    checkpoint = open_checkpoint(str(fused))
+    tokenizer, model = checkpoint.load_tokenizer(), checkpoint.load_model("float32")
+    for (context, continuation), score in zip(pairs, scores, strict=True):
+        ids = tokenizer(context + continuation, return_tensors="pt")["input_ids"]
+        begin = len(tokenizer(context)["input_ids"])
+        with torch.no_grad():
+            logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[begin - 1 :]
+        assert score == pytest.approx(float(logp.sum()), abs=1e-4)
+
+
 @pytest.mark.parametrize("form", ["interpolate", "additive"])
 @pytest.mark.parametrize("top_k", ["0", "5"])
 def test_unfolded_model_gives_the_logits_of_the_folded_one(plans, models, tmp_path, form, top_k):

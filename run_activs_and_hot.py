@@ -22,8 +22,9 @@ from core import preflight as checks
 from core.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
 from core.attention import SIDES
 from core.checkpoints import Checkpoint
+from core.command import parse_command, save_resolved
 from core.data import Row, data_identity, load_rows
-from core.experiment import MIN_TEXTS, Experiment, open_pair, parse_command, save_resolved
+from core.experiment import MIN_TEXTS, Experiment, open_pair
 from core.hot_transport import (
     compute_P,
     reconstruction_fit,

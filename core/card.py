@@ -159,19 +159,21 @@ def fused_lineage(
 
 
 def adapted_lineage(
-    start: Checkpoint, before: Mapping[str, Any] | None, hot: bool, training: dict[str, Any]
-) -> dict[str, Any]:
-    """The same of an adapted checkpoint; without `hot` only the target is in it.
+    start: Checkpoint, before: Mapping[str, Any] | None, hot: bool, training: dict[str, Any],
+    teacher: Checkpoint | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of an adapted checkpoint; without `hot` only the target and a teacher are in it.
 
     Args:
         before: lineage of the checkpoint it starts from; None for one that is not ours.
         training: settings of stage 3.
     """
-    if before is None:
-        return {"models": {"target": describe_model(start)}, "settings": {"training": training}}
-    if hot:
+    if before is not None and hot:
         return {**before, "settings": {**before["settings"], "training": training}}
-    return {"models": {"target": before["models"]["target"]}, "settings": {"training": training}}
+    models = {"target": describe_model(start) if before is None else before["models"]["target"]}
+    if teacher is not None:
+        models["teacher"] = describe_model(teacher)
+    return {"models": models, "settings": {"training": training}}
 
 
 # The cards
@@ -201,32 +203,46 @@ The layers and neurons of the two models were matched on {_data_text(lineage["da
     return _card(f"{target} fused with {source}", _front_matter(models, "merge", [lineage["data"]]), sections)
 
 
-def adapted_card(lineage: Mapping[str, Any], data: Mapping[str, Any], losses: list[float]) -> str:
+def adapted_card(
+    lineage: Mapping[str, Any], data: Mapping[str, Any], curve: Mapping[str, Any], counts: Mapping[str, int],
+    method: str | None,
+) -> str:  # fmt: skip
     """README.md of an adapted checkpoint.
 
     Args:
         lineage: `adapted_lineage`.
         data: `data_identity` of the fine-tuning rows.
-        losses: training loss of each update, in nats per token.
+        curve: `core.trainer.curve_of`.
+        counts: of `core.sft.sft_examples`.
+        method: how a teacher took part, in words.
     """
     models, read = lineage["models"], [data]
+    losses = [point["loss"] for point in curve["train"]]
     target = models["target"]["name"]
     if "source" in models:
         read.append(lineage["data"])
         title = f"{target} fused with {models['source']['name']}, fine-tuned"
         how = (f"Fine-tuned from `{target}` fused with `{models['source']['name']}`, by residual-frozen adaptation\n"
                f"([arXiv 2602.05495](https://arxiv.org/abs/2602.05495), section 4.3).")  # fmt: skip
+    elif "teacher" in models:
+        title = f"{target}, fine-tuned with {models['teacher']['name']} as teacher"
+        how = f"Fine-tuned from `{target}` ({method}): what a fused model has to beat."
     else:
         title = f"{target}, fine-tuned"
         how = f"Fine-tuned from `{target}` without another model: what a fused model has to beat."
     what = f"""{how}
 Plain weights for stock transformers: `{models["target"]["loader"]}.from_pretrained` loads them.
 
-- rows: {_data_text(data)}
+- rows: {_data_text(data)}; {counts["tokens"]} tokens, {counts["trained_tokens"]} of them with loss; {counts["cut"]}
+  rows cut at the length limit, {counts["left_out"]} left out because nothing in them has a loss
 - training loss: {losses[0]:.4f} at the first of {len(losses)} updates, {losses[-1]:.4f} at the last
   ({digest_of(losses)[:12]})"""
+    if validation := [point["loss"] for point in curve["validation"]]:
+        what += f"\n- validation loss: {validation[0]:.4f} before, {validation[-1]:.4f} after"
+    what += "\n\n![loss](loss_curve.png)"
+    trained = {role: model for role, model in models.items() if role != "teacher"}
     sections = [what, _results(), _models_section(models), _settings_section(lineage["settings"])]
-    return _card(title, _front_matter(models, "finetune", read), sections)
+    return _card(title, _front_matter(trained, "finetune", read), sections)
 
 
 def _card(title: str, front_matter: Mapping[str, Any], sections: list[str]) -> str:

@@ -24,7 +24,9 @@ from dataset_gsm8k import gsm8k
 log = logging.getLogger(__name__)
 
 # Shares of the groups (topics, or single rows) by part: fixed, so that no text changes part with the counts asked for.
-SHARES = {"calibration": 0.5, "sft": 0.3, "held_out": 0.2}
+SHARES = {"calibration": 0.5, "training": 0.3, "held_out": 0.2}
+# The training part is divided again: choices (learning rate, alpha, when to stop) are made on rows of their own.
+TRAINING_SHARES = {"sft": 5 / 6, "validation": 1 / 6}
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 DATA_SUBSETS: dict[str, Callable[[], list[dict[str, Any]]] | None] = {
     "python_reference": python_reference,
@@ -63,7 +65,8 @@ class Row:
 
 
 def load_rows(subset: str, part: str, limit: int, split_seed: int, data_file: str | None = None) -> list[Row]:
-    """At most `limit` rows of one part (`calibration`, `sft`, `held_out`) of a data set, in a seeded order.
+    """At most `limit` rows of one part (`calibration`, `sft`, `validation`, `held_out`) of a data set, in a seeded
+    order.
 
     The split is by group and fixed by `split_seed`: no text and no topic is in two parts.
 
@@ -71,7 +74,6 @@ def load_rows(subset: str, part: str, limit: int, split_seed: int, data_file: st
         UserError: unknown or missing subset, missing file, unknown columns, empty text, or an empty part.
     """
     rows, where = _read(subset, data_file)
-    parts: dict[str, list[Row]] = {name: [] for name in SHARES}
     groups: dict[str, list[Row]] = {}
     seen: set[Row] = set()
     for number, record in enumerate(rows, 1):
@@ -83,15 +85,27 @@ def load_rows(subset: str, part: str, limit: int, split_seed: int, data_file: st
         log.info("%s: %d duplicate rows left out", where, len(rows) - len(seen))
     names = sorted(groups)
     random.Random(split_seed).shuffle(names)
-    for name in sorted(names, key=lambda n: -len(groups[n])):  # stable: large groups first fill the shares best
-        emptiest = max(SHARES, key=lambda p: SHARES[p] * len(seen) - len(parts[p]))
-        parts[emptiest] += groups[name]
-    chosen = sorted(parts[part], key=lambda row: row.plain)
+    parts = _divide(names, groups, SHARES)
+    parts |= _divide(parts["training"], groups, TRAINING_SHARES)
+    chosen = sorted((row for name in parts[part] for row in groups[name]), key=lambda row: row.plain)
     random.Random(f"{split_seed}-{part}").shuffle(chosen)
     if not chosen:
-        raise UserError(f"{where} has {len(seen)} texts, none of them in the {part} part; give more texts")
+        less = ", or --validation-samples 0" if part == "validation" else ""
+        raise UserError(f"{where} has {len(seen)} texts, none of them in the {part} part; give more texts{less}")
     log.info("%s: %d of %d %s texts", where, min(limit, len(chosen)), len(chosen), part)
     return chosen[:limit]
+
+
+def _divide(names: list[str], groups: dict[str, list[Row]], shares: dict[str, float]) -> dict[str, list[str]]:
+    """Names of groups by part, so that each part has about its share of the rows."""
+    total = sum(len(groups[name]) for name in names)
+    parts: dict[str, list[str]] = {part: [] for part in shares}
+    filled = dict.fromkeys(shares, 0)
+    for name in sorted(names, key=lambda n: -len(groups[n])):  # stable: large groups first fill the shares best
+        emptiest = max(shares, key=lambda part: shares[part] * total - filled[part])
+        parts[emptiest].append(name)
+        filled[emptiest] += len(groups[name])
+    return parts
 
 
 def data_identity(rows: list[Row], subset: str, data_file: str | None, split_seed: int) -> dict[str, Any]:
@@ -157,24 +171,3 @@ def _row(record: dict[str, Any], where: str) -> Row:
     if any(not isinstance(content, str) or not content.strip() for _, content in messages):
         raise UserError(f"{where} has an empty text; remove it or fill it in")
     return Row(messages)
-
-
-def sft_example(row: Row, tokenizer: Any, block_size: int) -> dict[str, list[int]]:
-    """Token ids and labels of one fine-tuning row, cut at `block_size`.
-
-    Text rows: loss on every token. Rows with roles: loss on the assistant's tokens only (labels -100 elsewhere); the
-    prompt is the template up to the assistant's turn.
-    """
-    if not row.has_roles or not tokenizer.chat_template:
-        ids = tokenizer(row.plain)["input_ids"][:block_size]
-        return {"input_ids": ids, "labels": list(ids)}
-    chat = row.chat()
-    ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-    labels = [-100] * len(ids)
-    for turn, message in enumerate(chat):
-        if message["role"] == "assistant":
-            start = len(tokenizer.apply_chat_template(
-                chat[:turn], tokenize=True, add_generation_prompt=True, return_dict=False))  # fmt: skip
-            end = len(tokenizer.apply_chat_template(chat[: turn + 1], tokenize=True, return_dict=False))
-            labels[start:end] = ids[start:end]
-    return {"input_ids": ids[:block_size], "labels": labels[:block_size]}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import yaml
 
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint
@@ -19,7 +17,7 @@ from core.data import DATA_SUBSETS
 from core.fusion import FEATURE_MAPS, RESIDUAL_FORMS, FusionSettings
 from core.hot_residual import FREEZE_STRATEGIES
 from core.hub import check_repo_id
-from core.runs import UserError, write_text
+from core.runs import UserError
 
 MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
@@ -36,9 +34,9 @@ class Experiment:
 
     name: str = option("experiment", "", "name of the run; outputs go to runs/<name>/")
     target_model: str = option("", "12e", "small model that is improved: folder, id in $MODELS_ROOT, or hub id")
-    source_model: str = option("", "12e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id")
+    source_model: str = option("", "123e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id")
     target_revision: str | None = option(None, "12e", "hub revision of the target")
-    source_revision: str | None = option(None, "12e", "hub revision of the source")
+    source_revision: str | None = option(None, "123e", "hub revision of the source")
     trust_remote_code: bool = option(False, "13e", "allow code that comes with a model")
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
     dtype: str = option("auto", "13e", "compute dtype; auto: float32 on a CPU, else the model's own",
@@ -53,7 +51,7 @@ class Experiment:
     pooling: str = option("text", "1", "text: one mean per text (the paper); token: one row per aligned position",
                           ("text", "token"))  # fmt: skip
     max_rows: int = option(4096, "1", "at most so many rows with token pooling")
-    tokens_per_batch: int = option(4096, "1e", "tokens per forward pass, padding included; a longer text goes alone")
+    tokens_per_batch: int = option(4096, "13e", "tokens per forward pass, padding included; a longer text goes alone")
     activations_budget_mb: int = option(16384, "1", "memory for one model's rows in each process; beyond it they are "
                                         "kept in a temporary file of the plan directory")  # fmt: skip
     device_map: str | None = option(None, "1", "spread each model over devices and disk while it reads; default all "
@@ -86,18 +84,47 @@ class Experiment:
 
     model_type: str | None = option(None, "3", "family of --model_dir; detected when left out",
                                     tuple(SEED_MODEL_TYPES))  # fmt: skip
-    training_scenario: str = option("hot", "3", "hot: train from the fused start with its residual; "
-                                    "no_hot: the same from the unfused target", ("hot", "no_hot"))  # fmt: skip
+    training_scenario: str = option("hot", "3", "hot: train from the fused start with its residual; no_hot: the same "
+                                    "from the unfused target; distill: no_hot with the source as teacher",
+                                    ("hot", "no_hot", "distill"))  # fmt: skip
     freeze_strategy: str = option("frozen_hot", "3", "with hot: frozen_hot (= frozen_transport) fixes the residual; "
                                   "frozen_base: only it trains; none: both train", FREEZE_STRATEGIES)  # fmt: skip
     train_alpha: float | None = option(None, "3", "with hot: residual strength while training; default the fused one")
     sft_samples: int = option(2000, "3", "at most so many fine-tuning rows")
-    block_size: int = option(2048, "3", "fine-tuning rows are cut at so many tokens")
+    block_size: int = option(2048, "3", "fine-tuning rows are cut at so many tokens; with --packing, tokens per pack")
+    packing: bool = option(False, "3", "put several whole rows into one sequence; none attends to another")
     epochs: float = option(1.0, "3", "passes over the fine-tuning rows")
-    train_batch_size: int = option(1, "3", "rows per device and step")
+    train_batch_size: int = option(1, "3", "rows (with --packing, packs) per device and step")
     gradient_accumulation: int = option(8, "3", "steps per optimizer update")
+    gradient_checkpointing: bool = option(False, "3", "compute activations again in the backward pass: less memory")
     learning_rate: float = option(1e-6, "3", "peak learning rate")
+    lr_scheduler: str = option("linear", "3", "how the learning rate ends",
+                               ("linear", "cosine", "constant", "constant_with_warmup"))  # fmt: skip
+    warmup: float = option(0.0, "3", "updates in which the learning rate rises; below 1, share of all updates")
+    weight_decay: float = option(0.0, "3", "of AdamW")
+    max_grad_norm: float = option(1.0, "3", "gradients are clipped at this norm; 0: not at all")
     save_steps: int = option(200, "3", "optimizer updates between training checkpoints (resume points)")
+    validation_samples: int = option(32, "3", "at most so many validation rows (of groups that nothing else reads); "
+                                     "their loss is recorded before, during and after; 0: none")  # fmt: skip
+    eval_steps: int | None = option(None, "3", "updates between validations; default once per epoch")
+    early_stop: int | None = option(None, "3", "stop when the validation loss has not fallen in so many validations, "
+                                    "one at each --save-steps, and take the best; default never")  # fmt: skip
+    alpha_search: tuple[float, ...] = option((), "3", "with hot: train with each of these alphas, e.g. 0.03,0.1, and "
+                                             "keep the best on the validation rows")  # fmt: skip
+    lr_search: tuple[float, ...] = option((), "3", "the same for learning rates; both: every combination")
+    report_to: str = option("none", "3", "logging service of the Trainer, e.g. tensorboard or wandb")
+    save_untrained_folded: bool = option(False, "3", "also write <output_dir>-untrained: what training starts from, "
+                                         "folded")  # fmt: skip
+
+    use_lora: bool = option(False, "3", "train LoRA adapters (merged at the end) instead of the base weights")
+    lora_rank: int = option(8, "3", "rank of the adapters")
+    lora_alpha: float = option(16.0, "3", "adapters are scaled by lora_alpha / lora_rank")
+    lora_dropout: float = option(0.0, "3", "dropout before the adapters")
+    lora_targets: str = option("q_proj,k_proj,v_proj,o_proj", "3", "layers that get adapters, or all-linear")
+
+    distill_weight: float = option(0.5, "3", "share of the teacher's divergence in the loss of distill, where both "
+                                   "models have the same vocabulary")  # fmt: skip
+    distill_temperature: float = option(1.0, "3", "softens both distributions in that divergence")
 
     held_out_samples: int = option(64, "e", "at most so many held-out texts")
     general_file: str | None = option(
@@ -129,13 +156,36 @@ class Experiment:
         """The part that stage 2 needs."""
         return FusionSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FusionSettings)})
 
+    def _check_training(self) -> None:
+        for name in ("warmup", "weight_decay", "max_grad_norm", "validation_samples"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} is {value}; expected 0 or more")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise UserError(f"warmup is {self.warmup}; expected a share below 1, or a whole number of updates")
+        if any(not 0 <= alpha <= 1 for alpha in self.alpha_search):
+            raise UserError(f"alpha_search is {self.alpha_search}; expected numbers from 0 to 1")
+        if any(not (rate > 0 and math.isfinite(rate)) for rate in self.lr_search):
+            raise UserError(f"lr_search is {self.lr_search}; expected positive numbers")
+        if (self.alpha_search or self.lr_search or self.early_stop) and not self.validation_samples:
+            raise UserError("a search and early_stop choose on validation rows; give --validation-samples")
+        if self.alpha_search and self.train_alpha is not None:
+            raise UserError("train_alpha and alpha_search exclude each other; give one of them")
+        if self.early_stop and self.eval_steps not in (None, self.save_steps):
+            raise UserError("early_stop validates at each of save_steps; leave eval_steps out")
+        if self.freeze_strategy == "frozen_base" and 0 in (self.train_alpha, *self.alpha_search):
+            raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
+        if self.freeze_strategy == "frozen_base" and self.use_lora:
+            raise UserError("LoRA adapts the base, which frozen_base freezes; leave out one of the two")
+
     def check(self) -> None:
         """Raise UserError for a value out of range."""
-        for name in ("alpha", "train_alpha"):
+        for name in ("alpha", "train_alpha", "distill_weight", "lora_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{name} is {value}; expected a number from 0 to 1")
-        for name in ("epsilon", "eta", "sinkhorn_tol", "ridge", "epochs", "learning_rate"):
+        for name in ("epsilon", "eta", "sinkhorn_tol", "ridge", "epochs", "learning_rate", "lora_alpha",
+                     "distill_temperature"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} is {value}; expected a positive number")
@@ -147,12 +197,11 @@ class Experiment:
             raise UserError("q_topk thins out plans, which regression does not read; leave it out")
         for name in ("max_tokens", "tokens_per_batch", "sinkhorn_iters", "pairs_budget_mb", "p_topk", "q_topk",
                      "sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "save_steps",
-                     "held_out_samples", "bootstrap_samples"):  # fmt: skip
+                     "eval_steps", "early_stop", "lora_rank", "held_out_samples", "bootstrap_samples"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; expected at least 1")
-        if (self.freeze_strategy, self.train_alpha) == ("frozen_base", 0):
-            raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
+        self._check_training()
         check_repo_id(self.push_to_hub)
         if self.max_shard_bytes < 1:
             raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB")
@@ -181,150 +230,3 @@ def open_pair(experiment: Experiment) -> tuple[Checkpoint, Checkpoint]:
     code, device = experiment.trust_remote_code, experiment.device
     return (open_checkpoint(experiment.target_model, experiment.target_revision, code, device),
             open_checkpoint(experiment.source_model, experiment.source_revision, code, device))  # fmt: skip
-
-
-def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
-    """Read the keys of an experiment YAML; `quick` applies its `quick:` section (same run on less data).
-
-    Raises UserError for a missing file, an unknown key (with the known ones) or a value of the wrong type.
-    """
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise UserError(f"experiment file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"experiment file {path} cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(keys, dict):
-        raise UserError(f"{path} must hold `key: value` lines")
-    less = keys.pop("quick", None) or {}
-    if not isinstance(less, dict):
-        raise UserError(f"{path}: `quick:` must hold `key: value` lines of its own")
-    if quick:
-        if not less:
-            raise UserError(f"{path} has no `quick:` section")
-        keys = {**keys, **less, "name": f"{keys.get('name', path.stem)}-quick"}
-    keys.setdefault("name", path.stem)
-    fields = {f.name: f for f in dataclasses.fields(Experiment)}
-    for key in (*keys, *less):
-        if key not in fields:
-            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(fields)}")
-    return {key: _typed(fields[key], value, path) for key, value in keys.items()}
-
-
-def _typed(f: dataclasses.Field, value: Any, path: Path) -> Any:
-    """YAML reads 2e-5 as a string and 1 as an int; turn both into what the field is."""
-    kind = _kind(f)
-    if value is None and "None" in str(f.type):
-        return None
-    if kind is not bool and not isinstance(value, bool):
-        try:
-            if kind is not int or float(value) == int(value):
-                return kind(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    elif kind is bool and isinstance(value, bool):
-        return value
-    raise UserError(f"{path}: {f.name} is {value!r}; expected {kind.__name__}")
-
-
-def _kind(f: dataclasses.Field) -> type:
-    return {"str": str, "int": int, "float": float, "bool": bool}[str(f.type).split(" |")[0]]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-@dataclass(frozen=True)
-class Command:
-    """A parsed command line: the experiment, the folders given as flags (None where not given), and the modes."""
-
-    experiment: Experiment
-    paths: dict[str, Path | None]
-    from_config: bool
-    modes: frozenset[str] = frozenset()
-
-    @property
-    def log_file(self) -> Path | None:
-        """Log of the run; commands without --config log to the screen only."""
-        return self.experiment.run_dir / "log.txt" if self.from_config else None
-
-    def path(self, name: str, default: str) -> Path:
-        """A folder given by flag, else its place in the run directory."""
-        given = self.paths[name]
-        if given is not None:
-            return given
-        if not self.from_config:
-            raise UserError(f"--{name} is missing (or give --config FILE.yaml)")
-        return self.experiment.run_dir / default
-
-
-def parse_command(
-    argv: Sequence[str],
-    stage: str,
-    description: str,
-    paths: dict[str, str],
-    aliases: dict[str, str] | None = None,
-    modes: dict[str, str] | None = None,
-) -> Command:
-    """Parse a stage's command line: its experiment keys as flags, `--config`, `--quick` and its folders.
-
-    Dashes and underscores are interchangeable in every flag; flags override the YAML.
-
-    Args:
-        stage: `1`, `2`, `3` or `e`.
-        paths: folder flag -> help.
-        aliases: extra flag -> experiment key (the seed README's spellings).
-        modes: flag -> help, of switches that make the command do something else with the same settings.
-    Raises:
-        UserError: unknown flag or key, wrong type, value out of range.
-    """
-    parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="experiment file; flags override it")
-    parser.add_argument("--quick", action="store_true", help="apply the experiment's `quick:` section")
-    for name, text in paths.items():
-        parser.add_argument(_flag(name), dest=name, type=Path, help=text)
-    for name, text in (modes or {}).items():
-        parser.add_argument(_flag(name), dest=name, action="store_true", help=text)
-    for f in dataclasses.fields(Experiment):
-        if stage not in f.metadata["stages"]:
-            continue
-        flags = [_flag(f.name), *(_flag(alias) for alias, key in (aliases or {}).items() if key == f.name)]
-        kind: dict[str, Any] = {"action": "store_true"} if _kind(f) is bool else {
-            "type": _kind(f), "choices": f.metadata["choices"], "metavar": _kind(f).__name__.upper()}  # fmt: skip
-        text = f"{f.metadata['help']}" + (f" {{{','.join(f.metadata['choices'])}}}" if f.metadata["choices"] else "")
-        default = "" if f.default in (None, "") or "default" in text else f" (default {f.default})"
-        parser.add_argument(*flags, dest=f.name, default=None, help=(text + default).replace("%", "%%"), **kind)
-    given = vars(parser.parse_args([_flag_of(token) for token in argv]))
-    config, quick = given.pop("config"), given.pop("quick")
-    folders = {name: given.pop(name) for name in paths}
-    chosen = {name for name in modes or {} if given.pop(name)}
-    if quick and config is None:
-        raise UserError("--quick needs --config")
-    keys = load_experiment(config, quick) if config else {}
-    keys |= {key: value for key, value in given.items() if value is not None and value is not False}
-    experiment = Experiment(**keys)
-    experiment.check()
-    return Command(experiment, folders, config is not None, frozenset(chosen))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _flag_of(token: str) -> str:
-    if not token.startswith("--"):
-        return token
-    flag, equals, value = token.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
-def save_resolved(experiment: Experiment, stage: str, folder: Path) -> None:
-    """Write the settings a stage really used beside its output."""
-    used = {
-        f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment) if stage in f.metadata["stages"]
-    }
-    write_text(folder / "resolved.yaml", yaml.safe_dump({"name": experiment.name, **used}, sort_keys=False))

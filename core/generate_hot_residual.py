@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from core import preflight as checks
 from core.card import CARD, fused_card, fused_lineage, licence_warning
 from core.checkpoints import Checkpoint, write_folded
-from core.experiment import Experiment, open_pair, parse_command, save_resolved
+from core.command import parse_command, save_resolved
+from core.experiment import Experiment, open_pair
 from core.fusion import PROJECTIONS, FusionSettings, Residual, fuse_attention_only_from_hot_dir
 from core.hot_residual import (
     RESIDUAL_FILE,

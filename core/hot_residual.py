@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from core.fusion import Residual, mix
 from core.runs import UserError, write_safetensors
 
 RESIDUAL_FILE = "hot_residual.safetensors"
+# Tokens times k over n from which making W_eff twice costs less than k/n of two matmuls: elsewhere, on a CPU.
+FOLD_FROM = (1024, 24)
 FREEZE_STRATEGIES = ("frozen_hot", "frozen_transport", "frozen_base", "none")
 
 
@@ -23,12 +27,14 @@ class HotResidualLinear(nn.Linear):
     """A projection with trainable base weight under its usual name and a transported residual (Eqs. 15-18).
 
     Computes x W_eff^T with W_eff = (1 - alpha) W + alpha W~ (`interpolate`) or W + alpha W~ (`additive`) on the
-    selected rows or columns. When all are selected that is one lerp of the weight, otherwise k/n of an extra matmul.
+    selected rows or columns, in the cheaper of two ways: beside the base, k/n of an extra matmul, or through W_eff,
+    which is made anew for each pass and never kept.
 
     Parameters: weight [n, n'], bias [n] or None (the base), hot_weight [k, n'] or [n, k], hot_bias or None.
     """
 
     hot_index: Tensor
+    base_scale: Tensor
     hot_weight: nn.Parameter
     hot_bias: nn.Parameter | None
 
@@ -38,29 +44,44 @@ class HotResidualLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.hot_weight = nn.Parameter(residual.weight.to(linear.weight))
         self.hot_bias = None if residual.bias is None else nn.Parameter(residual.bias.to(linear.weight))
-        self.register_buffer("hot_index", residual.index.to(linear.weight.device), persistent=False)
         self.axis, self.alpha, self.form = residual.axis, alpha, form
-        self.dense = len(residual.index) == linear.weight.shape[residual.axis]
+        index, size = residual.index.to(linear.weight.device), linear.weight.shape[residual.axis]
+        self.dense = len(index) == size
+        kept = 1 - alpha if form == "interpolate" else 1.0  # what is left of the base where the residual is
+        self.register_buffer("hot_index", index, persistent=False)
+        ones = torch.ones(size, device=index.device, dtype=linear.weight.dtype)
+        self.register_buffer("base_scale", ones.index_fill(0, index, kept), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n'] -> [..., n]."""
-        if self.alpha == 0:
+    def forward(self, x: Tensor, plain: bool = False) -> Tensor:
+        """[..., n'] -> [..., n]; `plain`: by the base alone."""
+        if plain or self.alpha == 0:
             return F.linear(x, self.weight, self.bias)
-        if self.dense:
-            return F.linear(x, mix(self.weight, self.hot_weight, self.alpha, self.form), self.effective_bias())
-        if self.axis == 1:
-            base = self.weight.index_select(1, self.hot_index) if self.form == "interpolate" else 0.0
-            delta = self.hot_weight - base
-            y = F.linear(x, self.weight, self.effective_bias())
-            return torch.add(y, F.linear(x.index_select(-1, self.hot_index), delta), alpha=self.alpha)
-        y = F.linear(x, self.weight, self.bias)
-        hot = F.linear(x, self.hot_weight, self.hot_bias)
-        if self.form == "interpolate" and self.hot_bias is None and self.bias is not None:
-            hot = hot + self.bias[self.hot_index]  # a bias that is not fused is not damped either
-        return y.index_copy(-1, self.hot_index, mix(y.index_select(-1, self.hot_index), hot, self.alpha, self.form))
+        tokens = x.numel() // self.in_features
+        if self.dense or tokens * len(self.hot_index) >= FOLD_FROM[x.device.type == "cpu"] * len(self.base_scale):
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            return _ThroughEffectiveWeight.apply(x, self.weight, self.effective_bias(), self.hot_weight, self)
+        return self.beside(x, lambda z: F.linear(z, self.weight, self.bias))
+
+    def beside(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The projection around any linear `base`, [..., n'] -> [..., n], that stands for W x + b.
+
+        Rows: base(x) is scaled where the residual is, and alpha W~ x added. Columns: the same on the input's side.
+        """
+        b = self.bias if self.form == "interpolate" else None
+        if self.axis == 0:
+            # A bias that is not fused is not damped either.
+            bias = self.hot_bias if self.hot_bias is not None or b is None else b[self.hot_index]
+            y, hot = base(x) * self.base_scale, F.linear(x, self.hot_weight, bias)
+            return y.index_add(-1, self.hot_index, hot.to(y.dtype), alpha=self.alpha)
+        bias = self.hot_bias if self.hot_bias is None or b is None else self.hot_bias - b
+        y = base(x * self.base_scale)
+        return torch.add(y, F.linear(x.index_select(-1, self.hot_index), self.hot_weight, bias), alpha=self.alpha)
 
     def effective_weight(self) -> Tensor:
         """W_eff [n, n']."""
+        if self.dense:
+            return mix(self.weight, self.hot_weight, self.alpha, self.form)
         return _mix_at(self.weight, self.hot_weight, self.hot_index, self.axis, self.alpha, self.form)
 
     def effective_bias(self) -> Tensor | None:
@@ -70,6 +91,41 @@ class HotResidualLinear(nn.Linear):
         if self.axis == 1:
             return mix(self.bias, self.hot_bias, self.alpha, self.form)
         return _mix_at(self.bias, self.hot_bias, self.hot_index, 0, self.alpha, self.form)
+
+
+class _ThroughEffectiveWeight(torch.autograd.Function):
+    """x W_eff^T + b_eff. The backward pass makes W_eff again, so that no copy of the weights outlives a pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, hot: Tensor, layer: HotResidualLinear
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, hot)
+        ctx.layer = layer
+        return F.linear(x, layer.effective_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, hot = ctx.saved_tensors
+        layer, axis, index = ctx.layer, ctx.layer.axis, ctx.layer.hot_index
+        wants_x, wants_weight, wants_bias, wants_hot, _ = ctx.needs_input_grad
+        flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        d_x = d_weight = d_bias = d_hot = None
+        if wants_x:
+            d_x = grad @ layer.effective_weight().to(x.dtype)
+        if wants_bias:
+            d_bias = flat_grad.sum(0).to(weight.dtype)
+        if wants_weight:
+            rows, columns = flat_grad, flat_x
+            if layer.form == "interpolate" and axis == 0:
+                rows = rows * layer.base_scale.to(rows.dtype)
+            elif layer.form == "interpolate":
+                columns = columns * layer.base_scale.to(columns.dtype)
+            d_weight = (rows.T @ columns).to(weight.dtype)
+        if wants_hot:
+            rows, columns = (flat_grad[:, index], flat_x) if axis == 0 else (flat_grad, flat_x[:, index])
+            d_hot = (rows.T @ columns).to(hot.dtype) * layer.alpha
+        return d_x, d_weight, d_bias, d_hot, None
 
 
 def _mix_at(base: Tensor, hot: Tensor, index: Tensor, axis: int, alpha: float, form: str) -> Tensor:
@@ -126,52 +182,44 @@ def restore_base(model: nn.Module, residuals: Iterable[Residual], name_of: Calla
                 bias.index_copy_(0, index, residual.original_bias.to(bias))
 
 
-@torch.no_grad()
-def fold_hot_residual(model: nn.Module) -> None:
-    """Replace every HotResidualLinear by a plain nn.Linear that holds W_eff, in place."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, HotResidualLinear)]:
-        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(module.effective_weight())
-        bias = module.effective_bias()
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.clone())
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
-
-
-def set_trainable(model: nn.Module, strategy: str) -> dict[str, tuple[int, int]]:
-    """Freeze by name: `frozen_hot` (= `frozen_transport`) trains the base, `frozen_base` the residual, `none` both.
+def set_trainable(model: nn.Module, strategy: str, lora: bool = False) -> dict[str, tuple[int, int]]:
+    """Freeze by name: `frozen_hot` (= `frozen_transport`) trains the base, `frozen_base` the residual, `none` both;
+    with `lora`, adapters train in place of the base.
 
     Returns:
-        {"base": (trainable, frozen), "residual": (trainable, frozen)} parameter counts.
+        {"base", "residual", "adapters": (trainable, frozen)} parameter counts.
     Raises:
         ValueError: unknown strategy.
     """
     if strategy not in FREEZE_STRATEGIES:
         raise ValueError(f"freeze strategy {strategy!r}; expected one of {', '.join(FREEZE_STRATEGIES)}")
-    counts = {"base": [0, 0], "residual": [0, 0]}
+    counts = {"base": [0, 0], "residual": [0, 0], "adapters": [0, 0]}
+    trains = {"base": strategy != "frozen_base" and not lora, "residual": strategy in ("frozen_base", "none"),
+              "adapters": lora}  # fmt: skip
     for name, parameter in model.named_parameters():
-        part = "residual" if name.rpartition(".")[2] in ("hot_weight", "hot_bias") else "base"
-        frozen = (part == "residual") if strategy in ("frozen_hot", "frozen_transport") else (
-            part == "base" and strategy == "frozen_base")  # fmt: skip
-        parameter.requires_grad_(not frozen)
-        counts[part][frozen] += parameter.numel()
+        residual = name.rpartition(".")[2] in ("hot_weight", "hot_bias")
+        part = "residual" if residual else "adapters" if ".lora_" in name else "base"
+        parameter.requires_grad_(trains[part])
+        counts[part][not trains[part]] += parameter.numel()
     return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
 
 
-def residuals_of(model: nn.Module, residuals: Iterable[Residual], name_of: Callable[[int, str], str]) -> list[Residual]:
-    """The residuals with the present (trained) base and transported values of an unfolded model."""
+def residuals_in(
+    state: Mapping[str, Tensor], residuals: Iterable[Residual], name_of: Callable[[int, str], str]
+) -> list[Residual]:
+    """The residuals with the base and transported values of an unfolded model's state dict (trained, or not yet)."""
     out = []
     for r in residuals:
-        module = model.get_submodule(name_of(r.layer, r.projection))
-        assert isinstance(module, HotResidualLinear)
+        name = name_of(r.layer, r.projection)
+        base = state[f"{name}.weight"].detach()
         bias = None
-        if r.original_bias is not None and module.bias is not None:
-            bias = module.bias.detach() if r.axis == 1 else module.bias.detach()[module.hot_index]
-        out.append(Residual(
-            r.layer, r.projection, r.axis, r.index, module.hot_weight.detach(),
-            None if module.hot_bias is None else module.hot_bias.detach(),
-            module.weight.detach().index_select(r.axis, module.hot_index), bias))  # fmt: skip
+        if r.original_bias is not None:
+            bias = state[f"{name}.bias"].detach()
+            bias = bias if r.axis == 1 else bias[r.index.to(bias.device)]
+        hot, hot_bias = state[f"{name}.hot_weight"].detach(), state.get(f"{name}.hot_bias")
+        original = base.index_select(r.axis, r.index.to(base.device))
+        out.append(replace(r, weight=hot, bias=None if hot_bias is None else hot_bias.detach(),
+                           original_weight=original, original_bias=bias))  # fmt: skip
     return out
 
 

@@ -14,24 +14,25 @@ if __package__ in (None, ""):
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from core.activations import token_batches
 from core.card import add_results, results_section
 from core.checkpoints import Checkpoint, open_checkpoint
+from core.command import parse_command
 from core.controls import CONTROLS, control_residual
-from core.data import check_same_split, data_identity, load_rows, sft_example
-from core.experiment import Experiment, open_pair, parse_command
+from core.data import check_same_split, data_identity, load_rows
+from core.experiment import Experiment, open_pair
 from core.fusion import FusionSettings, Residual, Transport
+from core.heldout import text_nll, trained_tokens
 from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
 from core.plans import PlanDirectory
 from core.runs import Manifest, UserError, log_to_file, provenance, read_json, run_command, setup_logging, write_json
+from core.sft import sft_example
 
 log = logging.getLogger("compare")
-TRAINED = {"no_hot": "adapted/no_hot", "fused_adapted": "adapted/hot"}
+# Arm -> folder of its trainings, one below it per seed. Distillation may be missing.
+TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
-ARMS = ("base", *CONTROLS, "fused", *TRAINED)
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     run = command.paths["run_dir"] or command.path("run_dir", ".")
     plans = PlanDirectory(run / "plans", experiment.device)
     fused_manifest = Manifest.read(run / "fused", "fused")
-    adapted = {arm: Manifest.read(run / place, "adapted") for arm, place in TRAINED.items()}
+    adapted = trained_arms(run)
     check_chain(run, plans, fused_manifest, adapted)
     target, source = open_pair(experiment)
     plans.check_models(target, source)
@@ -58,48 +59,72 @@ def main(argv: list[str]) -> None:
         "fused": fused_manifest.record["fingerprint"],
         "data": data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed),
         "general": data_identity(general, "file", experiment.general_file, experiment.split_seed) if general else None,
-        "adapted": {arm: manifest.record["fingerprint"] for arm, manifest in adapted.items()},
         "settings": {name: getattr(experiment, name) for name in SETTINGS},
     }  # fmt: skip
     path = run / "results.json"
     record = read_json(path) if path.is_file() else {}
     if record.get("inputs") != inputs:
         record = {"metric": "negative log-likelihood per token (nats)", "inputs": inputs, "per_text": {}}
+    folders = {"fused": run / "fused",
+               **{f"{arm}/{place.name}": place for arm, found in adapted.items() for place in found}}  # fmt: skip
+    made_from = {**dict.fromkeys(("base", *CONTROLS, "fused"), fused_manifest.record["fingerprint"]),
+                 **{f"{arm}/{place.name}": manifest.record["fingerprint"] for arm, found in adapted.items()
+                    for place, manifest in found.items()}}  # fmt: skip
+    before = record.get("made_from", {})
+    record["per_text"] = {arm: sums for arm, sums in record["per_text"].items()
+                          if arm in made_from and before.get(arm) == made_from[arm]}  # fmt: skip
+    record["made_from"] = made_from
     settings = FusionSettings(**fused_manifest.inputs["settings"])
-    missing = [arm for arm in ARMS if arm not in record["per_text"]]
-    for arm, sums in evaluate_arms(missing, run, plans, target, source, settings, sets, experiment):
+    missing = [arm for arm in made_from if arm not in record["per_text"]]
+    for arm, sums in evaluate_arms(missing, folders, plans, target, source, settings, sets, experiment):
         record["per_text"][arm] = sums  # each finished arm is on disk before the next begins
         write_json(path, record)
     for name, examples in sets.items():
-        tokens = [sum(label != -100 for label in example["labels"][1:]) for example in examples]
-        sums = {arm: record["per_text"][arm][name] for arm in ARMS}
+        tokens = trained_tokens(examples)
+        sums = {arm: record["per_text"][arm][name] for arm in made_from}
         found = statistics(sums, tokens, experiment.bootstrap_samples, experiment.seed)
         record[name] = {"texts": len(examples), "tokens": sum(tokens)}
         record["arms" if name == "held_out" else "arms_general"] = found
     write_json(path, {**record, **provenance()})
     told = table(record["arms"], record["held_out"], record.get("arms_general"))
-    for arm, place in {"fused": "fused", **TRAINED}.items():
-        add_results(run / place, results_section(arm, inputs["data"], told))
+    for arm, place in folders.items():
+        add_results(place, results_section(arm, inputs["data"], told))
     print(told)
 
 
-def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[str, Manifest]) -> None:
-    """Refuse (UserError) to compare stages that were not made from each other, or two trainings that differ in more
-    than their start."""
+def trained_arms(run: Path) -> dict[str, dict[Path, Manifest]]:
+    """Arm -> folder -> manifest of every training; the same seeds for all arms, which is what is compared.
+
+    Raises:
+        UserError: a training that is missing or not finished.
+    """
+    found = {arm: {path.name: path for path in sorted((run / place).glob("seed*[0-9]"))}
+             for arm, place in TRAINED.items()}  # fmt: skip
+    if not found["distill"]:
+        del found["distill"]
+    seeds = sorted(set().union(*found.values())) or ["seed0"]
+    return {arm: {run / TRAINED[arm] / seed: Manifest.read(run / TRAINED[arm] / seed, "adapted") for seed in seeds}
+            for arm in found}  # fmt: skip
+
+
+def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[str, dict[Path, Manifest]]) -> None:
+    """Refuse (UserError) to compare stages that were not made from each other, or trainings that differ in more than
+    their start, their teacher and their seed."""
     if fused.inputs["plans"] != plans.manifest.record["fingerprint"]:
         raise UserError(f"{run / 'fused'} was made from other plans; run core/generate_hot_residual.py again")
     settings = []
-    for arm, manifest in adapted.items():
+    for place, manifest in (pair for found in adapted.values() for pair in found.items()):
         if manifest.inputs["made_by"] != fused.record["fingerprint"]:
-            raise UserError(f"{run / TRAINED[arm]} was made from another fused checkpoint; run stage 3 again")
-        used = {key: value for key, value in manifest.inputs["settings"].items() if key != "training_scenario"}
-        settings.append((used, manifest.inputs["data"]))
-    if settings[0] != settings[1]:
-        raise UserError(f"the two trainings in {run / 'adapted'} had other settings or data; run both with the same")
+            raise UserError(f"{place} was made from another fused checkpoint; run stage 3 again")
+        used = {key: value for key, value in manifest.inputs["settings"].items()
+                if key not in ("training_scenario", "seed")}  # fmt: skip
+        settings.append((used, manifest.inputs["data"], manifest.inputs["validation"]))
+    if any(other != settings[0] for other in settings):
+        raise UserError(f"the trainings in {run / 'adapted'} had other settings or data; run all with the same")
 
 
 def evaluate_arms(
-    arms: Sequence[str], run: Path, plans: PlanDirectory, target: Checkpoint, source: Checkpoint,
+    arms: Sequence[str], folders: dict[str, Path], plans: PlanDirectory, target: Checkpoint, source: Checkpoint,
     settings: FusionSettings, sets: dict[str, list[dict[str, list[int]]]], experiment: Experiment,
 ) -> Iterator[tuple[str, dict[str, list[float]]]]:  # fmt: skip
     """(arm, {set of texts: negative log-likelihood of each text in nats}) of each arm asked for.
@@ -114,7 +139,7 @@ def evaluate_arms(
 
     in_memory = [arm for arm in arms if arm == "base" or arm in CONTROLS]
     if in_memory:
-        residuals, alpha, form = load_residuals(run / "fused" / RESIDUAL_FILE)
+        residuals, alpha, form = load_residuals(folders["fused"] / RESIDUAL_FILE)
         residuals = [residual.to(target.device) for residual in residuals]
         model = target.load_model(experiment.dtype)
         transport = Transport(plans, source, settings)
@@ -129,7 +154,7 @@ def evaluate_arms(
         del model
     for arm in arms:
         if arm not in in_memory:
-            checkpoint = open_checkpoint(str(run / TRAINED.get(arm, arm)), None, experiment.trust_remote_code,
+            checkpoint = open_checkpoint(str(folders[arm]), None, experiment.trust_remote_code,
                                          experiment.device)  # fmt: skip
             yield measure(checkpoint.load_model(experiment.dtype), arm)
 
@@ -143,51 +168,39 @@ def fold_in_place(model: Any, residual: Residual, target: Checkpoint, alpha: flo
         linear.bias.copy_(fold_bias(linear.bias, residual, alpha, form))
 
 
-@torch.inference_mode()
-def text_nll(model: Any, examples: list[dict[str, list[int]]], tokens_per_batch: int, desc: str) -> list[float]:
-    """Summed negative log-likelihood (nats) of the labelled tokens of every text, in text order."""
-    out = [0.0] * len(examples)
-    batches = token_batches([len(example["input_ids"]) for example in examples], tokens_per_batch)
-    for batch in tqdm(batches, desc=f"evaluating {desc}", unit="batch"):
-        longest = len(examples[batch[0]]["input_ids"])
-        ids, mask, labels = (
-            torch.tensor([fill(examples[n], longest) for n in batch], device=model.device)
-            for fill in (
-                lambda e, s: e["input_ids"] + [0] * (s - len(e["input_ids"])),
-                lambda e, s: [1] * len(e["input_ids"]) + [0] * (s - len(e["input_ids"])),
-                lambda e, s: e["labels"] + [-100] * (s - len(e["labels"])),
-            )
-        )
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()  # [B, S-1, V]
-        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
-        for n, loss in zip(batch, losses.sum(1).tolist(), strict=True):
-            out[n] = loss
-    return out
-
-
 def statistics(
     per_text: dict[str, list[float]], tokens: list[int], resamples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Per arm: nll per token, perplexity, n texts, difference to base and fused minus arm, each with a 95 % interval.
 
-    The interval is a paired bootstrap over texts of the ratio sum(difference) / sum(tokens).
+    Trainings `arm/seedN` are one arm: the mean of their losses on each text; `seeds` holds the difference to base of
+    each. The interval is a paired bootstrap over texts of the ratio sum(difference) / sum(tokens).
     """
     weights = np.asarray(tokens, dtype=float)
     draws = np.random.default_rng(seed).integers(len(tokens), size=(resamples, len(tokens)))
+    runs: dict[str, dict[str, np.ndarray]] = {}
+    for name, sums in per_text.items():
+        arm, _, run = name.partition("/")
+        runs.setdefault(arm, {})[run] = np.asarray(sums)
+    mean = {arm: np.mean(list(found.values()), axis=0) for arm, found in runs.items()}
     out: dict[str, dict[str, Any]] = {}
 
     def paired(a: str, b: str) -> dict[str, Any]:
-        difference = np.asarray(per_text[a]) - np.asarray(per_text[b])
+        difference = mean[a] - mean[b]
         resampled = difference[draws].sum(1) / weights[draws].sum(1)
         low, high = np.quantile(resampled, (0.025, 0.975))
+        by_seed = {run: float((sums - runs[b].get(run, mean[b])).sum() / weights.sum())
+                   for run, sums in runs[a].items() if run}  # fmt: skip
         return {"diff": float(difference.sum() / weights.sum()), "ci95": [float(low), float(high)],
-                "better": int((difference < 0).sum())}  # fmt: skip
+                "better": int((difference < 0).sum()), **({"seeds": by_seed} if by_seed else {})}  # fmt: skip
 
-    for arm in ARMS:
-        nll = sum(per_text[arm]) / sum(tokens)
+    for arm in mean:
+        nll = float(mean[arm].sum() / weights.sum())
         out[arm] = {"nll": nll, "ppl": float(np.exp(nll)), "n": len(tokens), **paired(arm, "base"),
                     "fused_minus_arm": paired("fused", arm)}  # fmt: skip
-    out["fused_adapted"]["minus_no_hot"] = paired("fused_adapted", "no_hot")
+    for rival in TRAINED:
+        if rival in mean and rival != "fused_adapted":
+            out["fused_adapted"][f"minus_{rival}"] = paired("fused_adapted", rival)
     return out
 
 
@@ -210,11 +223,21 @@ def table(
         lines.append(f"No transfer shown: fused is not reliably better than {', '.join(lost)}.")
     else:
         lines.append("Transfer: without training, fused is better than base and than every control (95 % intervals).")
-    lines.append(f"After fine-tuning: fused_adapted minus no_hot = {interval(arms['fused_adapted']['minus_no_hot'])}.")
+    adapted = arms["fused_adapted"]
+    for rival in ("no_hot", "distill"):
+        if rival in arms:
+            lines.append(f"After fine-tuning: fused_adapted minus {rival} = {interval(adapted[f'minus_{rival}'])}"
+                         f"{by_seed(adapted[f'minus_{rival}'])}.")  # fmt: skip
     if general:
-        changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", "no_hot", "fused_adapted"))
+        changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", *TRAINED) if arm in general)
         lines.append(f"On general text (base {general['base']['nll']:.4f}), minus base: {changes}.")
     return "\n".join(lines)
+
+
+def by_seed(r: dict[str, Any]) -> str:
+    """`; by seed -0.04, -0.05`; nothing for one seed."""
+    found = r.get("seeds", {})
+    return "; by seed " + ", ".join(f"{value:+.4f}" for value in found.values()) if len(found) > 1 else ""
 
 
 def interval(r: dict[str, Any]) -> str:

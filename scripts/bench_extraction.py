@@ -25,8 +25,9 @@ import torch
 
 from core.activations import Reading, extract, pad, text_batches
 from core.checkpoints import Checkpoint
+from core.command import load_experiment
 from core.data import load_rows
-from core.experiment import Experiment, load_experiment, open_pair
+from core.experiment import Experiment, open_pair
 from run_activs_and_hot import read_both
 
 

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from itertools import combinations
 
 import pytest
-from conftest import ROOT, SHARED_DATA, make_tokenizer
+from conftest import ROOT, SHARED_DATA
 
-from core.data import SHARES, Row, load_rows, sft_example
+from core.data import load_rows
 from core.runs import UserError
+
+PARTS = ("calibration", "sft", "validation", "held_out")
 
 
 def write(path, records):
@@ -30,9 +33,9 @@ def test_python_reference_is_split_by_topic():
     texts = [record["text"] for record in records]
     assert len(texts) == len(set(texts)) > 400 and min(map(len, texts)) >= 200
     topics = {record["text"]: record["group"] for record in records}
-    parts = {part: load_rows("python_reference", part, 10**6, 0) for part in SHARES}
+    parts = {part: load_rows("python_reference", part, 10**6, 0) for part in PARTS}
     groups = {part: {topics[row.plain] for row in rows} for part, rows in parts.items()}
-    assert not groups["calibration"] & groups["held_out"] and not groups["calibration"] & groups["sft"]
+    assert all(not groups[a] & groups[b] for a, b in combinations(PARTS, 2))
     assert not groups["sft"] & groups["held_out"]
     assert sum(map(len, parts.values())) == len(texts)
     for part, least in (("calibration", 160), ("sft", 96), ("held_out", 64)):
@@ -55,13 +58,16 @@ def test_split_is_seeded_and_does_not_move_with_the_counts(tmp_path):
     few, many = (load_rows("file", "calibration", n, 0, path) for n in (10, 40))
     assert few == many[:10]
     assert load_rows("file", "calibration", 40, 1, path) != many
-    parts = [set(load_rows("file", part, 100, 0, path)) for part in SHARES]
-    assert [len(part) for part in parts] == [50, 30, 20] and len(set.union(*parts)) == 100
+    parts = [set(load_rows("file", part, 100, 0, path)) for part in PARTS]
+    assert [len(part) for part in parts] == [50, 25, 5, 20] and len(set.union(*parts)) == 100
+    few = write(tmp_path / "few.jsonl", [{"text": f"text {n}", "group": n % 3} for n in range(30)])
+    with pytest.raises(UserError, match=r"none of them in the validation part; .* --validation-samples 0"):
+        load_rows("file", "validation", 1, 0, few)
 
 
 def test_duplicates_are_left_out(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"text": f"text {n % 50}"} for n in range(100)])
-    assert sum(len(load_rows("file", part, 100, 0, path)) for part in SHARES) == 50
+    assert sum(len(load_rows("file", part, 100, 0, path)) for part in PARTS) == 50
 
 
 @pytest.mark.parametrize(
@@ -96,24 +102,6 @@ def test_gsm8k_without_a_hub_says_what_to_give(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(UserError, match=r"gsm8k cannot be read .* --data-file"):
         load_rows("gsm8k", "calibration", 10, 0)
-
-
-def test_text_rows_train_on_every_token():
-    tokenizer = make_tokenizer(400, 1)
-    example = sft_example(Row(((None, "model layer neuron"),)), tokenizer, 100)
-    assert example["labels"] == example["input_ids"] == tokenizer("model layer neuron")["input_ids"]
-    assert len(sft_example(Row(((None, "model layer neuron"),)), tokenizer, 2)["labels"]) == 2
-
-
-def test_rows_with_roles_train_on_the_assistant_only():
-    tokenizer = make_tokenizer(400, 1)
-    row = Row((("user", "plan"), ("assistant", "weight"), ("user", "cost"), ("assistant", "matrix")))
-    example = sft_example(row, tokenizer, 100)
-    text = "<|user|>plan<|end|><|assistant|>weight<|end|><|user|>cost<|end|><|assistant|>matrix<|end|>"
-    assert tokenizer.decode(example["input_ids"]) == text
-    learned = [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == token]
-    assert tokenizer.decode(learned) == "weight<|end|>matrix<|end|>"
-    assert all(label in (-100, token) for token, label in zip(example["input_ids"], example["labels"], strict=True))
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")

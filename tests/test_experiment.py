@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from core.experiment import load_experiment, parse_command
+from core.command import load_experiment, parse_command
 from core.runs import UserError
 
 DEMO = ROOT / "scripts/experiments/demo.yaml"

@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from core import hot_residual
 from core.fusion import Residual
 from core.hot_residual import (
     HotResidualLinear,
     enable_hot_residual_for_model,
     fold_bias,
-    fold_hot_residual,
     fold_weight,
     load_residuals,
-    residuals_of,
+    residuals_in,
     restore_base,
     save_residuals,
     set_trainable,
@@ -41,9 +41,16 @@ CASES = [(axis, k, bias, hot) for axis, sizes in ((0, (2, 5)), (1, (2, 6))) for 
          for bias, hot in ((False, False), (True, False), (True, True))]  # fmt: skip
 
 
+@pytest.fixture(params=["beside", "through W_eff"])
+def way(request, monkeypatch):
+    """The two ways to compute the same: which one is taken depends on the number of tokens."""
+    monkeypatch.setattr(hot_residual, "FOLD_FROM", (1e9, 1e9) if request.param == "beside" else (0, 0))
+    return request.param
+
+
 @pytest.mark.parametrize("form", ["interpolate", "additive"])
 @pytest.mark.parametrize(("axis", "k", "bias", "hot_bias"), CASES)
-def test_forward_equals_the_folded_weight(axis, k, bias, hot_bias, form):
+def test_forward_equals_the_folded_weight(way, axis, k, bias, hot_bias, form):
     linear, residual = make(axis, k, bias, hot_bias)
     alpha, x = 0.3, torch.randn(4, 3, 6)
     W, W_tilde = linear.weight.detach(), residual.weight
@@ -67,20 +74,48 @@ def test_forward_equals_the_folded_weight(axis, k, bias, hot_bias, form):
         assert_close(fold_bias(linear.bias.detach(), residual, alpha, form), b)
 
 
-@pytest.mark.parametrize(("axis", "k"), [(0, 2), (0, 5), (1, 2), (1, 6)])
-def test_gradient_of_the_base_is_one_minus_alpha_on_selected_weights(axis, k):
-    linear, residual = make(axis, k, False, False)
-    x, alpha = torch.randn(7, 6), 0.3
-    hot = HotResidualLinear(linear, residual, alpha, "interpolate")
-    folded = hot.effective_weight().detach().requires_grad_()
-    hot(x).square().sum().backward()
-    F.linear(x, folded).square().sum().backward()
-    expected = folded.grad.clone()
-    if axis == 0:
-        expected[residual.index] *= 1 - alpha
-    else:
-        expected[:, residual.index] *= 1 - alpha
-    assert_close(linear.weight.grad, expected, atol=1e-4, rtol=1e-4)
+def effective(W, W_tilde, index, axis, alpha, form):
+    """W_eff by its definition, with gradients to W and W~."""
+    size = W.shape[axis]
+    S = torch.zeros(size, len(index), dtype=W.dtype)
+    S[index, torch.arange(len(index))] = 1
+    placed = S @ W_tilde if axis == 0 else W_tilde @ S.T
+    chosen = S.sum(1)
+    base = W * (1 - alpha * (chosen[:, None] if axis == 0 else chosen)) if form == "interpolate" else W
+    return base + alpha * placed
+
+
+@pytest.mark.parametrize("form", ["interpolate", "additive"])
+@pytest.mark.parametrize("trains", ["base", "residual", "both"])
+@pytest.mark.parametrize(("axis", "k", "bias", "hot_bias"), CASES)
+def test_gradients_are_those_of_the_effective_weight(way, axis, k, bias, hot_bias, form, trains):
+    """Eqs. 15-18 in float64 by autograd through W_eff itself: (1 - alpha) dL/dW_eff on selected weights."""
+    linear, residual = make(axis, k, bias, hot_bias)
+    alpha, x = 0.3, torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
+    hot = HotResidualLinear(linear.double(), residual, alpha, form)
+    hot.weight.requires_grad_(trains != "residual")
+    hot.hot_weight.requires_grad_(trains != "base")
+    W, W_tilde = (t.detach().clone().requires_grad_() for t in (hot.weight, hot.hot_weight))
+    b, b_tilde = (None if t is None else t.detach().clone().requires_grad_() for t in (hot.bias, hot.hot_bias))
+    b_eff = b
+    if b_tilde is not None:
+        where = residual.index if axis == 0 else torch.arange(5)
+        b_eff = effective(b[:, None], b_tilde[:, None], where, 0, alpha, form)[:, 0]
+    y = hot(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    got_x, x.grad = x.grad, None
+    expected = F.linear(x, effective(W, W_tilde, residual.index, axis, alpha, form), b_eff)
+    expected.backward(grad)
+    assert_close(y, expected, atol=1e-12, rtol=1e-12)
+    assert_close(got_x, x.grad, atol=1e-12, rtol=1e-12)
+    pairs = [(hot.bias, b), (hot.hot_bias, b_tilde)]
+    pairs += [(hot.weight, W)] if trains != "residual" else []
+    pairs += [(hot.hot_weight, W_tilde)] if trains != "base" else []
+    for ours, reference in pairs:
+        if ours is not None:
+            assert_close(ours.grad, reference.grad, atol=1e-12, rtol=1e-12)
+    assert (hot.weight.grad is None) == (trains == "residual") and (hot.hot_weight.grad is None) == (trains == "base")
 
 
 @pytest.mark.parametrize(("axis", "k"), [(0, 2), (1, 2)])
@@ -114,16 +149,19 @@ def name_of(_layer: int, projection: str) -> str:
 def test_fold_and_restore_are_bit_exact(block):
     model, residuals = block
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    enable_hot_residual_for_model(model, residuals, name_of, 0.4, "interpolate")
-    fold_hot_residual(model)
-    assert type(model.q) is nn.Linear and set(model.state_dict()) == set(before)
-    once = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fold():
+        with torch.no_grad():
+            for linear, residual in zip((model.q, model.o), residuals, strict=True):
+                linear.weight.copy_(fold_weight(linear.weight, residual, 0.4, "interpolate"))
+                linear.bias.copy_(fold_bias(linear.bias, residual, 0.4, "interpolate"))
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    once = fold()
     assert not torch.equal(once["q.weight"], before["q.weight"])
     restore_base(model, residuals, name_of)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    enable_hot_residual_for_model(model, residuals, name_of, 0.4, "interpolate")
-    fold_hot_residual(model)
-    assert all(torch.equal(value, once[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, once[name]) for name, value in fold().items())
 
 
 def test_residual_file_round_trip(block, tmp_path):
@@ -159,6 +197,7 @@ def test_freeze_strategies(block, strategy, base, residual):
     assert counts == {
         "base": (n_base, 0) if base else (0, n_base),
         "residual": (n_residual, 0) if residual else (0, n_residual),
+        "adapters": (0, 0),
     }
     assert model.q.weight.requires_grad is model.norm.weight.requires_grad is base
     assert model.q.hot_weight.requires_grad is model.o.hot_bias.requires_grad is residual
@@ -175,7 +214,7 @@ def test_trained_values_come_back_as_residuals(block):
     with torch.no_grad():
         model.q.weight.add_(1.0)
         model.o.bias.add_(2.0)
-    q, o = residuals_of(model, residuals, name_of)
+    q, o = residuals_in(model.state_dict(), residuals, name_of)
     assert_close(q.original_weight, residuals[0].original_weight + 1)
     assert_close(o.original_bias, residuals[1].original_bias + 2)
     assert torch.equal(q.weight, residuals[0].weight)

@@ -146,8 +146,7 @@ def test_processes_share_the_layers_and_write_the_same_bytes(plans, models, text
     """Two processes of one thread each, and a memory budget that keeps no source layer, against one process."""
     flags = ["--target-model", models["target"], "--source-model", models["source"], "--data-subset", "file",
              "--data-file", texts, "--pooling", "token", "--max-tokens", "24", "--tokens-per-batch", "200"]  # fmt: skip
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     tight = ["--pairs-budget-mb", "1", "--activations-budget-mb", "0"]
     for name, command, more in (("one", [], []), ("two", launch, tight)):
@@ -156,6 +155,7 @@ def test_processes_share_the_layers_and_write_the_same_bytes(plans, models, text
                               env=environment, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("Spearman") == 1
+        assert done.stderr.count("60 of 60 calibration texts") == (2 if command else 1)  # both took part
     one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
     assert one.pop("resolved.yaml") != two.pop("resolved.yaml") and one == two
 

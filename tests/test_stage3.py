@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 from stages import logits, train
 from torch.testing import assert_close
 
+from core import train_hot_residual_sft as stage3
+from core.checkpoints import open_checkpoint
+from core.data import load_rows
+from core.heldout import text_nll, trained_tokens
 from core.hot_residual import load_residuals
+from core.sft import sft_example
 
 
 def test_adapted_checkpoint_is_plain_and_keeps_the_residual(fused, tmp_path):
@@ -75,7 +80,124 @@ def test_killed_training_resumes_to_the_same_weights(fused, tmp_path):
     flags = ["--model_dir", fused, "--output_dir", part, "--sft-samples", 8, "--gradient-accumulation", 2,
              "--learning-rate", "1e-2", "--save-steps", 1]  # fmt: skip
     killed = subprocess.run([*command, ROOT, *map(str, flags)], capture_output=True)
-    assert killed.returncode == 9 and (part / "checkpoints" / "checkpoint-2").is_dir()
+    assert killed.returncode == 9 and (part / "checkpoints/trial0/checkpoint-2").is_dir()
     train(fused, part, "--save-steps", 1)
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, part))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_seed_flags_and_data_order_are_the_seeds_own(fused, tmp_path):
+    a, b = (train(fused, tmp_path / f"s{seed}", "--seed", seed) for seed in (0, 1))
+    assert not torch.equal(logits(a), logits(b))
+
+
+def test_curve_and_card_tell_the_run(fused, tmp_path):
+    out = train(fused, tmp_path / "a", "--eval-steps", 2, "--warmup", 2, "--weight-decay", "0.1", "--lr-scheduler",
+                "cosine", "--validation-samples", 3)  # fmt: skip
+    curve = json.loads((out / "loss_curve.json").read_text())
+    assert [point["update"] for point in curve["train"]] == [1, 2, 3, 4]
+    assert [point["update"] for point in curve["validation"]] == [0, 2, 4]
+    rates = [point["learning_rate"] for point in curve["train"]]
+    assert rates[0] == 0.0 and rates[1] == pytest.approx(0.005) and rates[2] == pytest.approx(0.01)
+    assert rates[3] == pytest.approx(0.005)  # half of the cosine
+    assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text()
+    assert "validation loss: " in card and "8 texts" in card and "| training | lr_scheduler | cosine |" in card
+    assert "147 tokens, 139 of them with loss" in card
+    trained = json.loads((out / "manifest.json").read_text())
+    start = open_checkpoint(str(fused))
+    texts = load_rows("file", "validation", 3, 0, trained["data"]["file"])
+    kept = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
+    for n, folder in ((0, fused), (-1, out)):
+        model = open_checkpoint(str(folder)).load_model("float32")
+        nll = sum(text_nll(model, kept, 64, "x")) / sum(trained_tokens(kept))
+        assert trained["validation"][n] == pytest.approx(nll, abs=1e-5)
+
+
+def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, tmp_path):
+    out = train(fused, tmp_path / "a", "--alpha-search", "0.1,0.5", "--lr-search", "1e-3,5e-2")
+    found = json.loads((out / "results.json").read_text())
+    assert [(t["alpha"], t["learning_rate"]) for t in found["trials"]] == [(0.1, 0.001), (0.1, 0.05), (0.5, 0.001),
+                                                                         (0.5, 0.05)]  # fmt: skip
+    best = min(found["trials"], key=lambda trial: trial["validation"])
+    assert found["trials"][found["chosen"]] == best and len({t["validation"] for t in found["trials"]}) == 4
+    alone = train(fused, tmp_path / "b", "--alpha", best["alpha"], "--learning-rate", best["learning_rate"])
+    assert torch.equal(logits(out), logits(alone))
+    assert load_residuals(out / "hot_residual.safetensors")[1] == best["alpha"]
+    assert f"| training | chosen alpha | {best['alpha']} |" in (out / "README.md").read_text()
+
+
+def test_killed_search_goes_on_with_the_other_trials(fused, tmp_path, monkeypatch):
+    whole = train(fused, tmp_path / "whole", "--lr-search", "1e-3,1e-1,1e-2")
+    once, calls = stage3.train_once, []
+
+    def dies(*arguments):
+        calls.append(arguments[-1])
+        if calls == [1e-3, 1e-1, 1e-2]:
+            raise KeyboardInterrupt
+        return once(*arguments)
+
+    monkeypatch.setattr(stage3, "train_once", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(fused, tmp_path / "part", "--lr-search", "1e-3,1e-1,1e-2")
+    part = train(fused, tmp_path / "part", "--lr-search", "1e-3,1e-1,1e-2")
+    assert calls == [1e-3, 1e-1, 1e-2, 1e-2]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, part)]
+    assert results[0] == results[1] and torch.equal(logits(whole), logits(part))
+    curves = [(folder / "loss_curve.json").read_text() for folder in (whole, part)]
+    assert curves[0] == curves[1]
+
+
+def test_early_stop_takes_the_best_validation(fused, tmp_path):
+    out = train(fused, tmp_path / "a", "--early-stop", 2, "--save-steps", 1, "--epochs", 4, "--learning-rate", "0.3")
+    curve = json.loads((out / "loss_curve.json").read_text())
+    losses = [point["loss"] for point in curve["validation"]]
+    assert len(losses) < 17 and len(curve["train"]) == len(losses) - 1
+    best = min(losses[1:])
+    assert losses.index(best) == len(losses) - 3
+    start = open_checkpoint(str(out))
+    texts = load_rows("file", "validation", 32, 0, json.loads((out / "manifest.json").read_text())["data"]["file"])
+    kept = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
+    nll = sum(text_nll(start.load_model("float32"), kept, 64, "x")) / sum(trained_tokens(kept))
+    assert nll == pytest.approx(best, abs=1e-5)
+
+
+def test_untrained_folded_is_the_fused_start_at_the_train_alpha(fused, models, tmp_path):
+    train(fused, tmp_path / "a", "--save-untrained-folded")
+    assert torch.equal(logits(tmp_path / "a-untrained"), logits(fused))
+    train(fused, tmp_path / "b", "--save-untrained-folded", "--alpha", "0")
+    assert torch.equal(logits(tmp_path / "b-untrained"), logits(models["target"]))
+    train(fused, tmp_path / "c", "--save-untrained-folded", "--training-scenario", "no_hot")
+    assert torch.equal(logits(tmp_path / "c-untrained"), logits(models["target"]))
+
+
+def test_no_number_as_loss_is_told(fused, fails, tmp_path):
+    told = fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "a", "--sft-samples", 8, "--learning-rate",
+                 "1e38", "--max-grad-norm", "0", "--gradient-accumulation", 1)  # fmt: skip
+    assert "lower the learning rate" in told and "at update" in told
+
+
+def test_logging_service_that_is_not_there_is_told(fused, fails, tmp_path):
+    told = fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "a", "--report-to", "trackio,nothing")
+    assert "training cannot begin" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--warmup", "1.5"], "warmup is 1.5; expected a share below 1, or a whole number"),
+        (["--weight-decay", "-1"], "weight_decay is -1.0; expected 0 or more"),
+        (["--alpha-search", "0.1,2"], r"alpha_search is (0.1, 2.0); expected numbers from 0 to 1"),
+        (["--lr-search", "0"], "expected positive numbers"),
+        (["--lr-search", "a"], "invalid"),
+        (["--early-stop", "1", "--validation-samples", "0"], "choose on validation rows; give --validation-samples"),
+        (["--early-stop", "1", "--eval-steps", "7"], "leave eval_steps out"),
+        (["--alpha-search", "0.1", "--alpha", "0.1"], "exclude each other"),
+        (["--use-lora", "--freeze-strategy", "frozen_base"], "leave out one of the two"),
+        (["--use-lora", "--lora-targets", "w_proj"], "the model has no layer w_proj; it has down_proj"),
+        (["--training-scenario", "distill", "--source-model", "TARGET"], "is not the source of"),
+    ],
+)
+def test_bad_training_settings_are_told(fused, models, fails, tmp_path, flags, message):
+    flags = [models["target"] if flag == "TARGET" else flag for flag in flags]
+    assert message in fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "a", *flags)

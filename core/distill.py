@@ -1,0 +1,124 @@
+"""The source as a teacher (`--training-scenario distill`): what the same budget gives without transport.
+
+Where both models read and write the same token ids, the target learns the source's distribution over the next token
+(Hinton et al., arXiv 1503.02531); elsewhere it learns what the source would have written (sequence-level distillation,
+Kim and Rush, arXiv 1606.07947): the source's greedy answer in place of a row's own, or, for a text, its continuation of
+the text's first half in place of the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from core.activations import token_batches
+from core.data import Row
+from core.sft import IGNORED
+
+log = logging.getLogger(__name__)
+
+
+def same_vocabulary(a: Any, b: Any) -> bool:
+    """Whether two tokenizers give the same ids to the same tokens."""
+    return a.get_vocab() == b.get_vocab()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Sum over labelled positions of T^2 KL(teacher || student), both softened by the temperature T.
+
+    Args:
+        student, teacher: logits [B, S, V] and [B, S, V'] of the same ids; padding beyond the smaller V is not compared.
+        labels: [B, S], -100 where there is no loss; position s + 1 is predicted at s.
+    """
+    size = min(student.shape[-1], teacher.shape[-1])
+    there = labels[:, 1:] != IGNORED
+    p, q = (logits[:, :-1, :size][there].float() / temperature for logits in (teacher, student))
+    return temperature**2 * F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True)
+
+
+def source_answers(
+    rows: Sequence[Row], model: Any, tokenizer: Any, path: Path, block_size: int, tokens_per_batch: int
+) -> list[Row]:
+    """The rows with the source's greedy answers, none longer than the row's own (the same budget).
+
+    Args:
+        model: the source's language model.
+        path: .jsonl that finished batches are appended to; a killed run goes on after the last whole one.
+    """
+    asked = [n for n, row in enumerate(rows) if row.messages[-1][0] in (None, "assistant")]
+    prompts = {n: _prompt(rows[n], tokenizer, block_size) for n in asked}
+    sizes = [len(prompts[n][0]) + prompts[n][1] for n in asked]
+    batches = [[asked[k] for k in batch] for batch in token_batches(sizes, tokens_per_batch)]
+    done = _finished(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:  # without a last line that was cut short
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done)
+        for batch in tqdm(batches, desc="answers of the source", unit="batch"):
+            if any(line["rows"] == batch for line in done):
+                continue
+            written = _generate(model, tokenizer, [prompts[n][:2] for n in batch])
+            done.append({"rows": batch, "answers": written})
+            file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    answers = {n: answer for line in done for n, answer in zip(line["rows"], line["answers"], strict=True)}
+    return [_answered(row, prompts[n][2], answers[n]) if n in answers else row for n, row in enumerate(rows)]
+
+
+def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, str]:
+    """(ids the source continues, most tokens it may write, the text before them for a row without roles)."""
+    if not row.has_roles:
+        done = tokenizer(row.plain, return_offsets_mapping=True)
+        ids = done["input_ids"][:block_size]
+        half = max(1, len(ids) // 2)
+        kept = done["offset_mapping"][half - 1][1]
+        return ids[:half], max(1, len(ids) - half), row.plain[:kept]
+    answer = row.messages[-1][1]
+    length = min(block_size, len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)
+    if tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(row.chat()[:-1], tokenize=True, add_generation_prompt=True,
+                                            return_dict=False)  # fmt: skip
+    else:
+        ids = tokenizer("\n".join(content for _, content in row.messages[:-1]) + "\n")["input_ids"]
+    return ids[-block_size:], length, ""
+
+
+def _answered(row: Row, kept: str, answer: str) -> Row:
+    messages = list(row.messages)
+    messages[-1] = (messages[-1][0], kept + answer)
+    return dataclasses.replace(row, messages=tuple(messages))
+
+
+def _finished(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of an earlier run."""
+    done = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                done.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return done
+
+
+@torch.no_grad()
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], int]]) -> list[str]:
+    """Greedy continuations, each cut at its own length; prompts are padded on the left."""
+    longest, most = max(len(ids) for ids, _ in prompts), max(length for _, length in prompts)
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    ids = torch.tensor([[fill] * (longest - len(p)) + p for p, _ in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in prompts], device=model.device)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=fill,
+                         temperature=None, top_p=None, top_k=None)  # fmt: skip
+    return [tokenizer.decode(new[:length], skip_special_tokens=True)
+            for new, (_, length) in zip(out[:, longest:].tolist(), prompts, strict=True)]  # fmt: skip

@@ -1,0 +1,135 @@
+"""What training starts from (a fused checkpoint, or any model), and how its trained weights are written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from core.attention import SEED_MODEL_TYPES
+from core.checkpoints import Checkpoint, open_checkpoint, write_folded
+from core.data import check_same_split
+from core.experiment import Experiment
+from core.fusion import Residual
+from core.hot_residual import (
+    RESIDUAL_FILE,
+    enable_hot_residual_for_model,
+    fold_bias,
+    fold_weight,
+    load_residuals,
+    residuals_in,
+    restore_base,
+    save_residuals,
+)
+from core.runs import Manifest, UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from.
+
+    Attributes:
+        checkpoint: a fused checkpoint of stage 2, or any model.
+        made_by: manifest of stage 2; None for any model.
+        residuals, alpha, form: of a fused checkpoint, else empty.
+    """
+
+    checkpoint: Checkpoint
+    made_by: dict[str, Any] | None
+    residuals: list[Residual]
+    alpha: float
+    form: str
+
+    def load(self, hot: bool, alpha: float) -> Any:
+        """The model in float32 (half types are for the passes: updates would vanish in them), unfused, and with
+        `hot` the residuals at `alpha` around its projections."""
+        model = self.checkpoint.load_model("float32")
+        restore_base(model, self.residuals, self.checkpoint.layout.name)
+        if hot:
+            enable_hot_residual_for_model(model, self.residuals, self.checkpoint.layout.name, alpha, self.form)
+        return model
+
+
+def open_start(name: str, experiment: Experiment) -> Start:
+    """The model to train. Raises UserError when it cannot be trained as asked."""
+    checkpoint = open_checkpoint(name, None, experiment.trust_remote_code, experiment.device)
+    check_model_type(checkpoint, experiment.model_type)
+    if experiment.device not in ("cpu", "cuda"):
+        raise UserError(
+            f"device {experiment.device}: training takes cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES"
+        )
+    if (checkpoint.folder / RESIDUAL_FILE).is_file():
+        made_by = Manifest.read(checkpoint.folder, "fused", "adapted").record
+        return Start(checkpoint, made_by, *load_residuals(checkpoint.folder / RESIDUAL_FILE))
+    if experiment.training_scenario == "hot":
+        raise UserError(
+            f"{checkpoint.folder} has no {RESIDUAL_FILE}; give a fused checkpoint, or --training-scenario no_hot"
+        )
+    return Start(checkpoint, None, [], 0.0, "interpolate")
+
+
+def open_source(start: Start, experiment: Experiment) -> Checkpoint:
+    """The teacher: the model given, else the source of the fusion."""
+    name, revision = experiment.source_model, experiment.source_revision
+    made_from = (start.made_by or {}).get("inputs", {}).get("source") or {}
+    if not name and not made_from:
+        raise UserError(f"{start.checkpoint.folder} does not say what the teacher is; give --source-model")
+    source = open_checkpoint(name or made_from["id"], revision if name else made_from["revision"],
+                             experiment.trust_remote_code, experiment.device)  # fmt: skip
+    if made_from and not source.same_model(made_from):
+        raise UserError(f"{source.folder} is not the source of {start.checkpoint.folder} ({made_from['id']}); the "
+                        f"comparison needs the same one: leave --source-model out")  # fmt: skip
+    return source
+
+
+def with_data_of(start: Start, experiment: Experiment) -> Experiment:
+    """The experiment with the data of the plans where none are given; refuses (UserError) another split of them."""
+    if start.made_by is None:
+        return experiment
+    data = start.made_by["data"]
+    if not experiment.data_subset and experiment.data_file is None:
+        log.info("no data given: taking that of the plans, %s", data["file"] or data["subset"])
+        experiment = dataclasses.replace(
+            experiment, data_subset=data["subset"], data_file=data["file"], split_seed=data["split_seed"]
+        )
+    check_same_split(data, experiment.data_subset, experiment.data_file, experiment.split_seed)
+    return experiment
+
+
+def check_model_type(checkpoint: Checkpoint, model_type: str | None) -> None:
+    """Refuse a `--model_type` that is not the checkpoint's."""
+    found = checkpoint.layout.model_type
+    if model_type is not None and found not in SEED_MODEL_TYPES[model_type]:
+        raise UserError(f"--model_type {model_type}, but {checkpoint.folder} is a {found} model; leave the flag out")
+
+
+def save_folded(
+    start: Start, folder: Path, state: dict[str, Tensor], hot: bool, alpha: float, max_shard_bytes: int
+) -> None:
+    """Fold the unfolded model's weights and write exactly the tensors, names and dtypes the start has.
+
+    Args:
+        state: all weights of the unfolded model, by its own names, on the CPU.
+        hot: with the residuals, whose file is written as well.
+    """
+    layout = start.checkpoint.layout
+    residuals = residuals_in(state, start.residuals, layout.name) if hot else []
+    if hot:
+        save_residuals(folder / RESIDUAL_FILE, residuals, alpha, start.form)
+    at = {layout.name(residual.layer, residual.projection): residual for residual in residuals}
+
+    def folded(name: str, tensor: Tensor) -> Tensor:
+        name = start.checkpoint.name_in_model(name)
+        value, (module, _, kind) = state.get(name, tensor), name.rpartition(".")
+        if module in at and kind in ("weight", "bias"):
+            value = (fold_weight if kind == "weight" else fold_bias)(value, at[module], alpha, start.form)
+        # A copy: tied weights that are stored twice would share memory, which safetensors refuses.
+        return value.detach().to(tensor.dtype, copy=True)
+
+    write_folded(start.checkpoint, folder, folded, max_shard_bytes)

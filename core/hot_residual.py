@@ -72,10 +72,11 @@ class HotResidualLinear(nn.Linear):
         if self.axis == 0:
             # A bias that is not fused is not damped either.
             bias = self.hot_bias if self.hot_bias is not None or b is None else b[self.hot_index]
-            y, hot = base(x) * self.base_scale, F.linear(x, self.hot_weight, bias)
+            y, hot = base(x), F.linear(x, self.hot_weight, bias)
+            y = (y * self.base_scale).to(y.dtype)  # the scale is not rounded to a half type: it may be 0.995
             return y.index_add(-1, self.hot_index, hot.to(y.dtype), alpha=self.alpha)
         bias = self.hot_bias if self.hot_bias is None or b is None else self.hot_bias - b
-        y = base(x * self.base_scale)
+        y = base((x * self.base_scale).to(x.dtype))
         return torch.add(y, F.linear(x.index_select(-1, self.hot_index), self.hot_weight, bias), alpha=self.alpha)
 
     def effective_weight(self) -> Tensor:
@@ -118,9 +119,9 @@ class _ThroughEffectiveWeight(torch.autograd.Function):
         if wants_weight:
             rows, columns = flat_grad, flat_x
             if layer.form == "interpolate" and axis == 0:
-                rows = rows * layer.base_scale.to(rows.dtype)
+                rows = (rows * layer.base_scale).to(rows.dtype)
             elif layer.form == "interpolate":
-                columns = columns * layer.base_scale.to(columns.dtype)
+                columns = (columns * layer.base_scale).to(columns.dtype)
             d_weight = (rows.T @ columns).to(weight.dtype)
         if wants_hot:
             rows, columns = (flat_grad[:, index], flat_x) if axis == 0 else (flat_grad, flat_x[:, index])

@@ -13,6 +13,7 @@ from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.card import RESULTS_BEGIN, RESULTS_END
 from core.checkpoints import open_checkpoint
+from core.controls import CONTROLS
 from evaluation import compare_arms
 
 
@@ -30,13 +31,18 @@ def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
         assert compare_arms.text_nll(model, examples, tokens_per_batch, "test") == pytest.approx(expected, abs=1e-3)
 
 
+# Every row of the table, and every model that is scored.
+ARMS = ("base", *CONTROLS, "fused", *compare_arms.TRAINED)
+SCORED = [*ARMS[: -len(compare_arms.TRAINED)], *(f"{arm}/seed{n}" for arm in compare_arms.TRAINED for n in (0, 1))]
+
+
 def made_up(seed: int = 0) -> tuple[dict[str, list[float]], list[int]]:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(20, 40, 50)
     base = 3.0 * tokens
-    shift = {arm: 0.1 * n for n, arm in enumerate(compare_arms.ARMS)} | {"base": 0.0, "fused": -0.05}
-    noise = {arm: 0.0 if arm == "base" else rng.normal(0, 0.02, 50) for arm in compare_arms.ARMS}
-    return {arm: (base + (shift[arm] + noise[arm]) * tokens).tolist() for arm in compare_arms.ARMS}, tokens.tolist()
+    shift = {arm: 0.1 * n for n, arm in enumerate(ARMS)} | {"base": 0.0, "fused": -0.05}
+    noise = {arm: 0.0 if arm == "base" else rng.normal(0, 0.02, 50) for arm in ARMS}
+    return {arm: (base + (shift[arm] + noise[arm]) * tokens).tolist() for arm in ARMS}, tokens.tolist()
 
 
 def test_statistics_weigh_tokens_and_pair_texts():
@@ -57,6 +63,31 @@ def test_statistics_weigh_tokens_and_pair_texts():
     assert arms["fused"]["better"] == sum(a < b for a, b in zip(per_text["fused"], per_text["base"], strict=True))
 
 
+def test_seeds_are_averaged_per_text_and_told_apart():
+    per_text, tokens = made_up()
+    single = compare_arms.statistics(per_text, tokens, 500, 0)
+    rng = np.random.default_rng(5)
+    moved = rng.normal(0, 0.5, 50)
+    seeds = {"no_hot": (0.0, 0.2), "fused_adapted": (-0.1, 0.1)}
+    split = {arm: sums for arm, sums in per_text.items() if arm not in seeds}
+    for arm, shifts in seeds.items():
+        for n, (shift, sign) in enumerate(zip(shifts, (1, -1), strict=True)):
+            split[f"{arm}/seed{n}"] = (np.asarray(per_text[arm]) + sign * moved + shift * np.asarray(tokens)).tolist()
+    found = compare_arms.statistics(split, tokens, 500, 0)
+    assert list(found) == [*[arm for arm in per_text if arm not in seeds], *seeds]
+    for arm, shift in (("no_hot", 0.1), ("fused_adapted", 0.0)):
+        assert found[arm]["nll"] == pytest.approx(single[arm]["nll"] + shift)
+    gap = found["fused_adapted"]["minus_no_hot"]
+    assert gap["diff"] == pytest.approx(single["fused_adapted"]["minus_no_hot"]["diff"] - 0.1)
+    assert list(gap["seeds"]) == ["seed0", "seed1"]
+    assert np.mean(list(gap["seeds"].values())) == pytest.approx(gap["diff"])
+    for n, name in enumerate(gap["seeds"]):  # each seed against the same seed
+        a, b = (np.sum(split[f"{arm}/{name}"]) for arm in ("fused_adapted", "no_hot"))
+        assert gap["seeds"][name] == pytest.approx((a - b) / sum(tokens)), n
+    told = compare_arms.table(found, {"texts": 50, "tokens": sum(tokens)})
+    assert f"; by seed {gap['seeds']['seed0']:+.4f}, {gap['seeds']['seed1']:+.4f}." in told
+
+
 def test_verdict_is_honest():
     per_text, tokens = made_up()
     held_out = {"texts": 50, "tokens": sum(tokens)}
@@ -75,9 +106,11 @@ def run(models, texts, tmp_path_factory):
              "--pooling", "token", "--out-dir", folder / "plans")  # fmt: skip
     run_main(stage2, "--hot_dir", folder / "plans", "--output_dir", folder / "fused", "--feature-map", "regression",
              "--top-k", 7)  # fmt: skip
-    for scenario in ("hot", "no_hot"):
-        run_main(stage3, "--model_dir", folder / "fused", "--output_dir", folder / "adapted" / scenario,
-                 "--sft-samples", 4, "--training-scenario", scenario)  # fmt: skip
+    for scenario in ("hot", "no_hot", "distill"):
+        for seed in (0, 1):
+            run_main(stage3, "--model_dir", folder / "fused", "--output_dir", folder / "adapted" / scenario /
+                     f"seed{seed}", "--sft-samples", 8, "--training-scenario", scenario, "--seed", seed,
+                     "--gradient-accumulation", 2, "--learning-rate", "1e-3")  # fmt: skip
     return folder, ["--run-dir", folder, "--target-model", models["target"], "--source-model", models["source"], *data,
                     "--general-file", texts]  # fmt: skip
 
@@ -87,11 +120,11 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
     run_main(compare_arms, *flags)
     table = capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
-    assert list(results["arms"]) == list(compare_arms.ARMS)
+    assert list(results["arms"]) == list(ARMS) and list(results["per_text"]) == SCORED
     assert {"nll", "ppl", "n", "diff", "ci95"} <= set(results["arms"]["fused"])
-    assert all(arm in table for arm in compare_arms.ARMS)
+    assert all(arm in table for arm in ARMS)
     assert results["arms_general"] == results["arms"] and "On general text" in table  # the same file here
-    assert len({round(arm["nll"], 7) for arm in results["arms"].values()}) == len(compare_arms.ARMS)
+    assert len({round(arm["nll"], 7) for arm in results["arms"].values()}) == len(ARMS)
 
     results["per_text"].pop("wrong_layer")  # as after a kill: the other arms are not computed again
     (folder / "results.json").write_text(json.dumps(results))
@@ -100,12 +133,18 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
     monkeypatch.setattr(compare_arms, "text_nll", lambda *a: evaluated.append(a[3]) or original(*a))
     run_main(compare_arms, *flags)
     assert evaluated == ["wrong_layer, held_out", "wrong_layer, general"] and capsys.readouterr().out == table
+    evaluated.clear()
+    results = json.loads((folder / "results.json").read_text())
+    results["made_from"]["no_hot/seed1"] = "another training"
+    (folder / "results.json").write_text(json.dumps(results))
+    run_main(compare_arms, *flags)
+    assert evaluated == ["no_hot/seed1, held_out", "no_hot/seed1, general"] and capsys.readouterr().out == table
 
 
 def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
     folder, flags = run
-    cards = {arm: folder / place / "README.md"
-             for arm, place in {"fused": "fused", **compare_arms.TRAINED}.items()}  # fmt: skip
+    trained = {f"{arm}/seed{n}": f"{place}/seed{n}" for arm, place in compare_arms.TRAINED.items() for n in (0, 1)}
+    cards = {arm: folder / place / "README.md" for arm, place in {"fused": "fused", **trained}.items()}
     empty = {}
     for arm, card in cards.items():
         head, _, rest = card.read_bytes().partition(RESULTS_BEGIN)
@@ -134,12 +173,9 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     plans = compare_arms.PlanDirectory(folder / "plans")
     settings = compare_arms.FusionSettings("regression", top_k=7)
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
-    arms = ["base", "damped", "permuted", "wrong_layer", "base"]
-    got = list(
-        compare_arms.evaluate_arms(
-            arms, folder, plans, target, source, settings, {"held_out": examples}, command.experiment
-        )
-    )
+    arms, places = ["base", "damped", "permuted", "wrong_layer", "base"], {"fused": folder / "fused"}
+    got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, {"held_out": examples},
+                                          command.experiment))  # fmt: skip
     assert got[0][1] == got[-1][1] != got[1][1]
 
 
@@ -147,8 +183,8 @@ def test_stages_that_do_not_belong_together_are_refused(fails, run, tmp_path):
     folder, flags = run
     for part, key, message in (
         ("fused", "plans", "was made from other plans"),
-        ("adapted/hot", "made_by", "was made from another fused checkpoint"),
-        ("adapted/no_hot", "data", "had other settings or data"),
+        ("adapted/hot/seed1", "made_by", "was made from another fused checkpoint"),
+        ("adapted/no_hot/seed0", "data", "had other settings or data"),
     ):
         copy = tmp_path / part
         shutil.copytree(folder, copy)
@@ -158,6 +194,21 @@ def test_stages_that_do_not_belong_together_are_refused(fails, run, tmp_path):
         path.write_text(json.dumps(manifest))
         assert message in fails(compare_arms, *flags[2:], "--run-dir", copy)
     assert "split_seed is 3" in fails(compare_arms, *flags, "--split-seed", 3)
+
+
+def test_a_seed_that_an_arm_lacks_is_named(fails, run, tmp_path):
+    """Arms are compared over the same seeds; distillation may be missing altogether."""
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "adapted/no_hot/seed1")
+    told = fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "no_hot/seed1 is not an output of stage 'adapted'" in told
+    for scenario in ("hot", "distill"):
+        shutil.rmtree(copy / "adapted" / scenario / "seed1")
+    shutil.rmtree(copy / "adapted/distill")
+    run_main(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "distill" not in json.loads((copy / "results.json").read_text())["arms"]
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

@@ -183,7 +183,7 @@ def test_training_moves_the_language_tower_alone_and_resumes_to_the_same_weights
         patch.setattr(transformers.Trainer, "__init__", with_kill)
         with pytest.raises(KeyboardInterrupt):
             run_main(stage3, *flags, "--output_dir", tmp_path / "part")
-    assert (tmp_path / "part" / "checkpoints" / "checkpoint-2").is_dir()
+    assert (tmp_path / "part" / "checkpoints/trial0/checkpoint-2").is_dir()
     run_main(stage3, *flags, "--output_dir", tmp_path / "part")
     before, whole, part = (load_file(tmp_path / folder / "model.safetensors") for folder in ("f", "whole", "part"))
     assert before.keys() == whole.keys()

@@ -237,8 +237,9 @@ Plain weights for stock transformers: `{models["target"]["loader"]}.from_pretrai
   rows cut at the length limit, {counts["left_out"]} left out because nothing in them has a loss
 - training loss: {losses[0]:.4f} at the first of {len(losses)} updates, {losses[-1]:.4f} at the last
   ({digest_of(losses)[:12]})"""
-    if validation := [point["loss"] for point in curve["validation"]]:
-        what += f"\n- validation loss: {validation[0]:.4f} before, {validation[-1]:.4f} after"
+    if curve["validation"]:
+        before = curve["validation"][0]["loss"]
+        what += f"\n- validation loss: {before:.4f} before, {curve['final_validation']:.4f} after"
     what += "\n\n![loss](loss_curve.png)"
     trained = {role: model for role, model in models.items() if role != "teacher"}
     sections = [what, _results(), _models_section(models), _settings_section(lineage["settings"])]

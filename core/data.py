@@ -120,7 +120,10 @@ def check_same_split(made_from: dict[str, Any], subset: str, data_file: str | No
     Args:
         made_from: `data_identity` of the earlier stage.
     """
-    same = (made_from["subset"], made_from["file"]) == (subset, data_file)
+    if made_from["file"] is not None and data_file is not None:
+        same = Path(made_from["file"]).resolve() == Path(data_file).resolve()
+    else:
+        same = (made_from["subset"], made_from["file"]) == (subset, data_file)
     if same and made_from["split_seed"] != split_seed:
         raise UserError(
             f"split_seed is {split_seed}, but the plans were made with {made_from['split_seed']}: held-out texts "

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from core.activations import token_batches
 from core.data import Row
+from core.runs import write_text
 from core.sft import IGNORED
 
 log = logging.getLogger(__name__)
@@ -46,10 +47,10 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperat
     return temperature**2 * F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True)
 
 
-def source_answers(
+def write_answers(
     rows: Sequence[Row], model: Any, tokenizer: Any, path: Path, block_size: int, tokens_per_batch: int
-) -> list[Row]:
-    """The rows with the source's greedy answers, none longer than the row's own (the same budget).
+) -> None:
+    """Write the source's greedy answers to every row, none longer than the row's own (the same budget).
 
     Args:
         model: the source's language model.
@@ -61,18 +62,29 @@ def source_answers(
     batches = [[asked[k] for k in batch] for batch in token_batches(sizes, tokens_per_batch)]
     done = _finished(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:  # without a last line that was cut short
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in done))  # without a last line that was cut short
+    with open(path, "a", encoding="utf-8") as file:
         for batch in tqdm(batches, desc="answers of the source", unit="batch"):
             if any(line["rows"] == batch for line in done):
                 continue
             written = _generate(model, tokenizer, [prompts[n][:2] for n in batch])
-            done.append({"rows": batch, "answers": written})
-            file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
+            answers = [prompts[n][2] + _text_after(tokenizer, prompts[n][0] if prompts[n][2] else [], new)
+                       for n, new in zip(batch, written, strict=True)]  # fmt: skip
+            file.write(json.dumps({"rows": batch, "answers": answers}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-    answers = {n: answer for line in done for n, answer in zip(line["rows"], line["answers"], strict=True)}
-    return [_answered(row, prompts[n][2], answers[n]) if n in answers else row for n, row in enumerate(rows)]
+
+
+def read_answers(rows: Sequence[Row], path: Path) -> list[Row]:
+    """The rows with what `write_answers` wrote in place of their last message."""
+    answers = {n: answer for line in _finished(path) for n, answer in zip(line["rows"], line["answers"], strict=True)}
+    return [_answered(row, answers[n]) if n in answers else row for n, row in enumerate(rows)]
+
+
+def _text_after(tokenizer: Any, before: list[int], new: list[int]) -> str:
+    """The text of new tokens as it stands after those before it: many decoders drop a first blank."""
+    start, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, before + new))
+    return whole.removeprefix(start)
 
 
 def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, str]:
@@ -93,9 +105,9 @@ def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, 
     return ids[-block_size:], length, ""
 
 
-def _answered(row: Row, kept: str, answer: str) -> Row:
+def _answered(row: Row, answer: str) -> Row:
     messages = list(row.messages)
-    messages[-1] = (messages[-1][0], kept + answer)
+    messages[-1] = (messages[-1][0], answer)
     return dataclasses.replace(row, messages=tuple(messages))
 
 
@@ -103,7 +115,7 @@ def _finished(path: Path) -> list[dict[str, Any]]:
     """Whole lines of an earlier run."""
     done = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 done.append(json.loads(line))
             except json.JSONDecodeError:
@@ -112,13 +124,12 @@ def _finished(path: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], int]]) -> list[str]:
-    """Greedy continuations, each cut at its own length; prompts are padded on the left."""
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], int]]) -> list[list[int]]:
+    """Ids of greedy continuations, each cut at its own length; prompts are padded on the left."""
     longest, most = max(len(ids) for ids, _ in prompts), max(length for _, length in prompts)
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids = torch.tensor([[fill] * (longest - len(p)) + p for p, _ in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in prompts], device=model.device)
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=fill,
                          temperature=None, top_p=None, top_k=None)  # fmt: skip
-    return [tokenizer.decode(new[:length], skip_special_tokens=True)
-            for new, (_, length) in zip(out[:, longest:].tolist(), prompts, strict=True)]  # fmt: skip
+    return [new[:length] for new, (_, length) in zip(out[:, longest:].tolist(), prompts, strict=True)]

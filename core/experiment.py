@@ -173,8 +173,12 @@ class Experiment:
             raise UserError("train_alpha and alpha_search exclude each other; give one of them")
         if self.early_stop and self.eval_steps not in (None, self.save_steps):
             raise UserError("early_stop validates at each of save_steps; leave eval_steps out")
-        if self.freeze_strategy == "frozen_base" and 0 in (self.train_alpha, *self.alpha_search):
-            raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
+        if self.warmup and self.lr_scheduler == "constant":
+            raise UserError("lr_scheduler constant has no warmup; take constant_with_warmup")
+        if self.eval_steps and not self.validation_samples:
+            raise UserError("eval_steps needs rows to validate on; give --validation-samples")
+        if self.save_untrained_folded and len(self.alpha_search) > 1 and self.training_scenario == "hot":
+            raise UserError("save_untrained_folded writes one alpha; leave alpha_search out")
         if self.freeze_strategy == "frozen_base" and self.use_lora:
             raise UserError("LoRA adapts the base, which frozen_base freezes; leave out one of the two")
 

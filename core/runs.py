@@ -202,8 +202,8 @@ class Manifest:
                 for leftover in folder.rglob(TEMPORARY + "*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 return cls(folder, record)
-            old = record.get("inputs", {})
-            changed = sorted(key for key in inputs.keys() | old.keys() if inputs.get(key) != old.get(key))
+            old, new = record.get("inputs", {}), json.loads(json.dumps(inputs))
+            changed = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
             log.info("%s was made with other inputs (%s): starting it anew", folder, ", ".join(changed) or "format")
             for path in folder.iterdir():
                 if path.name != MANIFEST:  # the manifest goes last: until then the folder is known as ours

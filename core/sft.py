@@ -25,14 +25,23 @@ def sft_example(row: Row, tokenizer: Any, block_size: int) -> Example:
     """Token ids and labels of one row, cut at `block_size` tokens.
 
     Text rows: loss on every token that has one before it. Rows with roles: loss on the assistant's answers and the
-    token that ends each of them, -100 elsewhere.
+    token that ends each of them, -100 elsewhere; without a chat template, messages are lines and the end is the
+    tokenizer's end of text.
 
     Raises:
         UserError: the chat template hides where the answers are.
     """
-    if not row.has_roles or not tokenizer.chat_template:
+    if not row.has_roles:
         ids = tokenizer(row.plain)["input_ids"][:block_size]
         labels = list(ids)
+    elif not tokenizer.chat_template:
+        done = tokenizer(row.plain, return_offsets_mapping=True)
+        ids = done["input_ids"]
+        marks = _in_spans(done, _lines_of_answers(row), tokenizer)
+        if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+            ids, marks = [*ids, tokenizer.eos_token_id], [*marks, row.messages[-1][0] == "assistant"]
+        ids = ids[:block_size]
+        labels = [t if marked else IGNORED for t, marked in zip(ids, marks, strict=False)]
     elif _GENERATION.search(_template(tokenizer)):
         done = tokenizer.apply_chat_template(row.chat(), return_dict=True, return_assistant_tokens_mask=True)
         ids = done["input_ids"][:block_size]
@@ -73,14 +82,27 @@ def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
                     "them in the template with {% generation %} and {% endgeneration %}")  # fmt: skip
 
 
+def _lines_of_answers(row: Row) -> list[tuple[int, int]]:
+    """Where the assistant's answers are in `Row.plain`."""
+    spans, begin = [], 0
+    for role, content in row.messages:
+        if role == "assistant":
+            spans.append((begin, begin + len(content)))
+        begin += len(content) + 1
+    return spans
+
+
 def _in_spans(done: Any, spans: Sequence[tuple[int, int]], tokenizer: Any) -> list[bool]:
-    """Per token: whether it holds characters of a span, or is the special token right after one."""
+    """Per token: whether it holds characters of a span, or is the special token right after one (blanks between them,
+    which some templates put there, have no loss)."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    inside = [any(begin < to and end > start and begin < end for start, to in spans)
-              for begin, end in done["offset_mapping"]]  # fmt: skip
-    ends = [last and not now and token in special
-            for last, now, token in zip([False, *inside], inside, done["input_ids"], strict=False)]  # fmt: skip
-    return [a or b for a, b in zip(inside, ends, strict=True)]
+    marks, open_span = [], False
+    for token, (begin, end) in zip(done["input_ids"], done["offset_mapping"], strict=True):
+        inside = begin < end and any(begin < to and end > start for start, to in spans)
+        marks.append(inside or (open_span and token in special))
+        blank = token not in special and not tokenizer.decode([token]).strip()
+        open_span = inside or (open_span and blank)
+    return marks
 
 
 def _template(tokenizer: Any) -> str:

@@ -46,6 +46,11 @@ class Start:
     alpha: float
     form: str
 
+    def alphas(self, experiment: Experiment) -> tuple[float, ...]:
+        """The strengths to train with: those to search, the one given, or the fused one."""
+        given = self.alpha if experiment.train_alpha is None else experiment.train_alpha
+        return (experiment.training_scenario == "hot" and experiment.alpha_search) or (given,)
+
     def load(self, hot: bool, alpha: float) -> Any:
         """The model in float32 (half types are for the passes: updates would vanish in them), unfused, and with
         `hot` the residuals at `alpha` around its projections."""
@@ -88,8 +93,21 @@ def open_source(start: Start, experiment: Experiment) -> Checkpoint:
     return source
 
 
-def with_data_of(start: Start, experiment: Experiment) -> Experiment:
-    """The experiment with the data of the plans where none are given; refuses (UserError) another split of them."""
+def resolved(start: Start, experiment: Experiment) -> Experiment:
+    """The experiment with what the start decides: the data of the plans where none are given, the dtype of `auto`.
+
+    Raises:
+        UserError: another split of the data of the plans; an alpha at which nothing would train.
+    """
+    if experiment.dtype == "auto":
+        dtypes = {"BF16": "bfloat16", "F16": "float16"} if experiment.device != "cpu" else {}
+        stored = [dtype for _, dtype in start.checkpoint.headers.values()]
+        dtype = dtypes.get(max(set(stored), key=stored.count), "float32")
+        experiment = dataclasses.replace(experiment, dtype=dtype)
+    if (experiment.training_scenario, experiment.freeze_strategy) == ("hot", "frozen_base") and 0 in start.alphas(
+        experiment
+    ):
+        raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
     if start.made_by is None:
         return experiment
     data = start.made_by["data"]

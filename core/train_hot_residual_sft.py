@@ -40,11 +40,13 @@ from core.runs import (
     write_text,
 )
 from core.sft import Example, sft_examples
-from core.start import Start, open_source, open_start, save_folded, with_data_of
+from core.start import Start, open_source, open_start, resolved, save_folded
 
 log = logging.getLogger("stage3")
 STAGE, UNTRAINED = "adapted", "untrained"
-RESULTS, ANSWERS, BEST = "results.json", "source_answers.jsonl", "best.safetensors"
+RESULTS, ANSWERS = "results.json", "source_answers.jsonl"
+# In the folder of a trial: its weights, and the last file to be written.
+WEIGHTS, DONE = "trained.safetensors", "done.json"
 # Settings that change the bytes of the adapted checkpoint.
 SETTINGS = ("training_scenario", "freeze_strategy", "train_alpha", "alpha_search", "block_size", "packing", "epochs",
             "train_batch_size", "gradient_accumulation", "gradient_checkpointing", "learning_rate", "lr_search",
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
     start = open_start(str(command.path("model_dir", "fused")), experiment)
     check_output_folder(folder, start.checkpoint.folder)
     source = open_source(start, experiment) if scenario == "distill" else None
-    experiment = with_data_of(start, experiment)
+    experiment = resolved(start, experiment)
     rows, validation = (
         load_rows(experiment.data_subset, part, count, experiment.split_seed, experiment.data_file) if count else []
         for part, count in (("sft", experiment.sft_samples), ("validation", experiment.validation_samples))
@@ -76,35 +78,33 @@ def main(argv: list[str]) -> None:
         data_identity(part, experiment.data_subset, experiment.data_file, experiment.split_seed)
         for part in (rows, validation)
     )
+    state = process_state(experiment.device)
     settings = {name: getattr(experiment, name) for name in SETTINGS}
+    settings["save_steps"] = experiment.save_steps if experiment.early_stop else None  # else resume points alone
+    settings["processes"] = state.num_processes
     inputs = {"model": start.checkpoint.identity, "made_by": start.made_by and start.made_by["fingerprint"],
               "source": source and source.identity, "data": data, "validation": validation_data,
               "settings": settings}  # fmt: skip
-    state = process_state(experiment.device)
     if state.is_main_process:
         Manifest.begin(folder, STAGE, inputs)
     state.wait_for_everyone()
     manifest = Manifest(folder, read_json(folder / MANIFEST))
     log_to_file(command.log_file if state.is_main_process else None)
+    if experiment.save_untrained_folded and state.is_main_process:
+        save_untrained(start, folder, experiment)
     if manifest.complete:
         log.info("%s is finished already", folder)
     else:
         tokenizer = start.checkpoint.load_tokenizer()
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         if state.is_main_process:
             save_resolved(experiment, "3", folder)
         rows, teacher, method = taught(rows, source, tokenizer, folder, experiment, state)
         examples, counts = sft_examples(rows, tokenizer, experiment.block_size)
         kept = sft_examples(validation, tokenizer, experiment.block_size)[0] if validation else []
-        if experiment.save_untrained_folded and state.is_main_process:
-            save_untrained(start, folder, experiment)
-        trials, trained, curve = search(start, tokenizer, examples, kept, teacher, folder, experiment, state)
-        best = trials[0] if len(trials) == 1 else min(trials, key=lambda trial: trial["validation"])
+        trials, chosen = search(start, examples, kept, teacher, folder, experiment, state)
         if state.is_main_process:
-            finish(start, folder, manifest, experiment, trained, curve, best, {
-                "data": data, "counts": counts, "method": method, "settings": settings, "trials": trials,
-                "teacher": source})  # fmt: skip
+            finish(start, folder, manifest, experiment, trials, chosen, {
+                "data": data, "counts": counts, "method": method, "settings": settings, "teacher": source})  # fmt: skip
     if state.is_main_process:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         push_folder(folder, repository(experiment))
@@ -117,7 +117,7 @@ def taught(
 
     Without a source the rows as they are. Where its vocabulary differs, the rows with the source's answers.
     """
-    from core.distill import same_vocabulary, source_answers
+    from core.distill import read_answers, same_vocabulary, write_answers
     from core.trainer import Teacher
 
     if source is None:
@@ -133,84 +133,104 @@ def taught(
     log.info("the vocabularies differ; %s", method)
     if state.is_main_process:
         model = source.load_model(experiment.dtype)
-        size = experiment.tokens_per_batch
-        source_answers(rows, model, own, folder / ANSWERS, experiment.block_size, size)
+        write_answers(rows, model, own, folder / ANSWERS, experiment.block_size, experiment.tokens_per_batch)
         del model
     state.wait_for_everyone()
-    return (
-        source_answers(rows, None, own, folder / ANSWERS, experiment.block_size, experiment.tokens_per_batch),
-        None,
-        method,
-    )
+    return read_answers(rows, folder / ANSWERS), None, method
 
 
 def search(
-    start: Start, tokenizer: Any, examples: list[Example], validation: list[Example], teacher: Any, folder: Path,
+    start: Start, examples: list[Example], validation: list[Example], teacher: Any, folder: Path,
     experiment: Experiment, state: Any,
-) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-    """Train with every alpha and learning rate asked for; (all trials, the best one's weights, its curve).
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """Train with every alpha and learning rate asked for; (all trials, number of the best).
 
-    The best has the lowest validation loss. Finished trials are on disk; a killed search goes on with the others.
+    The best has the lowest validation loss. A finished trial is on disk, the best one's weights stay there.
+
+    Raises:
+        UserError: no trial has a loss that is a number.
     """
-    hot = experiment.training_scenario == "hot"
-    given = start.alpha if experiment.train_alpha is None else experiment.train_alpha
-    alphas = experiment.alpha_search if hot and experiment.alpha_search else (given,)
-    rates = experiment.lr_search or (experiment.learning_rate,)
-    grid = list(product(alphas, rates))
-    record, best = folder / RESULTS, folder / "checkpoints" / BEST
-    trials = read_json(record)["trials"] if record.is_file() and best.is_file() else []
-    curve: dict[str, Any] = read_json(best.with_suffix(".json")) if trials else {}
-    trained: dict[str, Tensor] = {}
-    for number, (alpha, rate) in enumerate(grid):
-        if number < len(trials):
-            continue
-        log.info("trial %d of %d: alpha %s, learning rate %s", number + 1, len(grid), alpha, rate)
-        place = folder / "checkpoints" / f"trial{number}"
-        state_dict, found = train_once(start, tokenizer, examples, validation, teacher, place, experiment, alpha, rate)
-        trial = {"alpha": alpha if hot else None, "learning_rate": rate,
-                 "validation": found["validation"][-1]["loss"] if validation else None,
-                 "train": found["train"][-1]["loss"]}  # fmt: skip
-        better = all(trial["validation"] < other["validation"] for other in trials)
-        if better:
-            trained, curve = state_dict, found
-        trials.append(trial)
-        if len(grid) > 1 and state.is_main_process:
-            if better:
-                write_safetensors(best, unshared(trained))
-                write_json(best.with_suffix(".json"), curve)
-            write_json(record, {"metric": "validation loss, nats per token", "trials": trials})
-            shutil.rmtree(place, ignore_errors=True)
-    if not trained:
-        from safetensors.torch import load_file
+    from core.trainer import Diverged
 
-        trained = load_file(best)
-    return trials, trained, curve
+    hot = experiment.training_scenario == "hot"
+    grid = list(product(start.alphas(experiment), experiment.lr_search or (experiment.learning_rate,)))
+    trials: list[dict[str, Any]] = []
+    best = 0
+    for number, (alpha, rate) in enumerate(grid):
+        place = trial_folder(folder, number)
+        if not (place / DONE).is_file():
+            log.info("trial %d of %d: alpha %s, learning rate %s", number + 1, len(grid), alpha, rate)
+            trial: dict[str, Any] = {"alpha": alpha if hot else None, "learning_rate": rate}
+            weights: dict[str, Tensor] = {}
+            curve = None
+            try:
+                weights, curve = train_once(start, examples, validation, teacher, place, experiment, alpha, rate)
+                trial |= {"validation": curve["final_validation"], "train": curve["train"][-1]["loss"]}
+            except Diverged as error:
+                if len(grid) == 1:
+                    raise
+                log.warning("trial %d: %s", number + 1, error)
+                trial |= {"validation": None, "diverged": str(error)}
+            if state.is_main_process:
+                place.mkdir(parents=True, exist_ok=True)
+                write_safetensors(place / WEIGHTS, unshared(weights))
+                write_json(place / DONE, {"trial": trial, "curve": curve})
+            state.wait_for_everyone()
+        trials.append(read_json(place / DONE)["trial"])
+        better = loss_of(trials[number]) < loss_of(trials[best])
+        worse, best = (best, number) if better else (number, best)
+        if state.is_main_process:
+            for point in place.glob("checkpoint-*"):
+                shutil.rmtree(point)
+            if worse != best:
+                (trial_folder(folder, worse) / WEIGHTS).unlink(missing_ok=True)
+            if len(grid) > 1:
+                write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials})
+    if "diverged" in trials[best]:
+        raise UserError(f"every trial diverged; the first: {trials[best]['diverged']}")
+    return trials, best
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Where a trial keeps its resume points, and in the end its weights and its curve."""
+    return folder / "checkpoints" / f"trial{number}"
+
+
+def loss_of(trial: dict[str, Any]) -> float:
+    """What trials are compared by; a single one needs no validation."""
+    return float("inf") if trial["validation"] is None else trial["validation"]
 
 
 def train_once(
-    start: Start, tokenizer: Any, examples: list[Example], validation: list[Example], teacher: Any, place: Path,
+    start: Start, examples: list[Example], validation: list[Example], teacher: Any, place: Path,
     experiment: Experiment, alpha: float, learning_rate: float,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-    """One training: (all weights of the unfolded model after it, in float32 on the CPU, by its own names; curve)."""
+    """One training: (all weights of the unfolded model after it, in float32 on the CPU, by its own names; its curve).
+
+    Of a sharded model only the first process gets the weights.
+    """
+    from transformers import set_seed
+
     from core.adapters import add_lora, merge_lora
     from core.trainer import train
 
-    hot, family = experiment.training_scenario == "hot", start.checkpoint.layout.family
+    set_seed(experiment.seed)  # before the adapters are drawn: a trial is the same alone and in a search
+    hot, layout = experiment.training_scenario == "hot", start.checkpoint.layout
     model = start.load(hot, alpha)
     if experiment.use_lora:
-        adapted = add_lora(model, family.tower, experiment.lora_rank, experiment.lora_alpha, experiment.lora_dropout,
-                           experiment.lora_targets)  # fmt: skip
+        adapted = add_lora(model, layout.family.tower, experiment.lora_rank, experiment.lora_alpha,
+                           experiment.lora_dropout, experiment.lora_targets)  # fmt: skip
         log.info("LoRA of rank %d on %d layers", experiment.lora_rank, adapted)
     strategy = experiment.freeze_strategy if hot else "frozen_hot"
     for part, (trainable, frozen) in set_trainable(model, strategy, experiment.use_lora).items():
         if trainable + frozen:
             log.info("%-8s %12d trainable %12d frozen parameters", part, trainable, frozen)
-    unused = start.checkpoint.layout.model_type not in TOWERS
-    trainer, curve = train(model, tokenizer, examples, validation, place, experiment, learning_rate, teacher, unused)
+    unused = layout.model_type not in TOWERS or (hot and alpha == 0)
+    trainer, curve = train(model, examples, validation, place, experiment, learning_rate, teacher, unused)
     if experiment.use_lora:
         merge_lora(model)
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.sharded else model.state_dict()
-    return {name: value.to("cpu") for name, value in whole.items()}, curve
+    return {name: value.to("cpu") for name, value in (whole or {}).items()}, curve
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,38 +244,37 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def finish(
-    start: Start, folder: Path, manifest: Manifest, experiment: Experiment, trained: dict[str, Tensor],
-    curve: dict[str, Any], best: dict[str, Any], told: dict[str, Any],
+    start: Start, folder: Path, manifest: Manifest, experiment: Experiment, trials: list[dict[str, Any]], chosen: int,
+    told: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the adapted checkpoint, its curve and its card, and mark it complete."""
+    """Write the adapted checkpoint of the chosen trial, its curve and its card, and mark it complete."""
+    from safetensors.torch import load_file
+
     from core.trainer import save_curve
 
-    hot = experiment.training_scenario == "hot"
-    save_folded(start, folder, trained, hot, best["alpha"] if hot else 0.0, experiment.max_shard_bytes)
+    hot, best, place = experiment.training_scenario == "hot", trials[chosen], trial_folder(folder, chosen)
+    curve = read_json(place / DONE)["curve"]
+    save_folded(start, folder, load_file(place / WEIGHTS), hot, best["alpha"] or 0.0, experiment.max_shard_bytes)
     save_curve(folder, curve)
-    losses = [point["loss"] for point in curve["train"]]
     settings = told["settings"]
-    if len(told["trials"]) > 1:
+    if len(trials) > 1:
         settings = {**settings, "chosen alpha": best["alpha"], "chosen learning rate": best["learning_rate"]}
-        write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": told["trials"],
-                                      "chosen": told["trials"].index(best)})  # fmt: skip
+        write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials,
+                                      "chosen": chosen})  # fmt: skip
     lineage = adapted_lineage(start.checkpoint, (start.made_by or {}).get("lineage"), hot, settings, told["teacher"])
     write_text(folder / CARD, adapted_card(lineage, told["data"], curve, told["counts"], told["method"]))
+    losses = [point["loss"] for point in curve["train"]]
     manifest.finish(data=told["data"], losses=losses, validation=[point["loss"] for point in curve["validation"]],
-                    counts=told["counts"], distillation=told["method"], trials=told["trials"], chosen=best,
-                    lineage=lineage, **provenance())  # fmt: skip
+                    final_validation=curve["final_validation"], counts=told["counts"], distillation=told["method"],
+                    trials=trials, chosen=best, lineage=lineage, **provenance())  # fmt: skip
     log.info("%s is finished; training loss %.4f at first, %.4f at last", folder, losses[0], losses[-1])
     if curve["validation"]:
-        log.info("validation loss %.4f before, %.4f after", *(curve["validation"][n]["loss"] for n in (0, -1)))
+        log.info("validation loss %.4f before, %.4f after", curve["validation"][0]["loss"], curve["final_validation"])
 
 
 def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
     """Write what training starts from, folded, beside the adapted checkpoint: the ablation without training."""
-    hot = experiment.training_scenario == "hot"
-    alphas = experiment.alpha_search or (experiment.train_alpha,)
-    alpha = start.alpha if alphas[0] is None else alphas[0]
-    if len(alphas) > 1:
-        raise UserError("save_untrained_folded writes one alpha; leave alpha_search out")
+    hot, alpha = experiment.training_scenario == "hot", start.alphas(experiment)[0]
     place = folder.with_name(f"{folder.name}-{UNTRAINED}")
     made_by = start.made_by and start.made_by["fingerprint"]
     manifest = Manifest.begin(place, UNTRAINED, {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
 from core.distill import distillation_loss
 from core.experiment import Experiment
 from core.heldout import text_nll, trained_tokens
 from core.locate import SINGLE_FILE
 from core.runs import UserError, atomic_file, first_line, write_json
-from core.sft import IGNORED, Example, flattening_collator, pack
+from core.sft import IGNORED, Example, flattening_collator, pack, pad
 
 log = logging.getLogger(__name__)
+# Of the Trainer, in a resume point.
+STATE = "trainer_state.json"
 CURVE, CURVE_IMAGE = "loss_curve.json", "loss_curve.png"
 
 
@@ -33,6 +37,10 @@ class Teacher:
     model: Any
     weight: float
     temperature: float
+
+
+class Diverged(UserError):
+    """A loss that is no number: the weights are lost from there on."""
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -102,10 +110,10 @@ class ExactTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Raises UserError when a loss is no number: the weights are lost from there on."""
+        """Raises Diverged when a loss is no number."""
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise UserError(f"the {name} is {logs[name]} at update {self.state.global_step}; lower the learning "
+                raise Diverged(f"the {name} is {logs[name]} at update {self.state.global_step}; lower the learning "
                                 "rate, or train in float32 or bfloat16")  # fmt: skip
         super().log(logs, *args, **kwargs)
 
@@ -133,8 +141,8 @@ class ExactTrainer(Trainer):
 
 
 def train(
-    model: Any, tokenizer: Any, examples: Sequence[Example], validation: Sequence[Example], folder: Path,
-    experiment: Experiment, learning_rate: float, teacher: Teacher | None = None, unused: bool = False,
+    model: Any, examples: Sequence[Example], validation: Sequence[Example], folder: Path, experiment: Experiment,
+    learning_rate: float, teacher: Teacher | None = None, unused: bool = False,
 ) -> tuple[ExactTrainer, dict[str, Any]]:  # fmt: skip
     """Fine-tune in place; continues from the last whole resume point in `folder`.
 
@@ -142,14 +150,13 @@ def train(
         unused: the model has parameters that text does not reach (a vision tower).
     Returns:
         The trainer, and the curve: {"train": [{update, loss, learning_rate, grad_norm}],
-        "validation": [{update, loss}]}, losses in nats per token.
+        "validation": [{update, loss}], "final_validation": loss of the weights that are kept}, nats per token.
     Raises:
-        UserError: settings that the Trainer refuses (a logging service that is not installed), or a loss that is no
-            number.
+        UserError: settings that the Trainer refuses (a logging service that is not installed).
+        Diverged: a loss that is no number.
     """
     set_seed(experiment.seed)
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    last, state = _last_point(folder)
     try:
         arguments = _arguments(folder, experiment, learning_rate, bool(validation), last is None, unused)
         trainer = ExactTrainer(
@@ -157,29 +164,58 @@ def train(
             args=arguments,
             train_dataset=pack(examples, experiment.block_size) if experiment.packing else list(examples),
             eval_dataset=list(validation) or None,
-            data_collator=(flattening_collator(has_mrope(model)) if experiment.packing
-                           else DataCollatorForSeq2Seq(tokenizer, padding=True)),
+            data_collator=flattening_collator(has_mrope(model)) if experiment.packing else pad,
             callbacks=[EarlyStoppingCallback(experiment.early_stop)] if experiment.early_stop else [],
-        )  # fmt: skip
+        )
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"training cannot begin: {first_line(error)}") from None
     trainer.teacher, trainer.validation = teacher, validation
     trainer.tokens_per_batch = experiment.tokens_per_batch
     trainer.model_accepts_loss_kwargs = True  # our compute_loss divides by the tokens of the whole update
     try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except UserError:
+        if last is not None and _has_ended(state, experiment.early_stop) and not trainer.sharded:
+            # Killed after its last update: the Trainer would make one more.
+            trainer.state = TrainerState.load_from_json(str(last / STATE))
+            best = trainer.state.best_model_checkpoint if experiment.early_stop else None
+            load_trained(model, Path(best or last) / SINGLE_FILE)
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        best_loss = trainer.state.best_metric if experiment.early_stop else None
+        seen = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        if validation and best_loss is None and seen[-1:] != [trainer.state.global_step]:
+            trainer.evaluate()
+    except Diverged:
         for callback in trainer.callback_handler.callbacks:  # the message gets a line of its own
             if (bar := getattr(callback, "training_bar", None)) is not None:
                 bar.close()
         raise
-    return trainer, curve_of(trainer.state.log_history)
+    return trainer, curve_of(trainer.state.log_history, best_loss)
+
+
+def _last_point(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The last resume point whose every file is there, and the Trainer's state in it."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            return path, json.loads((path / STATE).read_text(encoding="utf-8"))  # the Trainer writes it last
+        except (OSError, json.JSONDecodeError):
+            continue
+    return None, {}
+
+
+def _has_ended(state: dict[str, Any], early_stop: int | None) -> bool:
+    """Whether a resume point is that of the last update."""
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return state["global_step"] >= state["max_steps"] or (early_stop is not None and waited >= early_stop)
 
 
 def _arguments(
     folder: Path, e: Experiment, learning_rate: float, validates: bool, fresh: bool, unused: bool
 ) -> TrainingArguments:
     every = e.save_steps if e.early_stop else e.eval_steps
+    # Ours decides, not the launcher's; and TensorBoard's files outlive the resume points.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(e.dtype, "no")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parents[1] / "logs" / folder.name)
     arguments = TrainingArguments(
         output_dir=str(folder),
         run_name=e.name,
@@ -223,14 +259,17 @@ def has_mrope(model: Any) -> bool:
     return "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
 
 
-def curve_of(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The Trainer's log as a curve."""
+def curve_of(history: Sequence[dict[str, Any]], best_loss: float | None = None) -> dict[str, Any]:
+    """The Trainer's log as a curve. The weights kept are those of `best_loss`, or the last ones."""
+    validation = [{"update": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e]
+    final = best_loss if best_loss is not None or not validation else validation[-1]["loss"]
     steps = [entry for entry in history if "loss" in entry]
     names = ("loss", "learning_rate", "grad_norm")
     return {
         "unit": "nats per token",
         "train": [{"update": e["step"], **{n: e[n] for n in names if n in e}} for e in steps],
-        "validation": [{"update": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e],
+        "validation": validation,
+        "final_validation": final,
     }
 
 

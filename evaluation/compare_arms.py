@@ -81,6 +81,9 @@ def main(argv: list[str]) -> None:
         write_json(path, record)
     for name, examples in sets.items():
         tokens = trained_tokens(examples)
+        if not sum(tokens):
+            raise UserError(f"the {name} texts have no token with loss within {experiment.max_tokens} tokens; raise "
+                            "--max-tokens")  # fmt: skip
         sums = {arm: record["per_text"][arm][name] for arm in made_from}
         found = statistics(sums, tokens, experiment.bootstrap_samples, experiment.seed)
         record[name] = {"texts": len(examples), "tokens": sum(tokens)}
@@ -173,8 +176,9 @@ def statistics(
 ) -> dict[str, dict[str, Any]]:
     """Per arm: nll per token, perplexity, n texts, difference to base and fused minus arm, each with a 95 % interval.
 
-    Trainings `arm/seedN` are one arm: the mean of their losses on each text; `seeds` holds the difference to base of
-    each. The interval is a paired bootstrap over texts of the ratio sum(difference) / sum(tokens).
+    Trainings `arm/seedN` are one arm: the mean of their losses on each text; `seeds` holds the difference of each. The
+    interval is a paired bootstrap of the ratio sum(difference) / sum(tokens) over texts, and over seeds where there are
+    several.
     """
     weights = np.asarray(tokens, dtype=float)
     draws = np.random.default_rng(seed).integers(len(tokens), size=(resamples, len(tokens)))
@@ -186,13 +190,17 @@ def statistics(
     out: dict[str, dict[str, Any]] = {}
 
     def paired(a: str, b: str) -> dict[str, Any]:
+        """Of arm a minus arm b, each seed against the same one where both have it."""
+        seeds = runs[a] if "" not in runs[a] else runs[b]
+        by_seed = {run: runs[a].get(run, mean[a]) - runs[b].get(run, mean[b]) for run in seeds}
+        count = len(by_seed)
+        chosen = np.random.default_rng(seed + 1).multinomial(count, [1 / count] * count, size=resamples) / count
+        resampled = sum(difference[draws].sum(1) * chosen[:, n] for n, difference in enumerate(by_seed.values()))
+        low, high = np.quantile(resampled / weights[draws].sum(1), (0.025, 0.975))
         difference = mean[a] - mean[b]
-        resampled = difference[draws].sum(1) / weights[draws].sum(1)
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        by_seed = {run: float((sums - runs[b].get(run, mean[b])).sum() / weights.sum())
-                   for run, sums in runs[a].items() if run}  # fmt: skip
+        each = {run: float(found.sum() / weights.sum()) for run, found in by_seed.items() if run}
         return {"diff": float(difference.sum() / weights.sum()), "ci95": [float(low), float(high)],
-                "better": int((difference < 0).sum()), **({"seeds": by_seed} if by_seed else {})}  # fmt: skip
+                "better": int((difference < 0).sum()), **({"seeds": each} if each else {})}  # fmt: skip
 
     for arm in mean:
         nll = float(mean[arm].sum() / weights.sum())

@@ -84,6 +84,8 @@ def test_seeds_are_averaged_per_text_and_told_apart():
     for n, name in enumerate(gap["seeds"]):  # each seed against the same seed
         a, b = (np.sum(split[f"{arm}/{name}"]) for arm in ("fused_adapted", "no_hot"))
         assert gap["seeds"][name] == pytest.approx((a - b) / sum(tokens)), n
+    wide, narrow = (r["fused_adapted"]["minus_no_hot"]["ci95"] for r in (found, single))
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])  # the seeds differ by more than the texts
     told = compare_arms.table(found, {"texts": 50, "tokens": sum(tokens)})
     assert f"; by seed {gap['seeds']['seed0']:+.4f}, {gap['seeds']['seed1']:+.4f}." in told
 
@@ -209,6 +211,10 @@ def test_a_seed_that_an_arm_lacks_is_named(fails, run, tmp_path):
     shutil.rmtree(copy / "adapted/distill")
     run_main(compare_arms, *flags[2:], "--run-dir", copy)
     assert "distill" not in json.loads((copy / "results.json").read_text())["arms"]
+
+
+def test_texts_without_a_token_to_score_are_told(fails, run):
+    assert "no token with loss within 1 tokens; raise --max-tokens" in fails(compare_arms, *run[1], "--max-tokens", 1)
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

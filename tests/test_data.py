@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 from conftest import ROOT, SHARED_DATA
 
-from core.data import load_rows
+from core.data import check_same_split, data_identity, load_rows
 from core.runs import UserError
 
 PARTS = ("calibration", "sft", "validation", "held_out")
@@ -114,3 +114,13 @@ def test_real_files_are_read():
         "file", "sft", 5, 0, str(SHARED_DATA / "text/general_english/wikitext2_valid_paragraphs.jsonl")
     )
     assert len(paragraphs) == 5
+
+
+def test_another_split_of_the_same_file_is_refused_whatever_its_spelling(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.jsonl", [{"text": f"text {n}"} for n in range(100)])
+    made_from = data_identity(load_rows("file", "calibration", 10, 0, path), "file", path, 0)
+    monkeypatch.chdir(tmp_path)
+    check_same_split(made_from, "", "t.jsonl", 0)
+    check_same_split(made_from, "", None, 1)
+    with pytest.raises(UserError, match="split_seed is 1, but the plans were made with 0"):
+        check_same_split(made_from, "", "t.jsonl", 1)

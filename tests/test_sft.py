@@ -38,6 +38,23 @@ def test_rows_with_roles_train_on_the_answers_and_what_ends_them():
     assert learned(example, tokenizer) == "weight<|end|> matrix <|end|>"
 
 
+def test_without_a_template_only_the_answers_have_loss():
+    tokenizer = make_tokenizer(400, 1)
+    tokenizer.chat_template = None
+    tokenizer.eos_token = "<|end|>"
+    example = sft_example(CHAT, tokenizer, 100)
+    assert learned(example, tokenizer) == "weight matrix <|end|>"
+    question = Row((("user", "plan"), ("assistant", "weight"), ("user", "cost")))
+    assert learned(sft_example(question, tokenizer, 100), tokenizer) == "weight"
+
+
+def test_blanks_before_the_end_do_not_hide_it():
+    tokenizer = make_tokenizer(400, 1)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }} <|end|>{% endfor %}"
+    example = sft_example(Row((("user", "plan"), ("assistant", "weight"))), tokenizer, 100)
+    assert learned(example, tokenizer) == "weight<|end|>"
+
+
 def test_templates_that_strip_or_repeat_words_are_understood():
     """A template with newlines and stripped content; the question holds the answer's word and `assistant`."""
     tokenizer = make_tokenizer(400, 1)

@@ -148,18 +148,46 @@ def test_killed_search_goes_on_with_the_other_trials(fused, tmp_path, monkeypatc
     assert curves[0] == curves[1]
 
 
+def test_search_is_the_same_alone_and_survives_a_rate_that_diverges(fused, tmp_path, fails):
+    """Adapters are drawn from the seed for every trial; a loss that is no number loses its own trial only."""
+    lora = ["--use-lora", "--lora-rank", 2]
+    out = train(fused, tmp_path / "a", *lora, "--lr-search", "1e38,1e-3", "--max-grad-norm", 0)
+    found = json.loads((out / "results.json").read_text())
+    assert [trial["validation"] is None for trial in found["trials"]] == [True, False]
+    assert "lower the learning rate" in found["trials"][0]["diverged"]
+    rate = found["trials"][found["chosen"]]["learning_rate"]
+    assert found["chosen"] == 1 and rate == 1e-3
+    alone = train(fused, tmp_path / "b", *lora, "--learning-rate", rate, "--max-grad-norm", 0)
+    assert torch.equal(logits(out), logits(alone))
+    told = fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "c", "--lr-search", "1e38,1e37",
+                 "--max-grad-norm", 0, "--gradient-accumulation", 1, "--sft-samples", 8)  # fmt: skip
+    assert "every trial diverged; the first: " in told
+
+
 def test_early_stop_takes_the_best_validation(fused, tmp_path):
     out = train(fused, tmp_path / "a", "--early-stop", 2, "--save-steps", 1, "--epochs", 4, "--learning-rate", "0.3")
     curve = json.loads((out / "loss_curve.json").read_text())
     losses = [point["loss"] for point in curve["validation"]]
     assert len(losses) < 17 and len(curve["train"]) == len(losses) - 1
     best = min(losses[1:])
-    assert losses.index(best) == len(losses) - 3
+    assert losses.index(best) == len(losses) - 3 and curve["final_validation"] == best
     start = open_checkpoint(str(out))
     texts = load_rows("file", "validation", 32, 0, json.loads((out / "manifest.json").read_text())["data"]["file"])
     kept = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
     nll = sum(text_nll(start.load_model("float32"), kept, 64, "x")) / sum(trained_tokens(kept))
     assert nll == pytest.approx(best, abs=1e-5)
+
+
+def test_untrained_folded_can_be_asked_for_later(fused, tmp_path):
+    train(fused, tmp_path / "a")
+    train(fused, tmp_path / "a", "--save-untrained-folded")
+    assert torch.equal(logits(tmp_path / "a-untrained"), logits(fused))
+
+
+def test_tensorboard_files_outlive_the_resume_points(fused, tmp_path):
+    pytest.importorskip("tensorboard")
+    out = train(fused, tmp_path / "a", "--report-to", "tensorboard")
+    assert list((out / "logs").rglob("events.*"))
 
 
 def test_untrained_folded_is_the_fused_start_at_the_train_alpha(fused, models, tmp_path):
@@ -185,6 +213,10 @@ def test_logging_service_that_is_not_there_is_told(fused, fails, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--warmup", "2", "--lr-scheduler", "constant"], "take constant_with_warmup"),
+        (["--eval-steps", "2", "--validation-samples", "0"], "give --validation-samples"),
+        (["--save-untrained-folded", "--alpha-search", "0.1,0.2"], "leave alpha_search out"),
+        (["--freeze-strategy", "frozen_base", "--alpha-search", "0.1,0"], "alpha 0 leaves nothing to train"),
         (["--warmup", "1.5"], "warmup is 1.5; expected a share below 1, or a whole number"),
         (["--weight-decay", "-1"], "weight_decay is -1.0; expected 0 or more"),
         (["--alpha-search", "0.1,2"], r"alpha_search is (0.1, 2.0); expected numbers from 0 to 1"),

@@ -83,7 +83,8 @@ class HotResidualLinear(nn.Linear):
         """W_eff [n, n']."""
         if self.dense:
             return mix(self.weight, self.hot_weight, self.alpha, self.form)
-        return _mix_at(self.weight, self.hot_weight, self.hot_index, self.axis, self.alpha, self.form)
+        kept = self.weight * (self.base_scale[:, None] if self.axis == 0 else self.base_scale)  # one pass, no gather
+        return kept.to(self.weight.dtype).index_add_(self.axis, self.hot_index, self.hot_weight, alpha=self.alpha)
 
     def effective_bias(self) -> Tensor | None:
         """b_eff [n]; the base bias where no bias is fused."""

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     check_output_folder(folder, target.folder, source.folder)
     preflight(target, source, folder, experiment, dry_run)
     rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.split_seed,
-                     experiment.data_file)  # fmt: skip
+                     experiment.data_file, experiment.max_samples)  # fmt: skip
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
     if dry_run:
@@ -87,7 +87,9 @@ def main(argv: list[str]) -> None:
         return
     readings, aside = read_both(target, source, rows, experiment)
     settings = {name: getattr(experiment, name) for name in SETTINGS}
-    data = data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed)
+    data = data_identity(
+        rows, experiment.data_subset, experiment.data_file, experiment.split_seed, experiment.max_samples
+    )
     state = process_state(experiment.device)
     inputs = {"target": target.identity, "source": source.identity, "data": data, "settings": settings}
     if state.is_main_process:

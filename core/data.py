@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.runs import UserError, digest_of
+from core.runs import UserError, digest_of, first_line
 
 # The folder datasets/ must never shadow the installed package `datasets`: its modules are flat and found last.
 _FOLDER = str(Path(__file__).resolve().parents[1] / "datasets")
@@ -18,8 +17,7 @@ if _FOLDER not in sys.path:
     sys.path.append(_FOLDER)
 
 from dataset_general_texts import python_reference
-from dataset_gsm8k import HUB_ID as GSM8K_HUB_ID
-from dataset_gsm8k import gsm8k
+from dataset_sources import SOURCES, read_source
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +26,18 @@ SHARES = {"calibration": 0.5, "training": 0.3, "held_out": 0.2}
 # The training part is divided again: choices (learning rate, alpha, when to stop) are made on rows of their own.
 TRAINING_SHARES = {"sft": 5 / 6, "validation": 1 / 6}
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-DATA_SUBSETS: dict[str, Callable[[], list[dict[str, Any]]] | None] = {
-    "python_reference": python_reference,
-    "gsm8k": gsm8k,
-    "file": None,
-}
-# Subsets that are data sets of the hub; model cards name them.
-HUB_IDS = {"gsm8k": GSM8K_HUB_ID}
+DATA_SUBSETS = ("python_reference", *SOURCES, "file")
+# Data sets of the hub: model cards name them.
+HUB_IDS = {name: source.hub_id for name, source in SOURCES.items()}
+# Rows read of a data set, unless --max-samples says otherwise.
+MAX_SAMPLES = 40_000
+# What the log shows of the rows.
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 100
+# How conversations spell the roles of chat templates.
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
+         "tool": "tool"}  # fmt: skip
+EXPECTED = ("messages (or conversations), instruction [+ input] + output, [system +] user + assistant, question + "
+            "answer, or text")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,25 +67,31 @@ class Row:
         return [{"role": role or "user", "content": content} for role, content in self.messages]
 
 
-def load_rows(subset: str, part: str, limit: int, split_seed: int, data_file: str | None = None) -> list[Row]:
+def load_rows(
+    subset: str, part: str, limit: int, split_seed: int, data_file: str | None = None, max_samples: int = MAX_SAMPLES
+) -> list[Row]:
     """At most `limit` rows of one part (`calibration`, `sft`, `validation`, `held_out`) of a data set, in a seeded
-    order.
+    order. `max_samples` rows of the data set are read before they are divided.
 
     The split is by group and fixed by `split_seed`: no text and no topic is in two parts.
 
     Raises:
         UserError: unknown or missing subset, missing file, unknown columns, empty text, or an empty part.
     """
-    rows, where = _read(subset, data_file)
+    rows, where = _read(subset, data_file, max_samples, split_seed)
     groups: dict[str, list[Row]] = {}
     seen: set[Row] = set()
+    empty = 0
     for number, record in enumerate(rows, 1):
-        row = _row(record, f"{where}, row {number}")
-        if row not in seen:
+        row = _row(record, f"{where}, row {number}", strict=data_file is not None)
+        empty += row is None
+        if row is not None and row not in seen:
             seen.add(row)
             groups.setdefault(str(record.get("group", number)), []).append(row)
-    if len(seen) < len(rows):
-        log.info("%s: %d duplicate rows left out", where, len(rows) - len(seen))
+    if len(seen) + empty < len(rows):
+        log.info("%s: %d duplicate rows left out", where, len(rows) - len(seen) - empty)
+    if empty:
+        log.warning("%s: %d rows without a text left out", where, empty)
     names = sorted(groups)
     random.Random(split_seed).shuffle(names)
     parts = _divide(names, groups, SHARES)
@@ -92,8 +101,12 @@ def load_rows(subset: str, part: str, limit: int, split_seed: int, data_file: st
     if not chosen:
         less = ", or --validation-samples 0" if part == "validation" else ""
         raise UserError(f"{where} has {len(seen)} texts, none of them in the {part} part; give more texts{less}")
-    log.info("%s: %d of %d %s texts", where, min(limit, len(chosen)), len(chosen), part)
-    return chosen[:limit]
+    kept = chosen[:limit]
+    log.info("%s: %d of %d %s texts, %.0f characters on average", where, len(kept), len(chosen), part,
+             sum(len(row.plain) for row in kept) / max(1, len(kept)))  # fmt: skip
+    for row in kept[:EXAMPLES]:
+        log.info("  e.g. %s", " ".join(row.plain.split())[:EXAMPLE_CHARACTERS])
+    return kept
 
 
 def _divide(names: list[str], groups: dict[str, list[Row]], shares: dict[str, float]) -> dict[str, list[str]]:
@@ -108,13 +121,18 @@ def _divide(names: list[str], groups: dict[str, list[Row]], shares: dict[str, fl
     return parts
 
 
-def data_identity(rows: list[Row], subset: str, data_file: str | None, split_seed: int) -> dict[str, Any]:
+def data_identity(
+    rows: list[Row], subset: str, data_file: str | None, split_seed: int, max_samples: int = MAX_SAMPLES
+) -> dict[str, Any]:
     """Where the rows came from, and count and digest of the rows themselves, for a stage's manifest."""
     contents = digest_of([row.messages for row in rows])
-    return {"subset": subset, "file": data_file, "split_seed": split_seed, "rows": len(rows), "sha256": contents}
+    return {"subset": subset, "file": data_file, "split_seed": split_seed, "max_samples": max_samples,
+            "rows": len(rows), "sha256": contents}  # fmt: skip
 
 
-def check_same_split(made_from: dict[str, Any], subset: str, data_file: str | None, split_seed: int) -> None:
+def check_same_split(
+    made_from: dict[str, Any], subset: str, data_file: str | None, split_seed: int, max_samples: int = MAX_SAMPLES
+) -> None:
     """Refuse (UserError) another split of the data an earlier stage used: held-out texts would leak into training.
 
     Args:
@@ -124,53 +142,80 @@ def check_same_split(made_from: dict[str, Any], subset: str, data_file: str | No
         same = Path(made_from["file"]).resolve() == Path(data_file).resolve()
     else:
         same = (made_from["subset"], made_from["file"]) == (subset, data_file)
-    if same and made_from["split_seed"] != split_seed:
-        raise UserError(
-            f"split_seed is {split_seed}, but the plans were made with {made_from['split_seed']}: held-out texts "
-            "would be trained on; use the same split_seed"
-        )
+    for name, value in (("split_seed", split_seed), ("max_samples", max_samples)):
+        if same and made_from[name] != value:
+            raise UserError(f"{name} is {value}, but the plans were made with {made_from[name]}: held-out texts would "
+                            f"be trained on; use the same {name}")  # fmt: skip
 
 
-def _read(subset: str, data_file: str | None) -> tuple[list[dict[str, Any]], str]:
+def _read(subset: str, data_file: str | None, limit: int, seed: int) -> tuple[list[dict[str, Any]], str]:
     """Raw records and where they came from."""
     if data_file is not None:
-        return _read_file(Path(data_file)), data_file
+        return _read_local(Path(data_file), limit, seed), data_file
+    if subset == "file":
+        raise UserError("--data-subset file needs --data-file")
     if subset not in DATA_SUBSETS:
         raise UserError(f"data subset {subset!r}; expected one of {', '.join(DATA_SUBSETS)} (--data-subset)")
-    loader = DATA_SUBSETS[subset]
-    if loader is None:
-        raise UserError("--data-subset file needs --data-file")
     try:
-        return loader(), subset
+        return (python_reference() if subset == "python_reference" else read_source(subset, limit, seed)), subset
     except ModuleNotFoundError as error:
         raise UserError(f"{subset}: this Python has no {error.name}; install your system's full Python") from None
     except (OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{subset} cannot be read ({reason}); give a local copy with --data-file") from None
+        raise UserError(f"{subset} ({SOURCES[subset].hub_id}) cannot be read: {first_line(error)}; log in with `hf "
+                        f"auth login` if it is gated, or give a local copy with --data-file") from None  # fmt: skip
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def _read_local(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
+    """Records of a file, a folder of files of one kind, or a folder that `save_to_disk` wrote."""
     import datasets
 
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"data file {path} does not exist")
-    if path.suffix not in FILE_KINDS:
-        raise UserError(f"data file {path} has the suffix {path.suffix!r}; expected one of {', '.join(FILE_KINDS)}")
     try:
-        return list(datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train"))
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            data = datasets.load_from_disk(str(path))
+            if isinstance(data, datasets.DatasetDict):
+                if "train" not in data:
+                    raise UserError(f"{path} has the splits {', '.join(data)}; give the folder of one of them")
+                data = data["train"]
+        else:
+            files = sorted(p for p in path.rglob("*") if p.suffix in FILE_KINDS) if path.is_dir() else [path]
+            kinds = {file.suffix for file in files}
+            if len(kinds) != 1 or not kinds <= FILE_KINDS.keys():
+                found = ", ".join(sorted(kinds)) or "no such file"
+                raise UserError(f"data file {path} has the suffix {found}; expected one of {', '.join(FILE_KINDS)}")
+            data = datasets.load_dataset(FILE_KINDS[kinds.pop()], data_files=[str(file) for file in files],
+                                         split="train")  # fmt: skip
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"data file {path} cannot be read: {cause}") from None
+        raise UserError(f"data file {path} cannot be read: {first_line(error.__cause__ or error)}") from None
+    return list(data if len(data) <= limit else data.shuffle(seed=seed).select(range(limit)))
 
 
-def _row(record: dict[str, Any], where: str) -> Row:
-    messages: tuple[tuple[str | None, str], ...]
-    if "text" in record:
-        messages = ((None, record["text"]),)
-    elif "question" in record and "answer" in record:
-        messages = (("user", record["question"]), ("assistant", record["answer"]))
-    else:
-        raise UserError(f"{where} has the columns {', '.join(record)}; expected text, or question and answer")
-    if any(not isinstance(content, str) or not content.strip() for _, content in messages):
-        raise UserError(f"{where} has an empty text; remove it or fill it in")
-    return Row(messages)
+def _row(record: dict[str, Any], where: str, strict: bool) -> Row | None:
+    """The messages of a record; None for one without a text where that is not an error (`strict`)."""
+    messages = _messages(record)
+    if messages is None:
+        raise UserError(f"{where} has the columns {', '.join(record)}; expected {EXPECTED}")
+    kept = [(role, content) for role, content in messages if role != "system" or content]  # many have no system prompt
+    if not kept or any(not isinstance(content, str) or not content.strip() for _, content in kept):
+        if strict:
+            raise UserError(f"{where} has an empty text; remove it or fill it in")
+        return None
+    return Row(tuple(kept))
+
+
+def _messages(record: dict[str, Any]) -> list[tuple[str | None, Any]] | None:
+    """(role, content) of each message, by the first set of role columns that the record has; None: none of them."""
+    system: list[tuple[str | None, Any]] = [("system", record.get("system"))]
+    for column in ("messages", "conversations"):
+        if isinstance(turns := record.get(column), list):
+            told = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
+            return [(ROLES[role], content) for role, content in told] if all(r in ROLES for r, _ in told) else None
+    if "instruction" in record and "output" in record:
+        parts = (record["instruction"], record.get("input"))
+        asked = "\n\n".join(part for part in parts if isinstance(part, str) and part.strip())
+        return [*system, ("user", asked), ("assistant", record["output"])]
+    for ask, answer in (("user", "assistant"), ("question", "answer")):
+        if ask in record and answer in record:
+            return [*system, ("user", record[ask]), ("assistant", record[answer])]
+    return [(None, record["text"])] if "text" in record else None

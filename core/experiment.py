@@ -13,7 +13,7 @@ import torch
 
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint
-from core.data import DATA_SUBSETS
+from core.data import DATA_SUBSETS, MAX_SAMPLES
 from core.fusion import FEATURE_MAPS, RESIDUAL_FORMS, FusionSettings
 from core.hot_residual import FREEZE_STRATEGIES
 from core.hub import check_repo_id
@@ -45,7 +45,13 @@ class Experiment:
     split_seed: int = option(0, "13e", "seed of the split into calibration, fine-tuning and held-out texts")
 
     data_subset: str = option("", "13e", "texts", tuple(DATA_SUBSETS))
-    data_file: str | None = option(None, "13e", "local .jsonl, .json, .csv, .parquet or .txt in place of the hub")
+    data_file: str | None = option(
+        None,
+        "13e",
+        "local .jsonl, .json, .csv, .parquet or .txt, a folder of such files, or one that datasets' save_to_disk wrote",
+    )
+    max_samples: int = option(MAX_SAMPLES, "13e", "at most so many rows of the data set are read, in a seeded order, "
+                              "and divided into calibration, fine-tuning, validation and held-out parts")  # fmt: skip
     calibration_samples: int = option(2000, "1", "at most so many texts are read by both models")
     max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens")
     pooling: str = option("text", "1", "text: one mean per text (the paper); token: one row per aligned position",
@@ -199,8 +205,8 @@ class Experiment:
             raise UserError(f"seed is {min(self.seed, self.split_seed)}; expected 0 or more")
         if self.q_topk is not None and self.feature_map == "regression":
             raise UserError("q_topk thins out plans, which regression does not read; leave it out")
-        for name in ("max_tokens", "tokens_per_batch", "sinkhorn_iters", "pairs_budget_mb", "p_topk", "q_topk",
-                     "sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "save_steps",
+        for name in ("max_tokens", "max_samples", "tokens_per_batch", "sinkhorn_iters", "pairs_budget_mb", "p_topk",
+                     "q_topk", "sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "save_steps",
                      "eval_steps", "early_stop", "lora_rank", "held_out_samples", "bootstrap_samples"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -114,9 +114,13 @@ def resolved(start: Start, experiment: Experiment) -> Experiment:
     if not experiment.data_subset and experiment.data_file is None:
         log.info("no data given: taking that of the plans, %s", data["file"] or data["subset"])
         experiment = dataclasses.replace(
-            experiment, data_subset=data["subset"], data_file=data["file"], split_seed=data["split_seed"]
+            experiment,
+            data_subset=data["subset"],
+            data_file=data["file"],
+            split_seed=data["split_seed"],
+            max_samples=data["max_samples"],
         )
-    check_same_split(data, experiment.data_subset, experiment.data_file, experiment.split_seed)
+    check_same_split(data, experiment.data_subset, experiment.data_file, experiment.split_seed, experiment.max_samples)
     return experiment
 
 

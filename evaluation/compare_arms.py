@@ -46,9 +46,15 @@ def main(argv: list[str]) -> None:
     check_chain(run, plans, fused_manifest, adapted)
     target, source = open_pair(experiment)
     plans.check_models(target, source)
-    check_same_split(plans.manifest.inputs["data"], experiment.data_subset, experiment.data_file, experiment.split_seed)
+    check_same_split(
+        plans.manifest.inputs["data"],
+        experiment.data_subset,
+        experiment.data_file,
+        experiment.split_seed,
+        experiment.max_samples,
+    )
     rows = load_rows(experiment.data_subset, "held_out", experiment.held_out_samples, experiment.split_seed,
-                     experiment.data_file)  # fmt: skip
+                     experiment.data_file, experiment.max_samples)  # fmt: skip
     general = [] if experiment.general_file is None else load_rows(
         "file", "held_out", experiment.held_out_samples, experiment.split_seed, experiment.general_file)  # fmt: skip
     tokenizer = target.load_tokenizer()
@@ -57,7 +63,8 @@ def main(argv: list[str]) -> None:
     log_to_file(command.log_file)
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
-        "data": data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed),
+        "data": data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed,
+        experiment.max_samples),
         "general": data_identity(general, "file", experiment.general_file, experiment.split_seed) if general else None,
         "settings": {name: getattr(experiment, name) for name in SETTINGS},
     }  # fmt: skip

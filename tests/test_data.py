@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 from conftest import ROOT, SHARED_DATA
 
-from core.data import check_same_split, data_identity, load_rows
+from core.data import SOURCES, check_same_split, data_identity, load_rows
 from core.runs import UserError
 
 PARTS = ("calibration", "sft", "validation", "held_out")
@@ -75,9 +75,9 @@ def test_duplicates_are_left_out(tmp_path):
     [
         ("a.jsonl", '{"text": "one"}\n{"text": "  "}\n', r"row 2 has an empty text"),
         ("a.jsonl", '{"text": "one"}\n{"text": null}\n', r"row 2 has an empty text"),
-        ("a.jsonl", '{"body": "one"}\n', r"columns body; expected text, or question and answer"),
+        ("a.jsonl", '{"body": "one"}\n', r"columns body; expected messages \(or conversations\), instruction"),
         ("a.jsonl", '{"text": \n', r"a\.jsonl cannot be read"),
-        ("a.pdf", "x", r"suffix '\.pdf'; expected one of \.jsonl"),
+        ("a.pdf", "x", r"suffix \.pdf; expected one of \.jsonl"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, message):
@@ -92,16 +92,120 @@ def test_missing_and_unknown_data(tmp_path):
         load_rows("file", "calibration", 10, 0, str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match="needs --data-file"):
         load_rows("file", "calibration", 10, 0)
-    with pytest.raises(UserError, match="expected one of python_reference, gsm8k, file"):
+    with pytest.raises(UserError, match="expected one of python_reference, medical, finance"):
         load_rows("gsm9k", "calibration", 10, 0)
 
 
-def test_gsm8k_without_a_hub_says_what_to_give(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_without_a_hub_every_source_says_what_to_do(name, monkeypatch, tmp_path):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UserError, match=r"gsm8k cannot be read .* --data-file"):
-        load_rows("gsm8k", "calibration", 10, 0)
+    with pytest.raises(UserError, match=rf"{name} \({SOURCES[name].hub_id}\) cannot be read: .*hf auth login.*"
+                       r"--data-file"):  # fmt: skip
+        load_rows(name, "calibration", 10, 0)
+
+
+ROLES = [
+    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                   {"role": "assistant", "content": "a"}]}, (("system", "s"), ("user", "q"), ("assistant", "a"))),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+     (("user", "q"), ("assistant", "a"))),
+    ({"instruction": "q", "input": "i", "output": "a", "text": "all of it"}, (("user", "q\n\ni"), ("assistant", "a"))),
+    ({"instruction": "q", "input": "", "output": "a"}, (("user", "q"), ("assistant", "a"))),
+    ({"instruction": "q", "output": "a", "system": "s"}, (("system", "s"), ("user", "q"), ("assistant", "a"))),
+    ({"system": "", "user": "q", "assistant": "a"}, (("user", "q"), ("assistant", "a"))),
+    ({"question": "q", "answer": "a"}, (("user", "q"), ("assistant", "a"))),
+    ({"text": "t", "label": "x"}, ((None, "t"),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "messages"), ROLES)
+def test_columns_become_messages(tmp_path, record, messages):
+    path = write(tmp_path / "r.jsonl", [record])
+    assert load_rows("file", "calibration", 10, 0, path)[0].messages == messages
+
+
+def test_unknown_roles_are_refused(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{"messages": [{"role": "narrator", "content": "x"}]}])
+    with pytest.raises(UserError, match="row 1 has the columns messages; expected"):
+        load_rows("file", "calibration", 10, 0, path)
+
+
+def texts_of(path, parts=PARTS):
+    return {row.plain for part in parts for row in load_rows("file", part, 1000, 0, str(path))}
+
+
+def test_folders_and_saved_data_sets_are_read(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    records = [{"text": f"text {n}"} for n in range(40)]
+    expected = {record["text"] for record in records}
+    data = datasets.Dataset.from_list(records)
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "both")
+    datasets.DatasetDict({"dev": data}).save_to_disk(tmp_path / "dev")
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files/a.jsonl", records[:20])
+    write(tmp_path / "files/b.jsonl", records[20:])
+    assert texts_of(tmp_path / "saved") == texts_of(tmp_path / "both") == texts_of(tmp_path / "files") == expected
+    with pytest.raises(UserError, match="has the splits dev; give the folder of one of them"):
+        texts_of(tmp_path / "dev")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no such file; expected one of"):
+        texts_of(tmp_path / "empty")
+
+
+def test_at_most_so_many_rows_are_read_in_a_seeded_order(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = write(tmp_path / "t.jsonl", [{"text": f"text {n}"} for n in range(400)])
+    seeds = [{row.plain for part in PARTS for row in load_rows("file", part, 400, seed, path, 100)} for seed in (0, 1)]
+    assert [len(found) for found in seeds] == [100, 100] and seeds[0] != seeds[1]
+    assert "characters on average" in caplog.text and caplog.text.count("  e.g. text ") == 8 * 3
+    made_from = data_identity([], "file", path, 0, 100)
+    with pytest.raises(UserError, match="max_samples is 200, but the plans were made with 100"):
+        check_same_split(made_from, "file", path, 0, 200)
+
+
+def fake_hub(monkeypatch, records):
+    """`datasets.load_dataset` with a data set of these records; returns what was asked for."""
+    import datasets
+
+    asked = []
+
+    def load(hub_id, config=None, split=None, streaming=False):
+        asked.append((hub_id, config, split, streaming))
+        data = datasets.Dataset.from_list(records)
+        return data.to_iterable_dataset() if streaming else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_every_source_reads_its_own_schema(name, monkeypatch, caplog):
+    schemas = {"medical": ROLES[2][0], "finance": ROLES[5][0], "cantonese": ROLES[4][0], "indonesian": ROLES[0][0],
+               "malay": ROLES[0][0], "gsm8k": ROLES[6][0], "alpaca": ROLES[2][0]}  # fmt: skip
+    record = schemas.get(name, {"text": "t"})
+    asked = fake_hub(monkeypatch, [json.loads(json.dumps(record).replace('"a"', f'"a {n}"').replace('"t"', f'"t {n}"'))
+                                   for n in range(60)])  # fmt: skip
+    parts = [load_rows(name, part, 100, 0, None, 40) for part in PARTS]
+    assert [len(part) for part in parts] == [20, 10, 2, 8]
+    source = SOURCES[name]
+    assert set(asked) == {(source.hub_id, source.config, source.split, source.streaming)}
+    assert parts[0][0].has_roles == ("text" not in record or len(record) > 2)
+
+
+def test_wikitext_has_no_headings_and_hub_rows_without_text_are_left_out(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    fake_hub(monkeypatch, [{"text": t} for t in (" = Heading = ", "", *(f" line {n} " for n in range(20)))])
+    assert {row.plain for part in PARTS for row in load_rows("wikitext", part, 99, 0)} == {
+        f"line {n}" for n in range(20)
+    }
+    fake_hub(monkeypatch, [{"question": "q", "answer": f"a {n}" if n else " "} for n in range(21)])
+    assert sum(len(load_rows("gsm8k", part, 99, 0)) for part in PARTS) == 20
+    assert "1 rows without a text left out" in caplog.text
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")

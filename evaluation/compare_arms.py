@@ -97,6 +97,11 @@ def main(argv: list[str]) -> None:
         record["arms" if name == "held_out" else "arms_general"] = found
     write_json(path, {**record, **provenance()})
     told = table(record["arms"], record["held_out"], record.get("arms_general"))
+    trials = {arm: max(len(manifest.record["trials"]) for manifest in found.values())
+              for arm, found in adapted.items()}  # fmt: skip
+    if set(trials.values()) != {1}:
+        told += "\nEach training is the best of so many trials, chosen on validation rows: " + ", ".join(
+            f"{arm} {count}" for arm, count in trials.items()) + "."  # fmt: skip
     for arm, place in folders.items():
         add_results(place, results_section(arm, inputs["data"], told))
     print(told)

@@ -215,6 +215,19 @@ def test_a_seed_that_an_arm_lacks_is_named(fails, run, tmp_path):
     assert "distill" not in json.loads((copy / "results.json").read_text())["arms"]
 
 
+def test_searches_are_told(run, tmp_path, capsys):
+    """An arm that chose among more trials had more chances."""
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    path = copy / "adapted/hot/seed1/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["trials"] *= 3
+    path.write_text(json.dumps(manifest))
+    run_main(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "chosen on validation rows: no_hot 1, distill 1, fused_adapted 3." in capsys.readouterr().out
+
+
 def test_texts_without_a_token_to_score_are_told(fails, run):
     assert "no token with loss within 1 tokens; raise --max-tokens" in fails(compare_arms, *run[1], "--max-tokens", 1)
 

@@ -359,14 +359,19 @@ def test_killed_teacher_goes_on_after_the_last_whole_batch(models, tmp_path):
 # Several processes
 
 
+def torchrun(script, *arguments):
+    """Two processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run([str(part) for part in (*command, *arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def test_two_processes_are_one_with_twice_the_accumulation(fused, tmp_path):
     flags = ["--model_dir", fused, "--sft-samples", 8, "--learning-rate", "1e-2", "--validation-samples", 4]
     run_main(stage3, *flags, "--output_dir", tmp_path / "one", "--gradient-accumulation", 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               ROOT / "core/train_hot_residual_sft.py", *flags, "--output_dir", tmp_path / "two",
-               "--gradient-accumulation", 1]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(ROOT / "core/train_hot_residual_sft.py", *flags, "--output_dir", tmp_path / "two",
+                    "--gradient-accumulation", 1)  # fmt: skip
     assert done.stderr.count("of them with loss") == 4  # both processes: training and validation rows
     one, two = (json.loads((tmp_path / name / "loss_curve.json").read_text()) for name in ("one", "two"))
     for part in ("train", "validation"):
@@ -408,20 +413,14 @@ def test_sharded_parameters_give_the_same_gradients(fused, tmp_path):
     """torch's own FSDP2 around the residual layers, two processes."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           script, ROOT, ROOT / "tests", fused], capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 2
+    assert torchrun(script, ROOT, ROOT / "tests", fused).stdout.count("equal") == 2
 
 
 def test_two_processes_share_the_answers_of_the_source(fused, tmp_path):
     flags = ["--model_dir", fused, "--sft-samples", 8, "--training-scenario", "distill", "--validation-samples", 0]
     run_main(stage3, *flags, "--output_dir", tmp_path / "one", "--gradient-accumulation", 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               ROOT / "core/train_hot_residual_sft.py", *flags, "--output_dir", tmp_path / "two",
-               "--gradient-accumulation", 1]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(ROOT / "core/train_hot_residual_sft.py", *flags, "--output_dir", tmp_path / "two",
+             "--gradient-accumulation", 1)  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 

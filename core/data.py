@@ -87,11 +87,12 @@ def load_rows(
         empty += row is None
         if row is not None and row not in seen:
             seen.add(row)
-            groups.setdefault(str(record.get("group", number)), []).append(row)
+            group = record.get("group")
+            groups.setdefault(str(number if group is None else group), []).append(row)
     if len(seen) + empty < len(rows):
         log.info("%s: %d duplicate rows left out", where, len(rows) - len(seen) - empty)
     if empty:
-        log.warning("%s: %d rows without a text left out", where, empty)
+        log.warning("%s: %d rows without a text, or with a role that is no one's, left out", where, empty)
     names = sorted(groups)
     random.Random(split_seed).shuffle(names)
     parts = _divide(names, groups, SHARES)
@@ -156,13 +157,16 @@ def _read(subset: str, data_file: str | None, limit: int, seed: int) -> tuple[li
         raise UserError("--data-subset file needs --data-file")
     if subset not in DATA_SUBSETS:
         raise UserError(f"data subset {subset!r}; expected one of {', '.join(DATA_SUBSETS)} (--data-subset)")
+    from datasets.exceptions import DatasetsError
+
     try:
         return (python_reference() if subset == "python_reference" else read_source(subset, limit, seed)), subset
     except ModuleNotFoundError as error:
         raise UserError(f"{subset}: this Python has no {error.name}; install your system's full Python") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{subset} ({SOURCES[subset].hub_id}) cannot be read: {first_line(error)}; log in with `hf "
-                        f"auth login` if it is gated, or give a local copy with --data-file") from None  # fmt: skip
+    except (OSError, ValueError, DatasetsError) as error:
+        name = f"{subset} ({HUB_IDS.get(subset, 'this Python')})"
+        raise UserError(f"{name} cannot be read: {first_line(error)}; log in with `hf auth login` if it is gated, or "
+                        f"give a local copy with --data-file") from None  # fmt: skip
 
 
 def _read_local(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
@@ -192,25 +196,34 @@ def _read_local(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _row(record: dict[str, Any], where: str, strict: bool) -> Row | None:
-    """The messages of a record; None for one without a text where that is not an error (`strict`)."""
-    messages = _messages(record)
+    """The messages of a record; None for one without a text, or with an unknown role, where that is no error (not
+    `strict`: a data set of the hub, which nobody here can mend)."""
+    there = {column: value for column, value in record.items() if value is not None}  # files that mix columns
+    messages = _messages(there)
     if messages is None:
         raise UserError(f"{where} has the columns {', '.join(record)}; expected {EXPECTED}")
-    kept = [(role, content) for role, content in messages if role != "system" or content]  # many have no system prompt
-    if not kept or any(not isinstance(content, str) or not content.strip() for _, content in kept):
-        if strict:
-            raise UserError(f"{where} has an empty text; remove it or fill it in")
-        return None
-    return Row(tuple(kept))
+    roles = [role for role, _ in messages if role is not None and role not in ROLES]
+    kept = [
+        (ROLES.get(role or "", role), content)
+        for role, content in messages
+        if role != "system" or (isinstance(content, str) and content.strip())
+    ]  # many have an empty system prompt
+    empty = not kept or any(not isinstance(content, str) or not content.strip() for _, content in kept)
+    if strict and roles:
+        raise UserError(f"{where} has the role {roles[0]!r}; expected one of {', '.join(ROLES)}")
+    if strict and empty:
+        raise UserError(f"{where} has an empty text; remove it or fill it in")
+    return None if roles or empty else Row(tuple(kept))
 
 
 def _messages(record: dict[str, Any]) -> list[tuple[str | None, Any]] | None:
     """(role, content) of each message, by the first set of role columns that the record has; None: none of them."""
     system: list[tuple[str | None, Any]] = [("system", record.get("system"))]
     for column in ("messages", "conversations"):
-        if isinstance(turns := record.get(column), list):
-            told = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-            return [(ROLES[role], content) for role, content in told] if all(r in ROLES for r, _ in told) else None
+        turns = record.get(column)
+        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+            return [(str(turn.get("role") or turn.get("from")), turn.get("content") or turn.get("value"))
+                    for turn in turns]  # fmt: skip
     if "instruction" in record and "output" in record:
         parts = (record["instruction"], record.get("input"))
         asked = "\n\n".join(part for part in parts if isinstance(part, str) and part.strip())

@@ -84,7 +84,7 @@ def read_answers(rows: Sequence[Row], path: Path) -> list[Row]:
 def _text_after(tokenizer: Any, before: list[int], new: list[int]) -> str:
     """The text of new tokens as it stands after those before it: many decoders drop a first blank."""
     start, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, before + new))
-    return whole.removeprefix(start)
+    return whole.removeprefix(start.rstrip("\ufffd"))  # half a character is no text
 
 
 def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, str]:
@@ -92,8 +92,12 @@ def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, 
     if not row.has_roles:
         done = tokenizer(row.plain, return_offsets_mapping=True)
         ids = done["input_ids"][:block_size]
-        half = max(1, len(ids) // 2)
-        kept = done["offset_mapping"][half - 1][1]
+        half, offsets = max(1, len(ids) // 2), done["offset_mapping"]
+        while (
+            1 < half < len(ids) and offsets[half - 1][1] > offsets[half][0]
+        ):  # not inside a character of several tokens
+            half -= 1
+        kept = offsets[half - 1][1]
         return ids[:half], max(1, len(ids) - half), row.plain[:kept]
     answer = row.messages[-1][1]
     length = min(block_size, len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)

@@ -285,7 +285,8 @@ def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
         "model": start.checkpoint.identity, "made_by": made_by, "hot": hot, "alpha": alpha,
         "max_shard_size": experiment.max_shard_size})  # fmt: skip
     if not manifest.complete:
-        save_folded(start, place, start.load(hot, alpha).state_dict(), hot, alpha, experiment.max_shard_bytes)
+        state = {name: value.to("cpu") for name, value in start.load(hot, alpha).state_dict().items()}
+        save_folded(start, place, state, hot, alpha, experiment.max_shard_bytes)
         manifest.finish(**provenance())
     log.info("%s holds what training starts from", place)
 

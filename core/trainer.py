@@ -157,12 +157,18 @@ def train(
     """
     set_seed(experiment.seed)
     last, state = _last_point(folder)
+    items: list[Any] = pack(examples, experiment.block_size) if experiment.packing else list(examples)
     try:
         arguments = _arguments(folder, experiment, learning_rate, bool(validation), last is None, unused)
+        if arguments.eval_strategy != "no" and arguments.eval_steps is None:
+            # Once per epoch, counted in updates: at the end of an epoch the Trainer validates after it has saved, and
+            # what is killed in between would never validate.
+            batches = math.ceil(len(items) / (arguments.train_batch_size * arguments.world_size))
+            arguments.eval_steps = math.ceil(batches / experiment.gradient_accumulation)
         trainer = ExactTrainer(
             model=model,
             args=arguments,
-            train_dataset=pack(examples, experiment.block_size) if experiment.packing else list(examples),
+            train_dataset=items,
             eval_dataset=list(validation) or None,
             data_collator=flattening_collator(has_mrope(model)) if experiment.packing else pad,
             callbacks=[EarlyStoppingCallback(experiment.early_stop)] if experiment.early_stop else [],
@@ -177,7 +183,7 @@ def train(
             # Killed after its last update: the Trainer would make one more.
             trainer.state = TrainerState.load_from_json(str(last / STATE))
             best = trainer.state.best_model_checkpoint if experiment.early_stop else None
-            load_trained(model, Path(best or last) / SINGLE_FILE)
+            load_trained(model, folder / Path(best or last).name / SINGLE_FILE)
         else:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         best_loss = trainer.state.best_metric if experiment.early_stop else None
@@ -194,11 +200,15 @@ def train(
 
 def _last_point(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The last resume point whose every file is there, and the Trainer's state in it."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    random_states = ["rng_state.pth"] if count == 1 else [f"rng_state_{n}.pth" for n in range(count)]
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         try:
-            return path, json.loads((path / STATE).read_text(encoding="utf-8"))  # the Trainer writes it last
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             continue
+        if all((path / name).is_file() for name in random_states):
+            return path, state
     return None, {}
 
 
@@ -231,7 +241,7 @@ def _arguments(
         max_grad_norm=e.max_grad_norm,
         save_steps=e.save_steps,
         save_total_limit=2,
-        eval_strategy="no" if not validates else "epoch" if every is None else "steps",
+        eval_strategy="steps" if validates else "no",
         eval_steps=every,
         eval_on_start=validates and fresh,
         load_best_model_at_end=e.early_stop is not None,

@@ -26,7 +26,17 @@ from core.fusion import FusionSettings, Residual, Transport
 from core.heldout import text_nll, trained_tokens
 from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
 from core.plans import PlanDirectory
-from core.runs import Manifest, UserError, log_to_file, provenance, read_json, run_command, setup_logging, write_json
+from core.runs import (
+    Manifest,
+    UserError,
+    digest_of,
+    log_to_file,
+    provenance,
+    read_json,
+    run_command,
+    setup_logging,
+    write_json,
+)
 from core.sft import sft_example
 
 log = logging.getLogger("compare")
@@ -74,13 +84,14 @@ def main(argv: list[str]) -> None:
         record = {"metric": "negative log-likelihood per token (nats)", "inputs": inputs, "per_text": {}}
     folders = {"fused": run / "fused",
                **{f"{arm}/{place.name}": place for arm, found in adapted.items() for place in found}}  # fmt: skip
-    made_from = {**dict.fromkeys(("base", *CONTROLS, "fused"), fused_manifest.record["fingerprint"]),
-                 **{f"{arm}/{place.name}": manifest.record["fingerprint"] for arm, found in adapted.items()
+    made_from = {**dict.fromkeys(("base", *CONTROLS, "fused"), digest_of(fused_manifest.record)),
+                 **{f"{arm}/{place.name}": digest_of(manifest.record) for arm, found in adapted.items()
                     for place, manifest in found.items()}}  # fmt: skip
     before = record.get("made_from", {})
-    record["per_text"] = {arm: sums for arm, sums in record["per_text"].items()
-                          if arm in made_from and before.get(arm) == made_from[arm]}  # fmt: skip
-    record["made_from"] = made_from
+    kept = {arm: sums for arm, sums in record["per_text"].items()
+            if arm in made_from and before.get(arm) == made_from[arm]}  # fmt: skip
+    # No figures until all of them are there: those of an earlier run would stand beside new losses.
+    record = {"metric": record["metric"], "inputs": inputs, "made_from": made_from, "per_text": kept}
     settings = FusionSettings(**fused_manifest.inputs["settings"])
     missing = [arm for arm in made_from if arm not in record["per_text"]]
     for arm, sums in evaluate_arms(missing, folders, plans, target, source, settings, sets, experiment):

@@ -126,9 +126,23 @@ def test_columns_become_messages(tmp_path, record, messages):
     assert load_rows("file", "calibration", 10, 0, path)[0].messages == messages
 
 
-def test_unknown_roles_are_refused(tmp_path):
-    path = write(tmp_path / "r.jsonl", [{"messages": [{"role": "narrator", "content": "x"}]}])
-    with pytest.raises(UserError, match="row 1 has the columns messages; expected"):
+def test_unknown_roles_are_refused_in_a_file_and_left_out_of_a_hub_data_set(tmp_path, monkeypatch):
+    odd = {"messages": [{"role": "narrator", "content": "x"}]}
+    path = write(tmp_path / "r.jsonl", [odd])
+    with pytest.raises(UserError, match="row 1 has the role 'narrator'; expected one of human"):
+        load_rows("file", "calibration", 10, 0, path)
+    fake_hub(monkeypatch, [odd, *({"messages": [{"role": "user", "content": f"x {n}"}]} for n in range(20))])
+    assert sum(len(load_rows("indonesian", part, 99, 0)) for part in PARTS) == 20
+
+
+def test_files_may_mix_columns_and_odd_turns_are_told(tmp_path):
+    records = [{"text": "t", "group": None}, {"instruction": "q", "output": "a", "system": " ", "group": None},
+               {"conversations": [{"from": "human", "value": "q2"}]}]  # fmt: skip
+    path = write(tmp_path / "m.jsonl", records)
+    found = {row.messages for part in PARTS for row in load_rows("file", part, 9, 0, path) if part == "calibration"}
+    assert found <= {((None, "t"),), (("user", "q"), ("assistant", "a")), (("user", "q2"),)} and len(found) == 2
+    path = write(tmp_path / "s.jsonl", [{"conversations": ["hi", "there"]}])
+    with pytest.raises(UserError, match="row 1 has the columns conversations; expected messages"):
         load_rows("file", "calibration", 10, 0, path)
 
 
@@ -205,7 +219,7 @@ def test_wikitext_has_no_headings_and_hub_rows_without_text_are_left_out(monkeyp
     }
     fake_hub(monkeypatch, [{"question": "q", "answer": f"a {n}" if n else " "} for n in range(21)])
     assert sum(len(load_rows("gsm8k", part, 99, 0)) for part in PARTS) == 20
-    assert "1 rows without a text left out" in caplog.text
+    assert "1 rows without a text" in caplog.text
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")

@@ -16,7 +16,7 @@ from torch import nn
 from core import train_hot_residual_sft as stage3
 from core.adapters import add_lora, merge_lora
 from core.checkpoints import open_checkpoint
-from core.data import load_rows
+from core.data import Row, load_rows
 from core.distill import distillation_loss, read_answers, write_answers
 from core.heldout import text_nll, trained_tokens
 from core.hot_residual import HotResidualLinear, enable_hot_residual_for_model, set_trainable
@@ -248,7 +248,8 @@ def test_wrong_model_type_is_told(kind, fails, tmp_path):
     ("flags", "kill_at"),
     [
         (["--use-lora", "--lora-dropout", "0.2", "--epochs", 3], 7),
-        (["--epochs", 3], 12),  # after the last update, before the last validation
+        (["--epochs", 3], 12),  # after the last update
+        (["--epochs", 3], 4),  # at the end of an epoch
         (["--epochs", "1.5"], 6),
         (["--early-stop", 1, "--epochs", 6, "--learning-rate", "0.3"], "stopped"),
     ],
@@ -328,8 +329,6 @@ def test_distillation_by_sequences_where_they_differ(fused, models, tmp_path):
 def test_killed_teacher_goes_on_after_the_last_whole_batch(models, tmp_path):
     source = open_checkpoint(str(models["source"]))
     tokenizer, model = source.load_tokenizer(), source.load_model("float32")
-    from core.data import Row
-
     rows = [Row((("user", "plan"), ("assistant", "weight matrix " * n))) for n in range(1, 7)]
     rows.append(Row((("user", "a question alone"),)))
     path = tmp_path / "answers.jsonl"
@@ -354,6 +353,20 @@ def test_killed_teacher_goes_on_after_the_last_whole_batch(models, tmp_path):
         new = generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=size, do_sample=False,
                        pad_token_id=tokenizer.pad_token_id)  # fmt: skip
         assert answered.messages[-1][1] == tokenizer.decode(new[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def test_prompts_are_not_cut_inside_a_character(models):
+    """Byte-level tokens: half of the text may end in the middle of a letter, which decodes to nothing."""
+    from core.distill import _prompt, _text_after
+
+    tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
+    whole = "ประเทศไทย 香港 🙂 weight matrix " * 2
+    for end in range(2, len(whole)):
+        row = Row(((None, whole[:end].strip()),))
+        ids, length, kept = _prompt(row, tokenizer, 100)
+        rest = tokenizer(row.plain)["input_ids"][len(ids) :]
+        assert len(rest) == length or len(rest) > length > 0
+        assert kept + _text_after(tokenizer, ids, rest) == row.plain, end
 
 
 # Several processes

@@ -199,7 +199,7 @@ def _row(record: dict[str, Any], where: str, strict: bool) -> Row | None:
     """The messages of a record; None for one without a text, or with an unknown role, where that is no error (not
     `strict`: a data set of the hub, which nobody here can mend)."""
     there = {column: value for column, value in record.items() if value is not None}  # files that mix columns
-    messages = _messages(there)
+    messages = _messages(there) or _messages(record)
     if messages is None:
         raise UserError(f"{where} has the columns {', '.join(record)}; expected {EXPECTED}")
     roles = [role for role, _ in messages if role is not None and role not in ROLES]

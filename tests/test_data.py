@@ -136,11 +136,15 @@ def test_unknown_roles_are_refused_in_a_file_and_left_out_of_a_hub_data_set(tmp_
 
 
 def test_files_may_mix_columns_and_odd_turns_are_told(tmp_path):
-    records = [{"text": "t", "group": None}, {"instruction": "q", "output": "a", "system": " ", "group": None},
-               {"conversations": [{"from": "human", "value": "q2"}]}]  # fmt: skip
+    records = []
+    for n in range(20):
+        records += [{"text": f"t{n}", "group": None}, {"instruction": f"q{n}", "output": "a", "system": " "},
+                    {"conversations": [{"from": "human", "value": f"c{n}"}]}]  # fmt: skip
     path = write(tmp_path / "m.jsonl", records)
-    found = {row.messages for part in PARTS for row in load_rows("file", part, 9, 0, path) if part == "calibration"}
-    assert found <= {((None, "t"),), (("user", "q"), ("assistant", "a")), (("user", "q2"),)} and len(found) == 2
+    found = [row.messages for part in PARTS for row in load_rows("file", part, 99, 0, path)]
+    expected = {((None, f"t{n}"),) for n in range(20)} | {(("user", f"c{n}"),) for n in range(20)}
+    assert set(found) == expected | {(("user", f"q{n}"), ("assistant", "a")) for n in range(20)} and len(found) == 60
+    assert len(load_rows("file", "calibration", 99, 0, path)) == 30  # no group is no group in common
     path = write(tmp_path / "s.jsonl", [{"conversations": ["hi", "there"]}])
     with pytest.raises(UserError, match="row 1 has the columns conversations; expected messages"):
         load_rows("file", "calibration", 10, 0, path)

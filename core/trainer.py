@@ -160,9 +160,9 @@ def train(
     items: list[Any] = pack(examples, experiment.block_size) if experiment.packing else list(examples)
     try:
         arguments = _arguments(folder, experiment, learning_rate, bool(validation), last is None, unused)
-        if arguments.eval_strategy != "no" and arguments.eval_steps is None:
-            # Once per epoch, counted in updates: at the end of an epoch the Trainer validates after it has saved, and
-            # what is killed in between would never validate.
+        if not (experiment.eval_steps or experiment.early_stop):
+            # Validate once per epoch, counted in updates: at the end of an epoch the Trainer validates after it has
+            # saved, and what is killed in between would never validate.
             batches = math.ceil(len(items) / (arguments.train_batch_size * arguments.world_size))
             arguments.eval_steps = math.ceil(batches / experiment.gradient_accumulation)
         trainer = ExactTrainer(

@@ -114,6 +114,14 @@ def test_curve_and_card_tell_the_run(fused, tmp_path):
         assert trained["validation"][n] == pytest.approx(nll, abs=1e-5)
 
 
+@pytest.mark.parametrize(("flags", "updates"), [([], [0, 4, 8]), (["--packing", "--block-size", 80], [0, 1, 2])])
+def test_validation_is_once_per_epoch_unless_asked_otherwise(fused, tmp_path, flags, updates):
+    out = train(fused, tmp_path / "a", "--epochs", 2, *flags)
+    curve = json.loads((out / "loss_curve.json").read_text())
+    assert [point["update"] for point in curve["validation"]] == updates
+    assert curve["final_validation"] == curve["validation"][-1]["loss"]
+
+
 def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, tmp_path):
     out = train(fused, tmp_path / "a", "--alpha-search", "0.1,0.5", "--lr-search", "1e-3,5e-2")
     found = json.loads((out / "results.json").read_text())

@@ -26,7 +26,7 @@ from core.start import open_start, save_folded
 KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl": "qwen2vl", "llava": "tinyllava"}
 
 
-# Oracles: METHOD, Eqs. 15-18
+# Oracles: Eqs. 15-18
 
 
 def unfolded(fused, hot=True, alpha=None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 
 from core.hot_residual import HotResidualLinear
 from core.runs import UserError
-
-log = logging.getLogger(__name__)
 
 
 class HotLoraLinear(LoraLinear):

@@ -203,11 +203,9 @@ def _row(record: dict[str, Any], where: str, strict: bool) -> Row | None:
     if messages is None:
         raise UserError(f"{where} has the columns {', '.join(record)}; expected {EXPECTED}")
     roles = [role for role, _ in messages if role is not None and role not in ROLES]
-    kept = [
-        (ROLES.get(role or "", role), content)
-        for role, content in messages
-        if role != "system" or (isinstance(content, str) and content.strip())
-    ]  # many have an empty system prompt
+    # Many data sets have an empty system prompt in every row.
+    kept = [(ROLES.get(role or "", role), content) for role, content in messages
+            if role != "system" or (isinstance(content, str) and content.strip())]  # fmt: skip
     empty = not kept or any(not isinstance(content, str) or not content.strip() for _, content in kept)
     if strict and roles:
         raise UserError(f"{where} has the role {roles[0]!r}; expected one of {', '.join(ROLES)}")

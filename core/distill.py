@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,6 @@ from core.activations import token_batches
 from core.data import Row
 from core.runs import write_text
 from core.sft import IGNORED
-
-log = logging.getLogger(__name__)
 
 
 def same_vocabulary(a: Any, b: Any) -> bool:
@@ -93,9 +90,8 @@ def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, 
         done = tokenizer(row.plain, return_offsets_mapping=True)
         ids = done["input_ids"][:block_size]
         half, offsets = max(1, len(ids) // 2), done["offset_mapping"]
-        while (
-            1 < half < len(ids) and offsets[half - 1][1] > offsets[half][0]
-        ):  # not inside a character of several tokens
+        # Not inside a character of several tokens: half of one decodes to nothing.
+        while 1 < half < len(ids) and offsets[half - 1][1] > offsets[half][0]:
             half -= 1
         kept = offsets[half - 1][1]
         return ids[:half], max(1, len(ids) - half), row.plain[:kept]

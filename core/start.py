@@ -104,9 +104,8 @@ def resolved(start: Start, experiment: Experiment) -> Experiment:
         stored = [dtype for _, dtype in start.checkpoint.headers.values()]
         dtype = dtypes.get(max(set(stored), key=stored.count), "float32")
         experiment = dataclasses.replace(experiment, dtype=dtype)
-    if (experiment.training_scenario, experiment.freeze_strategy) == ("hot", "frozen_base") and 0 in start.alphas(
-        experiment
-    ):
+    trains_residual_alone = (experiment.training_scenario, experiment.freeze_strategy) == ("hot", "frozen_base")
+    if trains_residual_alone and 0 in start.alphas(experiment):
         raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
     if start.made_by is None:
         return experiment

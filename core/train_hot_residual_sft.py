@@ -71,13 +71,10 @@ def main(argv: list[str]) -> None:
     source = open_source(start, experiment) if scenario == "distill" else None
     experiment = resolved(start, experiment)
     rows, validation = (
-        load_rows(
-            experiment.data_subset, part, count, experiment.split_seed, experiment.data_file, experiment.max_samples
-        )
-        if count
-        else []
+        load_rows(experiment.data_subset, part, count, experiment.split_seed, experiment.data_file,
+                  experiment.max_samples) if count else []
         for part, count in (("sft", experiment.sft_samples), ("validation", experiment.validation_samples))
-    )
+    )  # fmt: skip
     data, validation_data = (
         data_identity(part, experiment.data_subset, experiment.data_file, experiment.split_seed, experiment.max_samples)
         for part in (rows, validation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from core.locate import SINGLE_FILE
 from core.runs import UserError, atomic_file, first_line, write_json
 from core.sft import IGNORED, Example, flattening_collator, pack, pad
 
-log = logging.getLogger(__name__)
 # Of the Trainer, in a resume point.
 STATE = "trainer_state.json"
 CURVE, CURVE_IMAGE = "loss_curve.json", "loss_curve.png"

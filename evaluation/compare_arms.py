@@ -56,13 +56,8 @@ def main(argv: list[str]) -> None:
     check_chain(run, plans, fused_manifest, adapted)
     target, source = open_pair(experiment)
     plans.check_models(target, source)
-    check_same_split(
-        plans.manifest.inputs["data"],
-        experiment.data_subset,
-        experiment.data_file,
-        experiment.split_seed,
-        experiment.max_samples,
-    )
+    check_same_split(plans.manifest.inputs["data"], experiment.data_subset, experiment.data_file,
+                     experiment.split_seed, experiment.max_samples)  # fmt: skip
     rows = load_rows(experiment.data_subset, "held_out", experiment.held_out_samples, experiment.split_seed,
                      experiment.data_file, experiment.max_samples)  # fmt: skip
     general = [] if experiment.general_file is None else load_rows(
@@ -70,11 +65,15 @@ def main(argv: list[str]) -> None:
     tokenizer = target.load_tokenizer()
     sets = {name: [sft_example(row, tokenizer, experiment.max_tokens) for row in texts]
             for name, texts in (("held_out", rows), ("general", general)) if texts}  # fmt: skip
+    for name, examples in sets.items():
+        if not sum(trained_tokens(examples)):
+            raise UserError(f"the {name} texts have no token with loss within {experiment.max_tokens} tokens; raise "
+                            "--max-tokens")  # fmt: skip
     log_to_file(command.log_file)
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
         "data": data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed,
-        experiment.max_samples),
+                              experiment.max_samples),
         "general": data_identity(general, "file", experiment.general_file, experiment.split_seed) if general else None,
         "settings": {name: getattr(experiment, name) for name in SETTINGS},
     }  # fmt: skip
@@ -99,20 +98,12 @@ def main(argv: list[str]) -> None:
         write_json(path, record)
     for name, examples in sets.items():
         tokens = trained_tokens(examples)
-        if not sum(tokens):
-            raise UserError(f"the {name} texts have no token with loss within {experiment.max_tokens} tokens; raise "
-                            "--max-tokens")  # fmt: skip
         sums = {arm: record["per_text"][arm][name] for arm in made_from}
         found = statistics(sums, tokens, experiment.bootstrap_samples, experiment.seed)
         record[name] = {"texts": len(examples), "tokens": sum(tokens)}
         record["arms" if name == "held_out" else "arms_general"] = found
     write_json(path, {**record, **provenance()})
-    told = table(record["arms"], record["held_out"], record.get("arms_general"))
-    trials = {arm: max(len(manifest.record["trials"]) for manifest in found.values())
-              for arm, found in adapted.items()}  # fmt: skip
-    if set(trials.values()) != {1}:
-        told += "\nEach training is the best of so many trials, chosen on validation rows: " + ", ".join(
-            f"{arm} {count}" for arm, count in trials.items()) + "."  # fmt: skip
+    told = table(record["arms"], record["held_out"], record.get("arms_general")) + searches(adapted)
     for arm, place in folders.items():
         add_results(place, results_section(arm, inputs["data"], told))
     print(told)
@@ -131,6 +122,16 @@ def trained_arms(run: Path) -> dict[str, dict[Path, Manifest]]:
     seeds = sorted(set().union(*found.values())) or ["seed0"]
     return {arm: {run / TRAINED[arm] / seed: Manifest.read(run / TRAINED[arm] / seed, "adapted") for seed in seeds}
             for arm in found}  # fmt: skip
+
+
+def searches(adapted: dict[str, dict[Path, Manifest]]) -> str:
+    """A line of the table when an arm was chosen among several trials: it had more chances than the others."""
+    trials = {arm: max(len(manifest.record["trials"]) for manifest in found.values())
+              for arm, found in adapted.items()}  # fmt: skip
+    if set(trials.values()) == {1}:
+        return ""
+    counts = ", ".join(f"{arm} {count}" for arm, count in trials.items())
+    return f"\nEach training is the best of so many trials, chosen on validation rows: {counts}."
 
 
 def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[str, dict[Path, Manifest]]) -> None:

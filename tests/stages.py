@@ -1,8 +1,11 @@
 """What the tests of the stages share: their command lines, digests of folders, logits by stock transformers."""
 
+import contextlib
 import hashlib
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import run_main
 
@@ -35,3 +38,37 @@ def train(model_dir: Path, out: Path, *flags) -> Path:
     run_main(stage3, "--model_dir", model_dir, "--output_dir", out, "--sft-samples", 8, "--gradient-accumulation", 2,
              "--learning-rate", "1e-2", *flags)  # fmt: skip
     return out
+
+
+@contextlib.contextmanager
+def killed(monkeypatch, event: str, when):
+    """Inside, every training must be interrupted at the Trainer's `event` at which `when(state, control)` is true."""
+    from transformers import Trainer, TrainerCallback
+
+    class Kill(TrainerCallback):
+        pass
+
+    def stop(self, args, state, control, **_):
+        if when(state, control):
+            raise KeyboardInterrupt
+
+    setattr(Kill, event, stop)
+    original = Trainer.__init__
+
+    def with_kill(trainer, *arguments, **options):
+        original(trainer, *arguments, **options)
+        trainer.add_callback(Kill())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", with_kill)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def run(fused: Path, out: Path, *flags) -> Path:
+    """Stage 3 on 8 rows, 4 updates, with 4 rows to validate on."""
+    return train(fused, out, "--validation-samples", 4, *flags)
+
+
+def losses(folder: Path) -> list[float]:
+    return json.loads((folder / "manifest.json").read_text())["losses"]

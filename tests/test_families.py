@@ -8,6 +8,7 @@ import torch
 import transformers
 from conftest import family_model, make_tokenizer, run_main, save, save_tinyllava
 from safetensors.torch import load_file
+from stages import killed
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
@@ -168,21 +169,8 @@ def test_training_moves_the_language_tower_alone_and_resumes_to_the_same_weights
              "--save-steps", 1, *trust]  # fmt: skip
     run_main(stage3, *flags, "--output_dir", tmp_path / "whole")
 
-    class Kill(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
-    original = transformers.Trainer.__init__
-
-    def with_kill(trainer, *arguments, **options):
-        original(trainer, *arguments, **options)
-        trainer.add_callback(Kill())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers.Trainer, "__init__", with_kill)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(stage3, *flags, "--output_dir", tmp_path / "part")
+    with killed(monkeypatch, "on_step_end", lambda state, _: state.global_step == 3):
+        run_main(stage3, *flags, "--output_dir", tmp_path / "part")
     assert (tmp_path / "part" / "checkpoints/trial0/checkpoint-2").is_dir()
     run_main(stage3, *flags, "--output_dir", tmp_path / "part")
     before, whole, part = (load_file(tmp_path / folder / "model.safetensors") for folder in ("f", "whole", "part"))

@@ -75,7 +75,16 @@ def _floats(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Flags with dashes or underscores; a bad one is a UserError."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Flag (with underscores) -> value."""
+        return vars(self.parse_args([_flag_of(token) for token in argv]))
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -124,7 +133,7 @@ def parse_command(
     Raises:
         UserError: unknown flag or key, wrong type, value out of range.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = Parser(description)
     parser.add_argument("--config", type=Path, help="experiment file; flags override it")
     parser.add_argument("--quick", action="store_true", help="apply the experiment's `quick:` section")
     for name, text in paths.items():
@@ -143,7 +152,7 @@ def parse_command(
         text = f"{f.metadata['help']}" + (f" {{{','.join(f.metadata['choices'])}}}" if f.metadata["choices"] else "")
         default = "" if f.default in (None, "", ()) or "default" in text else f" (default {f.default})"
         parser.add_argument(*flags, dest=f.name, default=None, help=(text + default).replace("%", "%%"), **kind)
-    given = vars(parser.parse_args([_flag_of(token) for token in argv]))
+    given = parser.parse(argv)
     config, quick = given.pop("config"), given.pop("quick")
     folders = {name: given.pop(name) for name in paths}
     chosen = {name for name in modes or {} if given.pop(name)}

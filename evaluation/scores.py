@@ -1,0 +1,123 @@
+"""What every benchmark runner shares: the model under test, and one file per benchmark with the score of every item."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from core.checkpoints import Checkpoint, open_checkpoint
+from core.command import Parser
+from core.runs import MANIFEST, digest_of, provenance, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+def runner_flags(description: str) -> Parser:
+    """The flags that every runner takes."""
+    parser = Parser(description)
+    parser.add_argument("--model", required=True, help="folder, GGUF file, id in $MODELS_ROOT, or hub id")
+    parser.add_argument("--output-dir", type=Path, required=True, help="one file per benchmark goes here")
+    parser.add_argument("--limit", type=int, help="only the first N items of every file (for a trial)")
+    parser.add_argument("--tokens-per-batch", type=int, default=4096, help="padding included (default 4096)")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                        help="auto: float32 on a CPU, else the model's own")  # fmt: skip
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the model")
+    return parser
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model under test; weights are loaded at first use, once for all benchmarks."""
+
+    checkpoint: Checkpoint
+    dtype: str = "auto"
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, Any]) -> Evaluated:
+        """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does."""
+        return cls(open_checkpoint(given["model"], None, given["trust_remote_code"], given["device"]), given["dtype"])
+
+    @cached_property
+    def model(self) -> Any:
+        """In eval mode, on its device."""
+        return self.checkpoint.load_model(self.dtype)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's fast tokenizer."""
+        return self.checkpoint.load_tokenizer()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a score depends on: contents, not names. A checkpoint of ours has its manifest's fingerprint, since the
+        digest of the weights is a sample."""
+        manifest = self.checkpoint.folder / MANIFEST
+        made = read_json(manifest).get("fingerprint") if manifest.is_file() else None
+        weights = {key: self.checkpoint.identity[key] for key in ("config", "weights")}
+        return {**weights, "made": made, "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one benchmark.
+
+    Attributes:
+        benchmark: as the table names it, e.g. `belebele_ind_Latn`.
+        ids: of the items, unique, in the order of the file: two models are compared item by item.
+        metrics: metric -> score of every item (0 or 1 for accuracies); the first one is the benchmark's own.
+        groups: category of every item, where the benchmark reports by category.
+        details: what else the runner knows: task version, prompt, note on the data.
+    """
+
+    benchmark: str
+    ids: Sequence[str]
+    metrics: Mapping[str, Sequence[float]]
+    groups: Sequence[str] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, float | int]:
+    """{"value": mean, "stderr": its standard error (unbiased; 0 for one item), "n"}."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    return {"value": mean, "stderr": math.sqrt(variance / n), "n": n}
+
+
+def finished(path: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether `path` holds the score for exactly these inputs; says so in the log."""
+    done = path.is_file() and read_json(path).get("fingerprint") == digest_of(inputs)
+    if done:
+        log.info("%s is finished already", path)
+    return done
+
+
+def write_score(path: Path, score: Score, inputs: Mapping[str, Any]) -> None:
+    """Write one benchmark's file, atomically.
+
+    Args:
+        inputs: all that the score depends on: `Evaluated.identity`, digest of the data, limit, settings.
+    """
+    n = len(score.ids)
+    assert n and len(set(score.ids)) == n and all(len(values) == n for values in score.metrics.values())
+    groups: dict[str, list[int]] = {}
+    for place, group in enumerate(score.groups):
+        groups.setdefault(group, []).append(place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {
+        "benchmark": score.benchmark,
+        "metrics": {metric: mean_and_error(values) for metric, values in score.metrics.items()},
+        "groups": {group: {metric: mean_and_error([values[place] for place in places])
+                           for metric, values in score.metrics.items()} for group, places in sorted(groups.items())},
+        "details": dict(score.details),
+        "fingerprint": digest_of(inputs),
+        "inputs": dict(inputs),
+        "items": {"ids": list(score.ids), **{metric: list(values) for metric, values in score.metrics.items()}},
+        **provenance(),
+    })  # fmt: skip

@@ -40,7 +40,7 @@ from core.runs import (
 from core.sft import sft_example
 
 log = logging.getLogger("compare")
-# Arm -> folder of its trainings, one below it per seed. Distillation may be missing.
+# Arm -> folder of its trainings, one below it per seed. Distillation may be missing, or all: then nothing is trained.
 TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
 
@@ -110,16 +110,19 @@ def main(argv: list[str]) -> None:
 
 
 def trained_arms(run: Path) -> dict[str, dict[Path, Manifest]]:
-    """Arm -> folder -> manifest of every training; the same seeds for all arms, which is what is compared.
+    """Arm -> folder -> manifest of every training; the same seeds for all arms, which is what is compared. Empty when
+    nothing was trained.
 
     Raises:
         UserError: a training that is missing or not finished.
     """
     found = {arm: {path.name: path for path in sorted((run / place).glob("seed*[0-9]"))}
              for arm, place in TRAINED.items()}  # fmt: skip
+    if not any(found.values()):
+        return {}
     if not found["distill"]:
         del found["distill"]
-    seeds = sorted(set().union(*found.values())) or ["seed0"]
+    seeds = sorted(set().union(*found.values()))
     return {arm: {run / TRAINED[arm] / seed: Manifest.read(run / TRAINED[arm] / seed, "adapted") for seed in seeds}
             for arm in found}  # fmt: skip
 
@@ -128,7 +131,7 @@ def searches(adapted: dict[str, dict[Path, Manifest]]) -> str:
     """A line of the table when an arm was chosen among several trials: it had more chances than the others."""
     trials = {arm: max(len(manifest.record["trials"]) for manifest in found.values())
               for arm, found in adapted.items()}  # fmt: skip
-    if set(trials.values()) == {1}:
+    if set(trials.values()) <= {1}:
         return ""
     counts = ", ".join(f"{arm} {count}" for arm, count in trials.items())
     return f"\nEach training is the best of so many trials, chosen on validation rows: {counts}."
@@ -255,11 +258,10 @@ def table(
         lines.append(f"No transfer shown: fused is not reliably better than {', '.join(lost)}.")
     else:
         lines.append("Transfer: without training, fused is better than base and than every control (95 % intervals).")
-    adapted = arms["fused_adapted"]
     for rival in ("no_hot", "distill"):
         if rival in arms:
-            lines.append(f"After fine-tuning: fused_adapted minus {rival} = {interval(adapted[f'minus_{rival}'])}"
-                         f"{by_seed(adapted[f'minus_{rival}'])}.")  # fmt: skip
+            found = arms["fused_adapted"][f"minus_{rival}"]
+            lines.append(f"After fine-tuning: fused_adapted minus {rival} = {interval(found)}{by_seed(found)}.")
     if general:
         changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", *TRAINED) if arm in general)
         lines.append(f"On general text (base {general['base']['nll']:.4f}), minus base: {changes}.")

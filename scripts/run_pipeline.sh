@@ -4,6 +4,7 @@
 # each of these seeds, and the table averages them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/environment.sh
 . scripts/environment.sh
 
 if [[ " $* " != *" --config"* ]]; then

@@ -3,15 +3,18 @@
 #   TASKS="malay thai"            which (default all six; finance_paper is the paper's own finance pair)
 #   STEPS="plans fuse train eval" which steps; finished ones are skipped by their manifests
 #   DRY_RUN=1                     print every command with its settings, check models and data, run nothing
-#   FEATURE_MAP=regression        our map on token rows instead of the paper's coupling
+#   FEATURE_MAP=regression        our map on token rows, dense, alpha 0.1, in place of the paper's coupling and alphas
 #   SEEDS="0 1 2"                 trainings to average
 #   MODELS_ROOT, TRANSPORT_RESULTS_ROOT, WORKSPACE_ROOT   where models are and results go (default models/, runs/, here)
 #   DATA_DIR                      holds TASK.jsonl (or a folder TASK) in place of the hub's data
-#   TARGET_MODEL, SOURCE_MODEL    one pair for all tasks; MAX_SAMPLES, SFT_SAMPLES: fewer texts
+#   TARGET_MODEL, SOURCE_MODEL    one pair for all tasks
+#   MAX_SAMPLES, SFT_SAMPLES, HELD_OUT_SAMPLES, MAX_TOKENS   fewer and shorter texts
+#   ALPHA=0.05                    strength of fusion and in training, for all tasks
 #   NUM_GPUS=2                    read and train on so many GPUs (default: on the CPU)
 # What is evaluated is the loss on held-out rows of the same data; the paper's benchmarks are not wired up yet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/environment.sh
 . scripts/environment.sh
 
 WORKSPACE_ROOT=${WORKSPACE_ROOT:-$PWD}
@@ -37,7 +40,7 @@ run() { # a stage's command
 
 task() { # $1: name of an experiment; false at the first command that fails
   local name=$1 config=scripts/experiments/$1.yaml place=$RESULTS/$1
-  local pair=() data=() texts=() rows=() maps=(--feature-map "$FEATURE_MAP")
+  local pair=() data=() texts=() rows=() held_out=() strength=() maps=(--feature-map "$FEATURE_MAP") alpha=${ALPHA:-}
   if [[ ! -f $config ]]; then
     echo "error: there is no $config" >&2
     return 2
@@ -49,10 +52,20 @@ task() { # $1: name of an experiment; false at the first command that fails
   fi
   [[ -z ${MAX_SAMPLES:-} ]] || texts=(--calibration-samples "$MAX_SAMPLES")
   [[ -z ${SFT_SAMPLES:-} ]] || rows=(--sft-samples "$SFT_SAMPLES")
+  [[ -z ${HELD_OUT_SAMPLES:-} ]] || held_out=(--held-out-samples "$HELD_OUT_SAMPLES")
+  if [[ -n ${MAX_TOKENS:-} ]]; then
+    texts+=(--max-tokens "$MAX_TOKENS")
+    held_out+=(--max-tokens "$MAX_TOKENS")
+  fi
   if [[ $FEATURE_MAP == regression ]]; then
     place+=-regression
     texts+=(--pooling token)
     maps+=(--top-k 0)
+    alpha=${alpha:-0.1}
+  fi
+  if [[ -n $alpha ]]; then
+    maps+=(--alpha "$alpha")
+    strength=(--train-alpha "$alpha")
   fi
   if [[ -n ${DRY_RUN:-} ]]; then
     echo "== $name: $config"
@@ -71,13 +84,13 @@ task() { # $1: name of an experiment; false at the first command that fails
     local seed scenario
     for seed in ${SEEDS:-0}; do
       for scenario in no_hot hot; do
-        run core/train_hot_residual_sft.py --config "$config" "${data[@]}" "${rows[@]}" --training-scenario "$scenario" \
-          --seed "$seed" --model-dir "$place/fused" --output-dir "$place/adapted/$scenario/seed$seed" || return
+        run core/train_hot_residual_sft.py --config "$config" "${data[@]}" "${rows[@]}" "${strength[@]}" \
+          --training-scenario "$scenario" --seed "$seed" --model-dir "$place/fused" --output-dir "$place/adapted/$scenario/seed$seed" || return
       done
     done
   fi
   if [[ " $STEPS " == *" eval "* ]]; then
-    run evaluation/compare_arms.py --config "$config" "${pair[@]}" "${data[@]}" --run-dir "$place" || return
+    run evaluation/compare_arms.py --config "$config" "${pair[@]}" "${data[@]}" "${held_out[@]}" --run-dir "$place" || return
   fi
 }
 

@@ -50,6 +50,10 @@ def _typed(f: dataclasses.Field, value: Any, path: Path) -> Any:
     kind = _kind(f)
     if value is None and "None" in str(f.type):
         return None
+    if str(f.type) == "tuple[str, ...]":
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UserError(f"{path}: {f.name} is {value!r}; expected a list of names")
     if kind is tuple:
         try:
             return _floats(",".join(map(str, value)) if isinstance(value, list) else str(value))
@@ -67,8 +71,8 @@ def _typed(f: dataclasses.Field, value: Any, path: Path) -> Any:
 
 
 def _kind(f: dataclasses.Field) -> type:
-    kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "tuple[float, ...]": tuple}
-    return kinds[str(f.type).split(" |")[0]]
+    kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+    return kinds.get(str(f.type).split(" |")[0], tuple)
 
 
 def _floats(text: str) -> tuple[float, ...]:

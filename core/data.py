@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import sys
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.runs import UserError, digest_of, first_line
+from core.runs import UserError, digest_of, first_line, write_text
 
 # The folder datasets/ must never shadow the installed package `datasets`: its modules are flat and found last.
 _FOLDER = str(Path(__file__).resolve().parents[1] / "datasets")
@@ -108,6 +109,19 @@ def load_rows(
     for row in kept[:EXAMPLES]:
         log.info("  e.g. %s", " ".join(row.plain.split())[:EXAMPLE_CHARACTERS])
     return kept
+
+
+def export_rows(subset: str, path: Path, max_samples: int, split_seed: int) -> int:
+    """Write the rows of a data set of the hub to a .jsonl, from which `load_rows` divides as from the hub; how many.
+
+    Raises UserError as `load_rows` does.
+    """
+    rows, where = _read(subset, None, max_samples, split_seed)
+    kept = [{**record, "group": record.get("group", str(number))} for number, record in enumerate(rows, 1)
+            if _row(record, f"{where}, row {number}", strict=False) is not None]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept))
+    return len(kept)
 
 
 def _divide(names: list[str], groups: dict[str, list[Row]], shares: dict[str, float]) -> dict[str, list[str]]:

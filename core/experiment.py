@@ -136,6 +136,8 @@ class Experiment:
     general_file: str | None = option(
         None, "e", "local general text; what fusion costs there is reported beside the gain"
     )
+    benchmarks: tuple[str, ...] = option((), "", "what evaluation/run_task.py runs: malay_mmlu, yue_mmlu, and names of "
+                                         "lm-evaluation-harness")  # fmt: skip
     bootstrap_samples: int = option(10000, "e", "resamples of the paired bootstrap")
 
     @property

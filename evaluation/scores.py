@@ -17,11 +17,12 @@ from core.runs import MANIFEST, digest_of, provenance, read_json, write_json
 log = logging.getLogger(__name__)
 
 
-def runner_flags(description: str) -> Parser:
-    """The flags that every runner takes."""
+def runner_flags(description: str, folder: str | None = None) -> Parser:
+    """The flags that every runner takes. `folder`: what --output-dir is said to default to; None: it must be given."""
     parser = Parser(description)
     parser.add_argument("--model", required=True, help="folder, GGUF file, id in $MODELS_ROOT, or hub id")
-    parser.add_argument("--output-dir", type=Path, required=True, help="one file per benchmark goes here")
+    parser.add_argument("--output-dir", type=Path, required=folder is None,
+                        help=f"one file per benchmark goes here (default {folder})")  # fmt: skip
     parser.add_argument("--limit", type=int, help="only the first N items of every file (for a trial)")
     parser.add_argument("--tokens-per-batch", type=int, default=4096, help="padding included (default 4096)")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")

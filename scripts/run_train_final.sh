@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # The paper's six tasks: bash scripts/run_train_final.sh
 #   TASKS="malay thai"            which (default all six; finance_paper is the paper's own finance pair)
-#   STEPS="plans fuse train eval" which steps; finished ones are skipped by their manifests
+#   STEPS="plans fuse train eval" which steps (general: also the paper's Figure 6); finished ones are skipped
 #   DRY_RUN=1                     print every command with its settings, check models and data, run nothing
 #   FEATURE_MAP=regression        our map on token rows, dense, alpha 0.1, in place of the paper's coupling and alphas
 #   SEEDS="0 1 2"                 trainings to average
-#   MODELS_ROOT, TRANSPORT_RESULTS_ROOT, WORKSPACE_ROOT   where models are and results go (default models/, runs/, here)
-#   DATA_DIR                      holds TASK.jsonl (or a folder TASK) in place of the hub's data
+#   VARIANT=source_size           Table 7; source_family: Figure 4; alpha: Figure 5 (scripts/experiments/variants.txt)
+#   WORKSPACE_ROOT, MODELS_ROOT, TRANSPORT_RESULTS_ROOT   here; where models are, results go (default models/, runs/)
+#   LM_EVAL_REPO, MALAY_REPO, YUE_BENCHMARK_ROOT          checkouts of the benchmarks (default $WORKSPACE_ROOT/NAME)
+#   DATA_DIR, BENCHMARK_DATA      hold TASK.jsonl (or a folder TASK), and benchmark files, in place of the hub's data
 #   TARGET_MODEL, SOURCE_MODEL    one pair for all tasks
-#   MAX_SAMPLES, SFT_SAMPLES, HELD_OUT_SAMPLES, MAX_TOKENS   fewer and shorter texts
+#   MAX_SAMPLES, SFT_SAMPLES, HELD_OUT_SAMPLES, MAX_TOKENS, LIMIT   fewer and shorter texts, fewer benchmark items
 #   ALPHA=0.05                    strength of fusion and in training, for all tasks
 #   NUM_GPUS=2                    read and train on so many GPUs (default: on the CPU)
-# What is evaluated is the loss on held-out rows of the same data; the paper's benchmarks are not wired up yet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
@@ -19,8 +20,10 @@ cd "$(dirname "$0")/.."
 
 WORKSPACE_ROOT=${WORKSPACE_ROOT:-$PWD}
 export MODELS_ROOT=${MODELS_ROOT:-$WORKSPACE_ROOT/models}
+export MALAY_REPO=${MALAY_REPO:-$WORKSPACE_ROOT/MalayMMLU} YUE_BENCHMARK_ROOT=${YUE_BENCHMARK_ROOT:-$WORKSPACE_ROOT/Yue-Benchmark}
+harness=${LM_EVAL_REPO:-$WORKSPACE_ROOT/lm-evaluation-harness}
+[[ ! -d $harness ]] || export PYTHONPATH=$harness${PYTHONPATH:+:$PYTHONPATH}
 RESULTS=${TRANSPORT_RESULTS_ROOT:-$WORKSPACE_ROOT/runs}
-TASKS=${TASKS:-medical thai finance cantonese indonesian malay}
 STEPS=${STEPS:-plans fuse train eval}
 FEATURE_MAP=${FEATURE_MAP:-coupling}
 failed=()
@@ -38,34 +41,25 @@ run() { # a stage's command
   fi
 }
 
+benchmarks() { # $1: set of benchmarks, $2: model, $3: folder of its scores
+  run evaluation/run_task.py --task "$1" --model "$2" --output-dir "$3" ${LIMIT:+--limit "$LIMIT"} || return
+}
+
 task() { # $1: name of an experiment; false at the first command that fails
-  local name=$1 config=scripts/experiments/$1.yaml place=$RESULTS/$1
-  local pair=() data=() texts=() rows=() held_out=() strength=() maps=(--feature-map "$FEATURE_MAP") alpha=${ALPHA:-}
-  if [[ ! -f $config ]]; then
-    echo "error: there is no $config" >&2
-    return 2
-  fi
-  [[ -z ${TARGET_MODEL:-} ]] || pair+=(--target-model "$TARGET_MODEL")
-  [[ -z ${SOURCE_MODEL:-} ]] || pair+=(--source-model "$SOURCE_MODEL")
+  local name=$1 config=scripts/experiments/$1.yaml place=$RESULTS/$1${SUFFIX:-} alpha=${ALPHA:-} kind seed
+  local pair=(${TARGET_MODEL:+--target-model "$TARGET_MODEL"} ${SOURCE_MODEL:+--source-model "$SOURCE_MODEL"})
+  local data=() cut=(${MAX_TOKENS:+--max-tokens "$MAX_TOKENS"}) maps=(--feature-map "$FEATURE_MAP") texts
+  texts=("${cut[@]}" ${MAX_SAMPLES:+--calibration-samples "$MAX_SAMPLES"})
+  [[ -f $config ]] || { echo "error: there is no $config" >&2 && return 2; }
   if [[ -n ${DATA_DIR:-} ]]; then
-    if [[ -e $DATA_DIR/$name.jsonl ]]; then data=(--data-file "$DATA_DIR/$name.jsonl"); else data=(--data-file "$DATA_DIR/$name"); fi
-  fi
-  [[ -z ${MAX_SAMPLES:-} ]] || texts=(--calibration-samples "$MAX_SAMPLES")
-  [[ -z ${SFT_SAMPLES:-} ]] || rows=(--sft-samples "$SFT_SAMPLES")
-  [[ -z ${HELD_OUT_SAMPLES:-} ]] || held_out=(--held-out-samples "$HELD_OUT_SAMPLES")
-  if [[ -n ${MAX_TOKENS:-} ]]; then
-    texts+=(--max-tokens "$MAX_TOKENS")
-    held_out+=(--max-tokens "$MAX_TOKENS")
+    data=(--data-file "$DATA_DIR/$name")
+    [[ ! -e $DATA_DIR/$name.jsonl && -e $DATA_DIR/$name ]] || data=(--data-file "$DATA_DIR/$name.jsonl")
   fi
   if [[ $FEATURE_MAP == regression ]]; then
     place+=-regression
     texts+=(--pooling token)
     maps+=(--top-k 0)
     alpha=${alpha:-0.1}
-  fi
-  if [[ -n $alpha ]]; then
-    maps+=(--alpha "$alpha")
-    strength=(--train-alpha "$alpha")
   fi
   if [[ -n ${DRY_RUN:-} ]]; then
     echo "== $name: $config"
@@ -77,26 +71,48 @@ task() { # $1: name of an experiment; false at the first command that fails
     [[ -z ${DRY_RUN:-} ]] || python "${stage1[@]}" --dry-run || return
   fi
   if [[ " $STEPS " == *" fuse "* ]]; then
-    run core/generate_hot_residual.py --config "$config" "${pair[@]}" "${maps[@]}" --hot-dir "$place/plans" \
-      --output-dir "$place/fused" || return
+    run core/generate_hot_residual.py --config "$config" "${pair[@]}" "${maps[@]}" ${alpha:+--alpha "$alpha"} \
+      --hot-dir "$place/plans" --output-dir "$place/fused" || return
   fi
-  if [[ " $STEPS " == *" train "* ]]; then
-    local seed scenario
-    for seed in ${SEEDS:-0}; do
-      for scenario in no_hot hot; do
-        run core/train_hot_residual_sft.py --config "$config" "${data[@]}" "${rows[@]}" "${strength[@]}" \
-          --training-scenario "$scenario" --seed "$seed" --model-dir "$place/fused" --output-dir "$place/adapted/$scenario/seed$seed" || return
-      done
+  for seed in ${SEEDS:-0}; do
+    for kind in no_hot hot; do
+      [[ " $STEPS " == *" train "* ]] || continue
+      run core/train_hot_residual_sft.py --config "$config" "${data[@]}" ${SFT_SAMPLES:+--sft-samples "$SFT_SAMPLES"} \
+        ${alpha:+--train-alpha "$alpha"} --training-scenario "$kind" --seed "$seed" --model-dir "$place/fused" \
+        --output-dir "$place/adapted/$kind/seed$seed" || return
     done
-  fi
+  done
   if [[ " $STEPS " == *" eval "* ]]; then
-    run evaluation/compare_arms.py --config "$config" "${pair[@]}" "${data[@]}" "${held_out[@]}" --run-dir "$place" || return
+    run evaluation/compare_arms.py --config "$config" "${pair[@]}" "${data[@]}" "${cut[@]}" \
+      ${HELD_OUT_SAMPLES:+--held-out-samples "$HELD_OUT_SAMPLES"} --run-dir "$place" || return
   fi
+  for kind in eval general; do
+    [[ " $STEPS " == *" $kind "* ]] || continue
+    local list=${kind/eval/$name}
+    benchmarks "$list" "${TARGET_MODEL:-$(sed -n 's/^target_model: *//p' "$config")}" "$RESULTS/$name/benchmarks/$list/base" || return
+    benchmarks "$list" "$place/fused" "$place/benchmarks/$list/fused" || return
+    for seed in ${SEEDS:-0}; do
+      [[ " $STEPS " == *" train "* || -d $place/adapted/hot/seed$seed ]] || continue
+      benchmarks "$list" "$place/adapted/no_hot/seed$seed" "$place/benchmarks/$list/no_hot/seed$seed" || return
+      benchmarks "$list" "$place/adapted/hot/seed$seed" "$place/benchmarks/$list/fused_adapted/seed$seed" || return
+    done
+  done
 }
 
-for name in $TASKS; do
-  task "$name" || failed+=("$name (exit code $?, see the last error above)")
-done
+if [[ -n ${VARIANT:-} ]]; then
+  while read -r variant suffix setting; do
+    [[ $variant == "$VARIANT" ]] || continue
+    env -u VARIANT TASKS="${TASKS:-malay}" SUFFIX="$suffix" "$setting" bash scripts/run_train_final.sh || failed+=("$suffix")
+  done < scripts/experiments/variants.txt
+else
+  TASKS=${TASKS:-medical thai finance cantonese indonesian malay}
+  for name in $TASKS; do
+    task "$name" || failed+=("$name (exit code $?, see the last error above)")
+  done
+  if [[ " $STEPS " == *" eval "* ]]; then # shellcheck disable=SC2086  # names of tasks, one word each
+    run evaluation/collect_results.py --results-dir "$RESULTS" --tasks $TASKS || failed+=("the tables")
+  fi
+fi
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}" >&2
   exit 1

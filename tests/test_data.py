@@ -192,7 +192,11 @@ def fake_hub(monkeypatch, records):
 
     asked = []
 
-    def load(hub_id, config=None, split=None, streaming=False):
+    real = datasets.load_dataset
+
+    def load(hub_id, config=None, split=None, streaming=False, **local):
+        if local:
+            return real(hub_id, split=split, **local)
         asked.append((hub_id, config, split, streaming))
         data = datasets.Dataset.from_list(records)
         return data.to_iterable_dataset() if streaming else data

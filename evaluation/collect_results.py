@@ -1,0 +1,257 @@
+"""All runs -> one table per task in the layout of the paper's Tables 1-6, beside the paper's figures."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import yaml
+
+from core.command import Parser
+from core.runs import UserError, read_json, run_command, setup_logging, write_json, write_text
+from evaluation.significance import normalised, paired
+from evaluation.tasks import EXPERIMENTS, TASK_FILE
+
+log = logging.getLogger("collect")
+PAPER = Path(__file__).with_name("paper_results.json")
+PAPER_COLUMNS = ("base", "fused", "fused + adapted")
+# In the order of the columns; `no_hot` and `distill` are controls that the paper's tables do not have.
+ARMS = ("base", "fused", "no_hot", "distill", "fused_adapted")
+
+
+def main(argv: list[str]) -> None:
+    setup_logging()
+    parser = Parser(__doc__ or "")
+    parser.add_argument("--results-dir", type=Path, default=Path("runs"), help="holds the runs (default runs)")
+    parser.add_argument("--tasks", nargs="+", help="only these (default: every task that has a run)")
+    parser.add_argument("--output-dir", type=Path, help="default RESULTS_DIR/tables")
+    given = parser.parse(argv)
+    results, wanted = given["results_dir"], given["tasks"]
+    runs = find_runs(results, wanted)
+    folder = given["output_dir"] or results / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    told = []
+    for task, names in runs.items():
+        collected = collect(task, {name: results / name for name in names}, results / task)
+        write_json(folder / f"{task}.json", collected)
+        told.append(markdown(collected))
+        write_text(folder / f"{task}.md", told[-1])
+    write_text(folder / "all.md", "\n".join(told))
+    print("\n".join(told))
+
+
+def find_runs(results: Path, wanted: Sequence[str] | None) -> dict[str, list[str]]:
+    """Task -> names of its run folders: `malay`, `malay-regression`, ... Raises UserError when there is none."""
+    tasks = [file.stem for file in sorted(EXPERIMENTS.glob("*.yaml"))]
+    runs: dict[str, list[str]] = {}
+    for place in sorted(results.glob("*/")):
+        task = place.name.split("-")[0]
+        has_results = (place / "results.json").is_file() or (place / "benchmarks").is_dir()
+        if has_results and task in tasks and (not wanted or task in wanted):
+            runs.setdefault(task, []).append(place.name)
+    if not runs:
+        raise UserError(f"{results} has no run of {', '.join(wanted or ['any task'])}; run scripts/run_train_final.sh")
+    return runs
+
+
+def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]:
+    """All figures of one task.
+
+    Args:
+        runs: name -> folder of each run of the task.
+        shared: the run that holds the scores of the base where a run has none of its own.
+    Returns:
+        {"task", "paper", "runs": {name: {"models", "sets": {set: {"rows", "mean", "normalised", "absent"}},
+        "held_out": arms of results.json}}}.
+    """
+    paper = read_json(PAPER)
+    found: dict[str, Any] = {"task": task, "paper": paper.get(task.removesuffix("_paper"), {}), "runs": {}}
+    for name, place in runs.items():
+        run: dict[str, Any] = {"models": models(place), "sets": {}}
+        for kind in (task, "general"):
+            arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, shared, kind, arm))}
+            if len(arms) > 1 or (arms and "base" in arms):
+                run["sets"][kind] = benchmark_rows(arms, paper.get(kind, {}).get("counted_once", []))
+        path = place / "results.json"
+        if path.is_file() and "arms" in (record := read_json(path)):
+            run["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
+        found["runs"][name] = run
+    return found
+
+
+def models(place: Path) -> dict[str, Any]:
+    """Target, source, feature map and alpha of a run."""
+    path = place / "fused" / "resolved.yaml"
+    used = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+    return {key: used.get(key) for key in ("target_model", "source_model", "feature_map", "alpha", "top_k")}
+
+
+def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]:
+    """Benchmark -> {"metric", "ids", "items" (mean over trainings), "groups", "note"}, or {"absent"}; {}: not run.
+
+    Trainings of several seeds are averaged item by item; all of them have to be there.
+    """
+    folder = place / "benchmarks" / kind / arm
+    if arm == "base" and not folder.is_dir():
+        folder = shared / "benchmarks" / kind / arm
+    files = sorted(folder.glob(f"seed*/{TASK_FILE}")) or sorted(folder.glob(TASK_FILE))
+    out: dict[str, Any] = {}
+    for file in files:
+        record = read_json(file)
+        for name, result in record["benchmarks"].items():
+            if "absent" in result:
+                out[name] = result
+                continue
+            score = read_json(file.parent / result["file"])
+            metric = next(iter(score["metrics"]))
+            note = "; ".join(part for part in (
+                f"in place of {result['stands_in_for']}" if "stands_in_for" in result else "",
+                f"first {record['limit']} items of each file" if record["limit"] else "") if part)  # fmt: skip
+            one = out.setdefault(name, {"metric": metric, "ids": score["items"]["ids"], "runs": [], "note": note,
+                                        "groups": score["groups"], "n": score["metrics"][metric]["n"],
+                                        "inputs": comparable(score["inputs"])})  # fmt: skip
+            if one["ids"] != score["items"]["ids"]:
+                raise UserError(f"{file.parent / result['file']} has other items than another seed's; run it again")
+            one["runs"].append(score["items"][metric])
+            one.setdefault("by_group", []).append({g: v[metric]["value"] for g, v in score["groups"].items()})
+    return out
+
+
+def comparable(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What two models have to share for their scores to be compared: everything but the model."""
+    return {key: value for key, value in inputs.items() if key != "model"}
+
+
+def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], counted_once: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Per benchmark and category the score of every arm (%), its difference to base with interval and p-value; the
+    mean over benchmarks, in which those of `counted_once` share one place.
+
+    Raises:
+        UserError: arms whose items differ (another limit, another copy of the data).
+    """
+    base = arms.get("base", {})
+    rows: dict[str, dict[str, Any]] = {}
+    absent: dict[str, str] = {}
+    for name in dict.fromkeys(name for scores in arms.values() for name in scores):
+        for arm, scores in arms.items():
+            result = scores.get(name, {"absent": "not run"})
+            if "absent" in result:
+                absent.setdefault(name, result["absent"])
+                continue
+            items = np.mean(result["runs"], axis=0)
+            row = rows.setdefault(name, {"metric": result["metric"], "n": result["n"], "note": result["note"],
+                                         "arms": {}, "groups": {}})  # fmt: skip
+            row["arms"][arm] = {"value": 100 * float(items.mean())}
+            for group in result["groups"]:
+                value = 100 * float(np.mean([each[group] for each in result["by_group"]]))
+                row["groups"].setdefault(group, {})[arm] = value
+            if arm != "base" and "runs" in base.get(name, {}):
+                reference = base[name]
+                if (reference["ids"], reference["inputs"]) != (result["ids"], result["inputs"]):
+                    raise UserError(f"{name}: {arm} and base were scored on other items or with other settings; run "
+                                    "evaluation/run_task.py again for both")  # fmt: skip
+                versus = paired(items.tolist(), np.mean(reference["runs"], axis=0).tolist())
+                versus |= {key: (100 * np.array(versus[key])).tolist() for key in ("diff", "ci95")}
+                row["arms"][arm] |= versus
+    complete = [arm for arm in arms if rows and all(arm in row["arms"] for row in rows.values())]
+    mean = {arm: mean_score({name: row["arms"][arm]["value"] for name, row in rows.items()}, counted_once)
+            for arm in complete}  # fmt: skip
+    return {"rows": rows, "mean": mean, "normalised": normalised(mean) if len(mean) > 1 else {},
+            "absent": {name: why for name, why in absent.items() if name not in rows}}  # fmt: skip
+
+
+def mean_score(values: Mapping[str, float], counted_once: Sequence[Sequence[str]]) -> float:
+    """Mean over benchmarks; those of one group of `counted_once` are averaged first."""
+    together = {name: group[0] for group in counted_once for name in group}
+    places: dict[str, list[float]] = {}
+    for name, value in values.items():
+        places.setdefault(together.get(name, name), []).append(value)
+    return float(np.mean([np.mean(found) for found in places.values()]))
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The tables of one task."""
+    paper = found["paper"]
+    lines = [f"## {found['task']}", ""]
+    for name, run in found["runs"].items():
+        used = run["models"]
+        lines += [f"### {name}", "", f"{used['target_model']} <- {used['source_model']}, {used['feature_map']}, alpha "
+                  f"{used['alpha']}, k {used['top_k'] or 'all'}", ""]  # fmt: skip
+        for kind, rows in run["sets"].items():
+            title = paper.get("title", kind) if kind == found["task"] else "General abilities (Figure 6), accuracy (%)"
+            lines += [f"{title}; the paper's figures are of its own models", "",
+                      *benchmark_table(rows, paper.get("rows", {}) if kind == found["task"] else {}), ""]  # fmt: skip
+    lines += held_out_table({name: run["held_out"] for name, run in found["runs"].items() if "held_out" in run})
+    return "\n".join(lines) + "\n"
+
+
+def benchmark_table(found: Mapping[str, Any], paper: Mapping[str, Sequence[float]]) -> list[str]:
+    """Rows: benchmarks, their categories, the mean. Columns: the paper's, then ours with differences to base."""
+    arms = [arm for arm in ARMS if any(arm in row["arms"] for row in found["rows"].values())]
+    columns = ["benchmark", *(f"paper: {column}" for column in PAPER_COLUMNS), *arms, "n"]
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    used = set()
+
+    def line(name: str, cells: Sequence[str], n: Any) -> None:
+        key = next((row for row in paper if row.lower() == name.strip().lower()), None)
+        used.add(key)
+        theirs = [f"{value:.2f}" for value in paper[key]] if key else [""] * len(PAPER_COLUMNS)
+        lines.append("| " + " | ".join([name, *theirs, *cells, str(n)]) + " |")
+
+    for name, row in found["rows"].items():
+        note = f" ({row['note']})" if row["note"] else ""
+        line(f"{name}, {row['metric']}{note}", [cell(row["arms"].get(arm)) for arm in arms], row["n"])
+        for group, values in row["groups"].items():
+            line(group, [f"{values[arm]:.2f}" if arm in values else "" for arm in arms], "")
+    if found["mean"]:
+        line("mean", [f"{found['mean'][arm]:.2f}" if arm in found["mean"] else "" for arm in arms], "")
+    for key in paper:
+        if key not in used:
+            line(key, [""] * len(arms), "")
+    if found["normalised"]:
+        told = ", ".join(f"{arm} {each['z']:+.2f} / {each['min_max']:.2f}" for arm, each in found["normalised"].items())
+        lines += ["", f"Arms on a common scale (z-score / min-max, as in Figure 1): {told}."]
+    lines += ["", *(f"Absent: {name}: {why}" for name, why in found["absent"].items())] if found["absent"] else []
+    return lines
+
+
+def cell(score: Mapping[str, Any] | None) -> str:
+    """`46.10 (+1.20, p 0.034)`."""
+    if score is None:
+        return ""
+    versus = f" ({score['diff']:+.2f}, p {score['p']:.3f})" if "diff" in score else ""
+    return f"{score['value']:.2f}{versus}"
+
+
+def held_out_table(runs: Mapping[str, Any]) -> list[str]:
+    """Loss on held-out rows, all arms and controls, the runs side by side."""
+    if not runs:
+        return []
+    arms = list(dict.fromkeys(arm for run in runs.values() for arm in run["arms"]))
+    lines = ["Loss on held-out texts, nats per token: base, then minus base [95 % over texts]; negative is better", "",
+             f"| arm | {' | '.join(runs)} |", "|" + " --- |" * (len(runs) + 1)]  # fmt: skip
+    for arm in arms:
+        cells = []
+        for run in runs.values():
+            found = run["arms"].get(arm)
+            if found is None:
+                cells.append("")
+            elif arm == "base":
+                cells.append(f"{found['nll']:.4f}")
+            else:
+                cells.append(f"{found['diff']:+.4f} [{found['ci95'][0]:+.4f}, {found['ci95'][1]:+.4f}]")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    counts = ", ".join(f"{name} {run['texts']['texts']} texts, {run['texts']['tokens']} tokens"
+                       for name, run in runs.items())  # fmt: skip
+    return [*lines, "", f"Held out: {counts}.", ""]
+
+
+if __name__ == "__main__":
+    run_command(main)

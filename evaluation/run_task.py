@@ -1,0 +1,96 @@
+"""Benchmarks: one model on all of a task, `--task malay`, or on the paper's general abilities, `--task general`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from core.runs import UserError, read_json, run_command, setup_logging, write_json
+from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
+from evaluation.scores import Evaluated, runner_flags
+from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
+
+log = logging.getLogger("run_task")
+
+
+def main(argv: list[str]) -> None:
+    setup_logging()
+    parser = runner_flags(__doc__ or "", "runs/TASK/benchmarks/TASK/MODEL")
+    parser.add_argument("--task", required=True, help="an experiment with benchmarks (malay, thai, ...), or general")
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("BENCHMARK_DATA"), help="local copies of the "
+                        "harness's data (default $BENCHMARK_DATA; what is not there comes from the hub)")  # fmt: skip
+    given = parser.parse(argv)
+    evaluated = Evaluated.from_flags(given)
+    task, benchmarks = given["task"], task_benchmarks(given["task"])
+    if given["limit"] is not None and given["limit"] < 1:
+        raise UserError(f"limit is {given['limit']}; expected at least 1")
+    folder = given["output_dir"] or Path("runs") / task / "benchmarks" / task / Path(given["model"]).name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = run_benchmarks(evaluated, benchmarks, folder, given["data_dir"], given["limit"], given["tokens_per_batch"])
+    write_json(folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"],
+                                    "benchmarks": found})  # fmt: skip
+    print(table(folder, found))
+
+
+def run_benchmarks(
+    evaluated: Evaluated, benchmarks: tuple[str, ...], folder: Path, data_dir: Path | None, limit: int | None,
+    tokens_per_batch: int,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Benchmark -> {"file"} in `folder`, or {"absent": why}; a stand-in also has {"stands_in_for"}."""
+    found: dict[str, dict[str, Any]] = {}
+    harness: list[str] = []
+    for name in benchmarks:
+        if name not in ("malay_mmlu", "yue_mmlu"):
+            harness.append(name)
+            found[name] = {}
+            continue
+        try:
+            if name == "malay_mmlu":
+                path = run_malay_mmlu.run(evaluated, None, folder, limit, tokens_per_batch=tokens_per_batch)
+            else:
+                path = generate_cmmlu_predictions.run(evaluated, yue_folder(data_dir), folder / "predictions", folder,
+                                                      limit)  # fmt: skip
+            found[name] = {"file": path.name}
+        except UserError as error:
+            if name in STAND_INS and "MALAY_REPO" not in os.environ:
+                harness += STAND_INS[name]
+                found |= {stand_in: {"stands_in_for": name} for stand_in in STAND_INS[name]}
+            elif name in STAND_INS:
+                raise
+            log.warning("%s: %s", name, error)
+            found[name] = {"absent": str(error)}
+    done = run_lm_eval.run(evaluated, harness, folder, data_dir, limit, tokens_per_batch) if harness else {}
+    for name in harness:
+        result = done[name]
+        found[name] |= {"absent": result} if isinstance(result, str) else {"file": result.name}
+    return found
+
+
+def yue_folder(data_dir: Path | None) -> Path | None:
+    """Local copies of Yue-MMLU; None: where YUE_BENCHMARK_ROOT points."""
+    local = None if data_dir is None else data_dir / "yue_benchmark" / "Yue-MMLU"
+    return local if local is not None and local.is_dir() else None
+
+
+def table(folder: Path, found: dict[str, dict[str, Any]]) -> str:
+    """One line per benchmark and metric."""
+    lines = [f"{'benchmark':45} {'metric':>12} {'value':>8} {'stderr':>7} {'n':>6}"]
+    for name, result in found.items():
+        if "absent" in result:
+            lines.append(f"{name:45} absent: {result['absent']}")
+            continue
+        note = f"  (in place of {result['stands_in_for']})" if "stands_in_for" in result else ""
+        for metric, value in read_json(folder / result["file"])["metrics"].items():
+            lines.append(f"{name:45} {metric:>12} {100 * value['value']:8.2f} {100 * value['stderr']:7.2f} "
+                         f"{value['n']:6}{note}")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,194 @@
+#!/usr/bin/env python
+"""Fetch all that a paper's task needs, for offline use: models, fine-tuning rows and benchmarks. Sizes are shown first.
+
+python scripts/download_assets.py --task malay thai [--sizes] [--data-dir data]
+
+What is there already is left alone; a download that was cut goes on. Afterwards
+`HF_HUB_OFFLINE=1 DATA_DIR=data bash scripts/run_train_final.sh` runs without a network.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm.auto import tqdm
+
+from core.command import Parser, load_experiment
+from core.data import HUB_IDS, MAX_SAMPLES, export_rows
+from core.hub import HUB_TIMEOUT_S, hub_refusal
+from core.locate import CARD_FILES, HUB_FILES, find, models_root
+from core.runs import TEMPORARY, UserError, first_line, run_command, setup_logging
+from evaluation.tasks import STAND_INS, task_benchmarks
+
+log = logging.getLogger("download")
+# Benchmarks that are repositories of their own: variable of run_train_final.sh, folder, address.
+REPOSITORIES = {
+    "malay_mmlu": ("MALAY_REPO", "MalayMMLU", "https://github.com/UMxYTL-AI-Labs/MalayMMLU"),
+    "yue_mmlu": ("YUE_BENCHMARK_ROOT", "Yue-Benchmark", "https://github.com/jiangjyjy/Yue-Benchmark"),
+}
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One thing to fetch: what it is, its id, how large it is (bytes; None: not known before), how to get it."""
+
+    kind: str
+    name: str
+    size: Callable[[], int | None]
+    fetch: Callable[[], None]
+
+
+def main(argv: list[str]) -> None:
+    setup_logging()
+    parser = Parser(__doc__ or "")
+    parser.add_argument("--task", nargs="+", required=True, help="experiments, e.g. malay thai; general: Figure 6")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="rows go to DATA_DIR/TASK.jsonl")
+    parser.add_argument("--workspace", type=Path, default=Path(os.environ.get("WORKSPACE_ROOT", ".")),
+                        help="repositories of benchmarks go here (default $WORKSPACE_ROOT, or here)")  # fmt: skip
+    parser.add_argument("--sizes", action="store_true", help="show what would be fetched, fetch nothing")
+    given = parser.parse(argv)
+    wanted: dict[tuple[str, str], Asset] = {}
+    for task in given["task"]:
+        for asset in assets(task, given["data_dir"], given["workspace"]):
+            wanted.setdefault((asset.kind, asset.name), asset)
+    total = 0
+    for asset in wanted.values():
+        size = _or_reason(asset, asset.size)
+        total += size if isinstance(size, int) else 0
+        told = size if isinstance(size, str) else "size not known before" if size is None else _gib(size)
+        log.info("%-10s %-60s %s", asset.kind, asset.name, told)
+    log.info("%s to fetch, %s free here", _gib(total), _gib(shutil.disk_usage(".").free))
+    if given["sizes"]:
+        return
+    failed = []
+    for asset in tqdm(wanted.values(), desc="fetching", unit="asset"):
+        reason = _or_reason(asset, asset.fetch)
+        if isinstance(reason, str):
+            failed.append(f"{asset.kind} {asset.name}: {reason}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(wanted)} could not be fetched; the same command tries them again:\n  "
+                        + "\n  ".join(failed))  # fmt: skip
+
+
+def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
+    """Everything a task reads. Raises UserError for an unknown task."""
+    found = []
+    names = list(task_benchmarks(task))
+    if task != "general":
+        keys = load_experiment(Path(__file__).with_name("experiments") / f"{task}.yaml")
+        for role in ("target_model", "source_model"):
+            name = keys[role]
+            found.append(Asset("model", name, partial(_model_size, name), partial(_fetch_model, name)))
+        subset, rows = keys["data_subset"], keys.get("max_samples", MAX_SAMPLES)
+        path, seed = data_dir / f"{task}.jsonl", keys.get("split_seed", 0)
+        found.append(Asset("rows", f"{HUB_IDS[subset]} -> {path}", partial(_missing, path),
+                           partial(_fetch_rows, subset, path, rows, seed)))  # fmt: skip
+    for name in list(names):
+        if name in REPOSITORIES:
+            names.remove(name)
+            names += STAND_INS.get(name, ())
+            variable, folder, address = REPOSITORIES[name]
+            place = Path(os.environ.get(variable, workspace / folder))
+            found.append(Asset("benchmark", f"{address} -> {place}", partial(_missing, place),
+                               partial(_clone, address, place)))  # fmt: skip
+    return found + (_harness_assets(names) if names else [])
+
+
+def _harness_assets(names: list[str]) -> list[Asset]:
+    """The data sets of tasks of the harness."""
+    index = _harness_index()
+    sets = {(index[name].cfg["dataset_path"], index[name].cfg.get("dataset_name")) for name in names}
+    return [Asset("benchmark", f"{path} {config or ''}".strip(), partial(_data_size, path),
+                  partial(_fetch_data, path, config)) for path, config in sorted(sets, key=str)]  # fmt: skip
+
+
+@cache
+def _harness_index() -> Any:
+    """Every task of the harness: read once, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def _or_reason(asset: Asset, action: Callable[[], Any]) -> Any:
+    """What `action` returns, or in one line why it cannot be done."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return action()
+    except (UserError, OSError, ValueError, HTTPError, DatasetsError, subprocess.CalledProcessError) as error:
+        return hub_refusal(asset.name, None, error) or first_line(error)
+
+
+def _missing(place: Path) -> int | None:
+    """0 for what is there; the size of what is not cannot be known before."""
+    return 0 if place.exists() else None
+
+
+def _model_size(name: str) -> int:
+    """Bytes of a model that are still to be fetched."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    if (models_root() / name).exists():
+        return 0
+    HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
+    files: list[Any] = snapshot_download(name, allow_patterns=[*HUB_FILES, *CARD_FILES], dry_run=True)
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _fetch_model(name: str) -> None:
+    find(name, None, HUB_FILES)
+
+
+def _data_size(name: str) -> int | None:
+    """Bytes of a data set's repository (all its configurations)."""
+    from huggingface_hub import HfApi
+
+    files = HfApi().dataset_info(name, files_metadata=True, timeout=HUB_TIMEOUT_S).siblings or []
+    return sum(file.size or 0 for file in files) or None
+
+
+def _fetch_data(name: str, config: str | None) -> None:
+    import datasets
+
+    datasets.load_dataset(name, config)
+
+
+def _fetch_rows(subset: str, path: Path, rows: int, seed: int) -> None:
+    if not path.is_file():
+        export_rows(subset, path, rows, seed)
+
+
+def _clone(address: str, place: Path) -> None:
+    """A repository's last state; a clone that was cut leaves nothing under its name."""
+    if place.is_dir():
+        return
+    temporary = place.with_name(TEMPORARY + place.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    command = ["git", "clone", "--quiet", "--depth", "1", address, str(temporary)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+    if done.returncode:
+        raise UserError(f"git clone {address}: {done.stderr.strip() or done.returncode}")
+    temporary.rename(place)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+"""Everything a task needs, fetched for offline use: against stand-ins for the hub and for git."""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import run_main
+from test_data import fake_hub
+
+from core.data import load_rows
+from scripts import download_assets
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub and a git that have everything; what was asked of them."""
+    import huggingface_hub
+
+    asked = fake_hub(monkeypatch, [{"text": f" text {n} "} for n in range(40)] + [{"text": ""}])
+    sizes = [SimpleNamespace(size=2**30, file_size=2**30, will_download=True)]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(siblings=sizes))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: sizes)
+    monkeypatch.setattr(download_assets, "find", lambda name, *_: asked.append(name))
+
+    def clone(command, **_):
+        asked.append(command[-2])
+        (tmp_path / "space").mkdir(exist_ok=True)
+        Path(command[-1]).mkdir()
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", clone)
+    monkeypatch.delenv("MALAY_REPO", raising=False)
+    return asked
+
+
+def test_a_task_is_fetched_once_and_its_rows_divide_as_the_hubs(hub, tmp_path, caplog):
+    flags = ("--data-dir", tmp_path / "data", "--workspace", tmp_path / "space")
+    caplog.set_level("INFO")
+    run_main(download_assets, "--task", "thai", "malay", "--sizes", *flags)
+    assert not hub and "8.00 GiB to fetch" in caplog.text  # three models and five data sets, 1 GiB each
+    run_main(download_assets, "--task", "thai", "malay", *flags)
+    names = [each if isinstance(each, str) else each[0] for each in hub]
+    assert names.count("unsloth/Llama-3.1-8B-Instruct") == 1  # both tasks' source
+    assert {"scb10x/llama3.2-typhoon2-1b-instruct", "li-lab/MMLU-ProX-Lite", "juletxara/mgsm", "facebook/belebele",
+            "https://github.com/UMxYTL-AI-Labs/MalayMMLU"} <= set(names)  # fmt: skip
+    kept = (tmp_path / "data/thai.jsonl").read_bytes()
+    local = [load_rows("file", part, 99, 0, str(tmp_path / "data/thai.jsonl")) for part in ("calibration", "held_out")]
+    assert local == [load_rows("thai", part, 99, 0) for part in ("calibration", "held_out")] and len(local[0]) == 20
+    hub.clear()
+    run_main(download_assets, "--task", "thai", "malay", *flags)
+    asked = [each[0] for each in hub if not isinstance(each, str)]
+    assert "ChavyvAkvar/fineweb-2-1M-Sample-Thai" not in asked and not any("github" in str(each) for each in hub)
+    assert (tmp_path / "data/thai.jsonl").read_bytes() == kept
+
+
+def test_what_cannot_be_fetched_is_told_at_the_end(hub, tmp_path, fails, monkeypatch):
+    def refused(name, *_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(download_assets, "find", refused)
+    told = fails(download_assets, "--task", "thai", "--data-dir", tmp_path / "data")
+    assert "could not be fetched; the same command tries them again" in told and (tmp_path / "data/thai.jsonl").exists()
+    assert "task 'klingon'; expected general or an experiment with benchmarks: cantonese, finance" in fails(
+        download_assets, "--task", "klingon")  # fmt: skip

@@ -196,6 +196,7 @@ def test_options_are_read_in_every_style():
     for given in (list(plain), ["A. satu", "B) dua", "(C) tiga"], "A. satu\nB. dua\nC. tiga\n", "satu\n\ndua\ntiga"):
         assert read_options(given, "row") == plain
     assert read_options("A. satu\nlagi\nB. C. dua", "row") == ("satu\nlagi", "C. dua")
+    assert read_options("A. satu\nD. Ali\nB. dua", "row") == ("satu\nD. Ali", "dua")
     assert read_options(["A. Samad Said", "C. Achebe"], "row") == ("A. Samad Said", "C. Achebe")
     assert read_options("A.\nB. dua", "row") == ("A", "dua")
 
@@ -210,9 +211,11 @@ def test_rows_may_be_lines_and_the_zero_shot_column_comes_first(tmp_path):
 
 def test_an_answer_that_merges_with_the_prompt_is_read_on_its_own(models):
     tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
-    found = encode(tokenizer, "the model ", ("layer", "cost"), False, 100)
+    answers = ("zyx layer", "cost")
+    assert tokenizer("the model " + answers[0])["input_ids"][:3] != tokenizer("the model ")["input_ids"]
+    found = encode(tokenizer, "the model ", answers, False, 100)
     assert found.prompt == tokenizer("the model ")["input_ids"]
-    assert found.answers == [tokenizer(text)["input_ids"] for text in ("layer", "cost")]
+    assert found.answers == [tokenizer(text)["input_ids"] for text in answers]
 
 
 def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path, data, caplog):

@@ -211,10 +211,11 @@ def test_rows_may_be_lines_and_the_zero_shot_column_comes_first(tmp_path):
 
 def test_an_answer_that_merges_with_the_prompt_is_read_on_its_own(models):
     tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
-    answers = ("zyx layer", "cost")
-    assert tokenizer("the model " + answers[0])["input_ids"][:3] != tokenizer("the model ")["input_ids"]
+    answers, prompt = ("model cost", "cost"), tokenizer("the model ")["input_ids"]
+    whole = tokenizer("the model " + answers[0])["input_ids"]
+    assert whole[: len(prompt)] != prompt and len(whole) > len(prompt)
     found = encode(tokenizer, "the model ", answers, False, 100)
-    assert found.prompt == tokenizer("the model ")["input_ids"]
+    assert found.prompt == prompt
     assert found.answers == [tokenizer(text)["input_ids"] for text in answers]
 
 

@@ -60,12 +60,10 @@ def run(
     Returns:
         the benchmark's file, `malay_mmlu.json` or `malay_mmlu_<shots>shot.json`.
     Raises:
-        UserError: no data, data of another schema, a limit below 1, a model without chat template, answers longer than
+        UserError: no data, data of another schema, a model without chat template, answers longer than
             the model's positions.
     """
     source = data_file(data_dir, shots)
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}; expected 1 or more, or leave it out")
     questions = read_questions(source, shots, limit)
     benchmark = f"malay_mmlu_{shots}shot" if shots else "malay_mmlu"
     settings = {"shots": shots, "tokens_per_batch": tokens_per_batch, "chat_template": chat_template}

@@ -11,8 +11,11 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from evaluation.yue_mmlu import question_folder
+
 from core.runs import UserError, read_json, run_command, setup_logging, write_json
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
+from evaluation.malay_questions import data_file
 from evaluation.scores import Evaluated, runner_flags
 from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
 
@@ -28,14 +31,31 @@ def main(argv: list[str]) -> None:
     given = parser.parse(argv)
     evaluated = Evaluated.from_flags(given)
     task, benchmarks = given["task"], task_benchmarks(given["task"])
-    if given["limit"] is not None and given["limit"] < 1:
-        raise UserError(f"limit is {given['limit']}; expected at least 1")
     folder = given["output_dir"] or Path("runs") / task / "benchmarks" / task / Path(given["model"]).name
     folder.mkdir(parents=True, exist_ok=True)
     found = run_benchmarks(evaluated, benchmarks, folder, given["data_dir"], given["limit"], given["tokens_per_batch"])
     write_json(folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"],
                                     "benchmarks": found})  # fmt: skip
     print(table(folder, found))
+
+
+def malay_files(data_dir: Path | None) -> Path:
+    """Folder of the MalayMMLU files. Raises UserError when they are not there."""
+    return data_file(local_copy(data_dir, "malay_mmlu"), 0).parent
+
+
+def yue_files(data_dir: Path | None) -> Path:
+    """Folder of the Yue-MMLU files. Raises UserError when they are not there."""
+    return question_folder(local_copy(data_dir, "yue_benchmark/Yue-MMLU"))
+
+
+def local_copy(data_dir: Path | None, name: str) -> Path | None:
+    """A folder below --data-dir; None, where there is none: the benchmark's own repository."""
+    return data_dir / name if data_dir is not None and (data_dir / name).is_dir() else None
+
+
+# Benchmarks with a runner of their own -> where their files are; all others are lm-evaluation-harness's.
+FILES = {"malay_mmlu": malay_files, "yue_mmlu": yue_files}
 
 
 def run_benchmarks(
@@ -46,36 +66,28 @@ def run_benchmarks(
     found: dict[str, dict[str, Any]] = {}
     harness: list[str] = []
     for name in benchmarks:
-        if name not in ("malay_mmlu", "yue_mmlu"):
+        if name not in FILES:
             harness.append(name)
             found[name] = {}
             continue
         try:
-            if name == "malay_mmlu":
-                path = run_malay_mmlu.run(evaluated, None, folder, limit, tokens_per_batch=tokens_per_batch)
-            else:
-                path = generate_cmmlu_predictions.run(evaluated, yue_folder(data_dir), folder / "predictions", folder,
-                                                      limit)  # fmt: skip
-            found[name] = {"file": path.name}
-        except UserError as error:
-            if name in STAND_INS and "MALAY_REPO" not in os.environ:
-                harness += STAND_INS[name]
-                found |= {stand_in: {"stands_in_for": name} for stand_in in STAND_INS[name]}
-            elif name in STAND_INS:
-                raise
+            files = FILES[name](data_dir)
+        except UserError as error:  # the files are not there; what is wrong with files that are is not caught
             log.warning("%s: %s", name, error)
             found[name] = {"absent": str(error)}
+            harness += STAND_INS.get(name, ())
+            found |= {stand_in: {"stands_in_for": name} for stand_in in STAND_INS.get(name, ())}
+            continue
+        if name == "malay_mmlu":
+            path = run_malay_mmlu.run(evaluated, files, folder, limit, tokens_per_batch=tokens_per_batch)
+        else:
+            path = generate_cmmlu_predictions.run(evaluated, files, folder / "predictions", folder, limit)
+        found[name] = {"file": path.name}
     done = run_lm_eval.run(evaluated, harness, folder, data_dir, limit, tokens_per_batch) if harness else {}
     for name in harness:
         result = done[name]
         found[name] |= {"absent": result} if isinstance(result, str) else {"file": result.name}
     return found
-
-
-def yue_folder(data_dir: Path | None) -> Path | None:
-    """Local copies of Yue-MMLU; None: where YUE_BENCHMARK_ROOT points."""
-    local = None if data_dir is None else data_dir / "yue_benchmark" / "Yue-MMLU"
-    return local if local is not None and local.is_dir() else None
 
 
 def table(folder: Path, found: dict[str, dict[str, Any]]) -> str:

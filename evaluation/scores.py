@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import Parser
-from core.runs import MANIFEST, digest_of, provenance, read_json, write_json
+from core.runs import MANIFEST, UserError, digest_of, provenance, read_json, write_json
 
 log = logging.getLogger(__name__)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def runner_flags(description: str, folder: str | None = None) -> Parser:
@@ -41,7 +43,9 @@ class Evaluated:
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Evaluated:
-        """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does."""
+        """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does, and for a limit below 1."""
+        if given["limit"] is not None and given["limit"] < 1:
+            raise UserError(f"limit is {given['limit']}; expected at least 1")
         return cls(open_checkpoint(given["model"], None, given["trust_remote_code"], given["device"]), given["dtype"])
 
     @cached_property
@@ -58,10 +62,13 @@ class Evaluated:
     def identity(self) -> dict[str, Any]:
         """What a score depends on: contents, not names. A checkpoint of ours has its manifest's fingerprint, since the
         digest of the weights is a sample."""
-        manifest = self.checkpoint.folder / MANIFEST
-        made = read_json(manifest).get("fingerprint") if manifest.is_file() else None
-        weights = {key: self.checkpoint.identity[key] for key in ("config", "weights")}
-        return {**weights, "made": made, "dtype": self.dtype}
+        folder = self.checkpoint.folder
+        made = read_json(folder / MANIFEST).get("fingerprint") if (folder / MANIFEST).is_file() else None
+        contents = {key: self.checkpoint.identity[key] for key in ("config", "weights")}
+        texts = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                 for name in TOKENIZER_FILES if (folder / name).is_file()}  # fmt: skip
+        device = self.checkpoint.device.partition(":")[0]
+        return {**contents, **texts, "made": made, "dtype": self.dtype, "device": device}
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def test_bad_input_is_told(models, data, tmp_path, fails, monkeypatch):
     assert f"{tmp_path / 'data' / 'MalayMMLU_1shot.json'} does not exist" in (line := told("--shots", 1))
     assert advice in line and "in MALAY_REPO" in line
     assert "--shots is 4; MalayMMLU has 0, 1, 2 or 3" in told("--shots", 4, "--data-dir", data)
-    assert "--limit is 0; expected 1 or more" in told("--limit", 0, "--data-dir", data)
+    assert "limit is 0; expected at least 1" in told("--limit", 0, "--data-dir", data)
     few = write(tmp_path, *rows(2), shots=3)
     assert "lacks full_question_3shot" in told("--shots", 3, "--data-dir", few)
     write(tmp_path)

@@ -1,0 +1,141 @@
+"""Answers of a chat model to prompts: its chat template, batches padded on the left, new tokens only."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.activations import token_batches
+from core.runs import UserError
+from evaluation.scores import Evaluated
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written.
+
+    Attributes:
+        temperature: 0 is greedy; above it, tokens are drawn from the whole softened distribution.
+        seed: of the draws; every call of `answers` begins with it.
+        tokens_per_batch: prompts, answers and padding of one batch; a single longer prompt is a batch of its own.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    seed: int = 0
+    tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.tokens_per_batch < 1:
+            raise UserError(f"max_new_tokens {self.max_new_tokens} and tokens_per_batch {self.tokens_per_batch} must "
+                            "be at least 1")  # fmt: skip
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or a positive number")
+
+    @property
+    def inputs(self) -> dict[str, float]:
+        """What an answer depends on. Batches and seed matter to draws only: padding changes no greedy answer."""
+        drawn = {"seed": self.seed, "tokens_per_batch": self.tokens_per_batch} if self.temperature else {}
+        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, **drawn}
+
+
+def chat_template(evaluated: Evaluated) -> str:
+    """The model's chat template. Raises UserError when it has none: what it would be asked would be our invention."""
+    template = evaluated.tokenizer.chat_template
+    if not template:
+        raise UserError(f"{evaluated.checkpoint.name} has no chat template, expected a chat model; put "
+                        "chat_template.jinja of its instruction-tuned version into its folder")  # fmt: skip
+    return template if isinstance(template, str) else template["default"]
+
+
+def answers(
+    evaluated: Evaluated, prompts: Sequence[str], decoding: Decoding, advance: Callable[[int], object] = lambda n: None
+) -> list[str]:
+    """The model's answer to each prompt (one turn of a user), in the order of the prompts.
+
+    Args:
+        advance: told the number of prompts of every finished batch.
+    Raises:
+        UserError: no chat template, or one that leaves the prompt out.
+    """
+    chat_template(evaluated)
+    tokenizer = evaluated.tokenizer
+    ids = [tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
+    model = evaluated.model
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and (long := sum(len(one) + decoding.max_new_tokens > window for one in ids)):
+        log.warning("%d of %d prompts with their answers exceed the %d positions of %s; fewer examples are shorter",
+                    long, len(ids), window, evaluated.checkpoint.name)  # fmt: skip
+    out = [""] * len(ids)
+    torch.manual_seed(decoding.seed)
+    with own_settings(model, tokenizer, decoding):
+        for batch in token_batches([len(one) + decoding.max_new_tokens for one in ids], decoding.tokens_per_batch):
+            new = continuations(model, [ids[n] for n in batch])
+            for n, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                out[n] = text
+            advance(len(batch))
+    return out
+
+
+def rendered(tokenizer: Any, prompt: str) -> str:
+    """One turn of a user in the chat template, up to where the answer begins.
+
+    Templates of vision-language models show parts of a message and silently drop plain text.
+
+    Raises:
+        UserError: the prompt is not in what the template gives.
+    """
+    for content in (prompt, [{"type": "text", "text": prompt}]):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                             add_generation_prompt=True)  # fmt: skip
+        if prompt.strip() in text:
+            return text
+    raise UserError("the chat template leaves out what the user says, as a string and as a list of parts; correct it")
+
+
+@torch.inference_mode()
+def continuations(model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """New token ids after each prompt, up to the first end of text, by the model's generation settings.
+
+    Padded on the left and masked, so that all prompts end at one place; `generate` counts positions by the mask.
+    """
+    settings = model.generation_config
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = [[settings.pad_token_id] * short + prompt for short, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * short + [1] * (longest - short) for short in padding]
+    out = model.generate(input_ids=torch.tensor(ids, device=model.device),
+                         attention_mask=torch.tensor(mask, device=model.device))[:, longest:].tolist()  # fmt: skip
+    ends = set(settings.eos_token_id or ())
+    return [new[: next((place for place, token in enumerate(new) if token in ends), len(new))] for new in out]
+
+
+@contextlib.contextmanager
+def own_settings(model: Any, tokenizer: Any, decoding: Decoding) -> Iterator[None]:
+    """Inside, the model generates by `decoding` alone.
+
+    Many models ship sampling and a repetition penalty, which `generate` fills in wherever a caller is silent; the
+    penalty would also make an answer depend on the padding. Their ends of text are kept, with the tokenizer's.
+    """
+    from transformers import GenerationConfig
+
+    shipped = model.generation_config
+    ends = shipped.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    draws = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=pad,
+        **(draws if decoding.temperature else {"do_sample": False}),
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = shipped

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from core.command import Parser
-from core.runs import UserError, read_json, run_command, setup_logging, write_json, write_text
+from core.runs import MANIFEST, UserError, read_json, run_command, setup_logging, write_json, write_text
 from evaluation.significance import normalised, paired
 from evaluation.tasks import EXPERIMENTS, TASK_FILE
 
@@ -53,8 +53,8 @@ def find_runs(results: Path, wanted: Sequence[str] | None) -> dict[str, list[str
     runs: dict[str, list[str]] = {}
     for place in sorted(results.glob("*/")):
         task = place.name.split("-")[0]
-        has_results = (place / "results.json").is_file() or (place / "benchmarks").is_dir()
-        if has_results and task in tasks and (not wanted or task in wanted):
+        # A folder without a fused model holds the base's scores for the runs beside it.
+        if (place / "fused" / MANIFEST).is_file() and task in tasks and (not wanted or task in wanted):
             runs.setdefault(task, []).append(place.name)
     if not runs:
         raise UserError(f"{results} has no run of {', '.join(wanted or ['any task'])}; run scripts/run_train_final.sh")

@@ -11,13 +11,12 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from evaluation.yue_mmlu import question_folder
-
 from core.runs import UserError, read_json, run_command, setup_logging, write_json
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
 from evaluation.malay_questions import data_file
 from evaluation.scores import Evaluated, runner_flags
 from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
+from evaluation.yue_mmlu import question_folder
 
 log = logging.getLogger("run_task")
 

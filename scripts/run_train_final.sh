@@ -34,7 +34,7 @@ run() { # a stage's command
     echo
   elif ((${NUM_GPUS:-1} > 1)) && [[ $1 != core/generate_hot_residual.py && $1 != evaluation/* ]]; then
     accelerate launch --num_processes "$NUM_GPUS" "$@" --device cuda
-  elif ((${NUM_GPUS:-0} > 0)); then
+  elif ((${NUM_GPUS:-0} > 0)) && [[ $1 != evaluation/collect_results.py ]]; then
     python "$@" --device cuda
   else
     python "$@"

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -35,12 +37,17 @@ def test_settings_are_the_papers(name):
     assert {key: found[key] for key in SHARED} == SHARED
 
 
-def script(models: dict[str, Path], tmp_path: Path, **variables: str) -> subprocess.CompletedProcess:
+def settings(models: dict[str, Path], tmp_path: Path, **variables: str) -> dict[str, str]:
+    """The script's environment: pico models, generated data, results in `r`."""
     environment = os.environ | {"MODELS_ROOT": str(tmp_path / "models"), "TRANSPORT_RESULTS_ROOT": str(tmp_path / "r")}
     environment |= {"TARGET_MODEL": str(models["target"]), "SOURCE_MODEL": str(models["source"])}
-    environment |= {"DATA_DIR": str(tmp_path / "data"), "MAX_SAMPLES": "24", "SFT_SAMPLES": "8", **variables}
-    command = ["bash", "run_train_final.sh"]
-    return subprocess.run(command, cwd=ROOT / "scripts", env=environment, capture_output=True, text=True)
+    environment |= {"WORKSPACE_ROOT": str(tmp_path), "BENCHMARK_DATA": str(tmp_path / "benchmarks"), "LIMIT": "10"}
+    return environment | {"DATA_DIR": str(tmp_path / "data"), "MAX_SAMPLES": "24", "SFT_SAMPLES": "8", **variables}
+
+
+def script(models: dict[str, Path], tmp_path: Path, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "run_train_final.sh"], cwd=ROOT / "scripts", capture_output=True, text=True,
+                          env=settings(models, tmp_path, **variables))  # fmt: skip
 
 
 @pytest.fixture
@@ -56,6 +63,12 @@ def data(tmp_path):
     for name, make in makers.items():
         rows = [json.dumps(make(q, a), ensure_ascii=False) for q, a in zip(texts[::2], texts[1::2], strict=True)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows), "utf-8")
+    items = [{"premise": texts[n], "choice1": texts[n + 1], "choice2": texts[n + 2], "label": n % 2, "idx": n,
+              "question": ("cause", "effect")[n // 2 % 2], "changed": False} for n in range(20)]  # fmt: skip
+    for part in ("test", "val"):
+        path = tmp_path / f"benchmarks/xcopa/id/{part}.id.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(json.dumps(item, ensure_ascii=False) for item in items), "utf-8")
     return folder
 
 
@@ -68,6 +81,12 @@ def test_tasks_run_and_a_failed_one_does_not_stop_the_others(models, data, tmp_p
     assert {"base", "fused", "no_hot", "fused_adapted"} <= arms.keys()
     fused = json.loads((tmp_path / "r/indonesian/fused/manifest.json").read_text())["inputs"]["settings"]
     assert fused["feature_map"] == "coupling" and fused["alpha"] == SETTINGS["indonesian"][2]
+    collected = json.loads((tmp_path / "r/tables/indonesian.json").read_text())["runs"]["indonesian"]
+    scores = collected["sets"]["indonesian"]["rows"]["xcopa_id"]
+    assert set(scores["arms"]) == {"base", "fused", "no_hot", "fused_adapted"} and scores["n"] == 10
+    assert {"arc_id", "belebele_ind_Latn", "truthfulqa_id_mc1"} <= collected["sets"]["indonesian"]["absent"].keys()
+    table = (tmp_path / "r/tables/indonesian.md").read_text()
+    assert "| mean | 38.43 | 39.18 | 39.30 | " in table and "first 10 items of each file" in table
     shutil.rmtree(tmp_path / "r/indonesian/adapted/hot")
     again = script(models, tmp_path, TASKS="indonesian", STEPS="train eval")
     assert again.returncode == 0 and again.stderr.count("is finished already") == 1
@@ -75,6 +94,42 @@ def test_tasks_run_and_a_failed_one_does_not_stop_the_others(models, data, tmp_p
     assert ours.returncode == 0
     made = json.loads((tmp_path / "r/thai-regression/fused/manifest.json").read_text())["inputs"]["settings"]
     assert (made["feature_map"], made["top_k"]) == ("regression", 0)
+
+
+def test_a_killed_run_ends_with_the_same_tables(models, data, tmp_path):
+    tables = []
+    for name, deadly in (("whole", None), ("killed", "indonesian/adapted/no_hot/seed0/manifest.json")):
+        results = tmp_path / name
+        if deadly:
+            running = subprocess.Popen(
+                ["bash", "scripts/run_train_final.sh"], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL,
+                env=settings(models, tmp_path, TASKS="indonesian", TRANSPORT_RESULTS_ROOT=str(results)),
+            )  # fmt: skip
+            while not (results / deadly).is_file():
+                assert running.poll() is None
+                time.sleep(0.05)
+            os.killpg(running.pid, signal.SIGKILL)
+            assert running.wait() == -signal.SIGKILL and not (results / "tables").exists()
+        done = script(models, tmp_path, TASKS="indonesian", TRANSPORT_RESULTS_ROOT=str(results))
+        assert done.returncode == 0, done.stderr
+        tables.append({path.name: path.read_bytes() for path in (results / "tables").iterdir()})
+    assert tables[0] == tables[1] and tables[0].keys() == {"indonesian.json", "indonesian.md", "all.md"}
+
+
+def test_variants_are_started_by_one_variable(models, data, tmp_path):
+    done = script(models, tmp_path, TASKS="thai", VARIANT="alpha", DRY_RUN="1", STEPS="fuse")
+    listed = (ROOT / "scripts/experiments/variants.txt").read_text()
+    suffixes = [line.split()[1] for line in listed.splitlines() if line.startswith("alpha ")]
+    assert done.returncode == 0 and len(suffixes) == 7
+    for suffix in suffixes:
+        value = suffix.removeprefix("-alpha")
+        assert f"--alpha {value} --hot-dir {tmp_path}/r/thai{suffix}/plans" in done.stdout
+
+
+def test_examples_are_experiments():
+    for path in (ROOT / "scripts/experiments/examples").glob("*.yaml"):
+        found = load_experiment(path)
+        assert found["name"] == path.stem and found["feature_map"] == "regression" and found["pooling"] == "token"
 
 
 def test_dry_run_prints_settings_and_commands_and_runs_nothing(models, data, tmp_path):

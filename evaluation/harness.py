@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import logging
+import random
 import re
 import threading
 import urllib.error
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 
 from core.hub import HUB_TIMEOUT_S
@@ -25,6 +28,8 @@ from evaluation.lm_eval_tasks.local_data import READERS
 
 log = logging.getLogger(__name__)
 
+# The harness's own, of solved items and of sampling.
+SEED = 1234
 TASKS_FILE = Path(__file__).parent / "lm_eval_tasks" / "tasks.yaml"
 
 
@@ -140,8 +145,6 @@ def hub_or_cache() -> Iterator[None]:
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if not any(before) and not reachable(constants.ENDPOINT):
-        log.warning("%s does not answer within %d s; only what is cached can be used", constants.ENDPOINT,
-                    HUB_TIMEOUT_S)  # fmt: skip
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
@@ -163,6 +166,8 @@ def reachable(address: str) -> bool:
     asking = threading.Thread(target=ask, daemon=True)  # a look-up of a name knows no time limit
     asking.start()
     asking.join(HUB_TIMEOUT_S)
+    if not answered.is_set():
+        log.warning("%s does not answer within %d s; only what is cached can be used", address, HUB_TIMEOUT_S)
     return answered.is_set()
 
 
@@ -227,14 +232,28 @@ def evaluate(
         num_fewshot: None for the task's own.
         samples: places of the items, ascending; None for all (or the first `limit`).
     """
-    import lm_eval
+    from lm_eval.evaluator import evaluate as harness_evaluate
 
+    # As its `simple_evaluate` does, which besides asks pip for every installed package.
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    set_shots(task, num_fewshot)
     name = task.config.task
-    results = lm_eval.simple_evaluate(
-        model=lm, tasks=[task], num_fewshot=num_fewshot, limit=limit, task_manager=task_manager("piqa"),
-        samples=None if samples is None else {name: list(samples)}, log_samples=True)  # fmt: skip
-    assert results is not None
-    return {"metrics": results["results"][name], "samples": results["samples"][name], "n_shot": results["n-shot"][name]}
+    results = harness_evaluate(
+        lm=lm, task_dict={"tasks": {name: task}}, limit=limit,
+        samples=None if samples is None else {name: list(samples)})  # fmt: skip
+    return {"metrics": results["results"][name], "samples": results["samples"][name]}
+
+
+def set_shots(task: Any, num_fewshot: int | None) -> int:
+    """Set the number of solved items before each item, None for the task's own, and return it; they are drawn by the
+    harness's seed. A task that is defined with none keeps none."""
+    own = task.config.num_fewshot
+    shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(SEED)
+    return shots
 
 
 def item_scores(results: Mapping[str, Any]) -> tuple[list[int], dict[str, list[float]], dict[str, float]]:

@@ -24,6 +24,7 @@ from evaluation.harness import (
     load_local,
     local_tasks,
     plain,
+    set_shots,
 )
 from evaluation.scores import Evaluated, Score, finished, runner_flags, write_score
 
@@ -119,8 +120,7 @@ def score(
 ) -> Path | str:  # fmt: skip
     """Score one task and write its file; the path, or why its metrics are no scores of items."""
     name = task.config.task
-    own = task.config.num_fewshot
-    shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
+    shots = set_shots(task, num_fewshot)
     docs = list(task.eval_docs)
     shown = list(task.fewshot_docs() or []) if shots else []
     version = importlib.metadata.version("lm_eval")
@@ -135,9 +135,7 @@ def score(
     if finished(path, inputs):
         return path
     lm = language_model(evaluated.model, evaluated.tokenizer, tokens_per_batch)
-    results = evaluate(lm, task, num_fewshot, limit)
-    assert results["n_shot"] == shots
-    places, metrics, others = item_scores(results)
+    places, metrics, others = item_scores(evaluate(lm, task, num_fewshot, limit))
     if not metrics:
         return f"its metrics ({', '.join(others) or 'none'}) are no means over items; use the harness's own command"
     local = local_tasks().get(name) if source == "local" else None

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def medqa(files: Files) -> dict[str, list[Row]]:
 
 
 def mgsm(files: Files) -> dict[str, list[Row]]:
-    """Items have a number and no worked answer; the eight exemplars have both, as the paper's prompt has them."""
+    """Items have a number and no worked answer; the eight exemplars have a worked answer, which ends in its number."""
     path, exemplars = files["test"][0], files["train"][0]
 
     def item(row: list[str]) -> Row:
@@ -240,7 +241,7 @@ def mgsm(files: Files) -> dict[str, list[Row]]:
         return {"question": question, "answer": None, "answer_number": int(number.replace(",", ""))}
 
     def exemplar(row: Row) -> Row:
-        return {"question": row["q"], "answer": row["a"], "answer_number": None}
+        return {"question": row["q"], "answer": row["a"], "answer_number": int(re.findall(r"-?\d+", row["a"])[-1])}
 
     language = path.stem.removeprefix("mgsm_")
     shots = json_value(exemplars)

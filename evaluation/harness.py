@@ -1,0 +1,301 @@
+"""lm-evaluation-harness in this process: its tasks (on local rows or the hub's), a model behind it, scores of items."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import itertools
+import logging
+import random
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from core.hub import HUB_TIMEOUT_S
+from core.runs import UserError, first_line
+from evaluation.lm_eval_tasks.local_data import READERS
+
+log = logging.getLogger(__name__)
+
+# The harness's own, of solved items and of sampling.
+SEED = 1234
+TASKS_FILE = Path(__file__).parent / "lm_eval_tasks" / "tasks.yaml"
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """One task of tasks.yaml; its keys are explained there."""
+
+    name: str
+    include: str
+    folder: str
+    rows: str
+    files: Mapping[str, str]
+    config: Mapping[str, Any]
+    group: str | None
+    note: str
+
+    def find(self, data_dir: Path) -> dict[str, list[Path]] | None:
+        """Role -> files; None when the data folder does not have this benchmark.
+
+        Raises:
+            UserError: a file that goes with the first one is missing.
+        """
+        found = {role: sorted(data_dir.glob(pattern)) for role, pattern in self.files.items()}
+        if not next(iter(found.values())):
+            return None
+        for role, paths in found.items():
+            if not paths:
+                raise UserError(f"{data_dir / self.files[role]} is missing, which {self.name} needs beside "
+                                f"{', '.join(path.name for path in next(iter(found.values())))}")  # fmt: skip
+        return found
+
+
+@functools.cache
+def local_tasks() -> dict[str, LocalTask]:
+    """Name -> task, of all in tasks.yaml."""
+    found = {}
+    for entry in yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8")):
+        lists = entry.get("over", {})
+        for values in itertools.product(*lists.values()):
+            given = dict(zip(lists, values, strict=True))
+
+            def fill(text: str, given: Mapping[str, str] = given) -> str:
+                for key, value in given.items():
+                    text = text.replace("{" + key + "}", value)
+                return text
+
+            name = fill(entry["task"])
+            found[name] = LocalTask(
+                name, fill(entry.get("include", entry["task"])), fill(entry["folder"]), entry["rows"],
+                {role: fill(pattern) for role, pattern in entry["files"].items()}, entry.get("config", {}),
+                entry.get("group"), fill(entry.get("note", "")))  # fmt: skip
+    return found
+
+
+@functools.cache
+def task_manager(folder: str | None = None) -> Any:
+    """The harness's index of tasks, or of one of its folders: reading all of its 14,000 files takes ten seconds."""
+    import lm_eval.tasks
+
+    if folder is None:
+        return lm_eval.tasks.TaskManager()
+    place = Path(lm_eval.tasks.__file__).parent / folder
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(place))
+
+
+class _Splits(dict[str, Any]):
+    """Splits by name. One that is not there has no rows: the harness opens splits that it does not use."""
+
+    def __missing__(self, split: str) -> Any:
+        return next(iter(self.values())).select(range(0))
+
+
+def load_local(task: LocalTask, files: Mapping[str, Sequence[Path]]) -> Any:
+    """The harness's task with the rows of local files. Raises UserError for files that are not of their layout."""
+    from datasets import Dataset
+
+    splits = _Splits({split: Dataset.from_list(rows) for split, rows in READERS[task.rows](files).items()})
+    manager = task_manager(task.folder)
+    if task.include not in manager.task_index:
+        raise UserError(f"this version of lm-evaluation-harness has no task {task.include}; install the version of "
+                        "requirements.txt")  # fmt: skip
+    override = {**task.config, "task": task.include, "custom_dataset": lambda **_: splits}
+    built = manager.load({"group": "local", "task": [override]})["tasks"][task.include]
+    built.set_config("task", task.name)
+    return built
+
+
+def load_hub(name: str) -> Any | str:
+    """The harness's own task with the hub's rows, or why it cannot be had, in one line.
+
+    Raises:
+        UserError: a name that the harness does not know, or that of a group.
+    """
+    manager = task_manager()
+    if name not in manager.all_subtasks:
+        group = name in manager.all_tasks
+        what = "is a group of tasks; give its tasks by name" if group else "is no task of lm-evaluation-harness"
+        raise UserError(f"{name} {what} (`lm_eval ls tasks` lists them; local ones: {TASKS_FILE.name})")
+    expected = local_tasks().get(name)
+    files = f"put {next(iter(expected.files.values()))} below --data-dir, or " if expected else ""
+    try:
+        with hub_or_cache():
+            return manager.load(name)["tasks"][name]
+    except Exception as error:  # what a data set's code and the hub may raise is open-ended
+        return f"its data could not be had ({first_line(error)}); {files}run it where the hub can be reached"
+
+
+@contextlib.contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Inside, the libraries read only their cache if the hub cannot be reached: their own retries take minutes."""
+    import datasets
+    import huggingface_hub.constants as constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and not reachable(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+@functools.cache
+def reachable(address: str) -> bool:
+    """Whether anything answers there within `HUB_TIMEOUT_S`, name look-up included; asked once per process."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(urllib.error.HTTPError):  # a refusal is an answer
+                urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+            answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)  # a look-up of a name knows no time limit
+    asking.start()
+    asking.join(HUB_TIMEOUT_S)
+    if not answered.is_set():
+        log.warning("%s does not answer within %d s; only what is cached can be used", address, HUB_TIMEOUT_S)
+    return answered.is_set()
+
+
+@functools.cache
+def _budgeted_class() -> type:
+    """HFLM with batches of so many tokens; made at first use, the harness takes seconds to import."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Budgeted(HFLM):
+        tokens_per_batch: int
+        truncated = 0
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[Any]:
+            lengths = [len(context) + len(continuation) for _, context, continuation in requests]
+            # The model sees all but the last token; the harness cuts the rest off on the left.
+            self.truncated += sum(length > self.max_length + 1 for length in lengths)
+            # Contexts of about one length together; choices of one item share a context, which is computed once.
+            buckets: dict[int, list[int]] = {}
+            for place, (_, context, _) in enumerate(requests):
+                buckets.setdefault(len(context).bit_length(), []).append(place)
+            answers: list[Any] = [None] * len(requests)
+            for _, places in sorted(buckets.items(), reverse=True):
+                self.batch_size_per_gpu = self._rows(max(lengths[place] for place in places))
+                found = super()._loglikelihood_tokens([requests[place] for place in places], disable_tqdm, override_bs)
+                for place, answer in zip(places, found, strict=True):
+                    answers[place] = answer
+            return answers
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+            new = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
+            self.truncated += sum(length + new > self.max_length for length in lengths)
+            self.batch_size_per_gpu = self._rows(max(lengths) + new)
+            return super().generate_until(requests, disable_tqdm)
+
+        def _rows(self, longest: int) -> int:
+            return max(1, self.tokens_per_batch // min(longest, self.max_length))
+
+    return Budgeted
+
+
+def language_model(model: Any, tokenizer: Any, tokens_per_batch: int) -> Any:
+    """A loaded model behind the harness's interface.
+
+    Args:
+        tokens_per_batch: of one forward pass, padding included; at least one request is computed.
+    """
+    # A copy: the harness may give it a padding token.
+    built = _budgeted_class()(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
+    built.tokens_per_batch = tokens_per_batch
+    return built
+
+
+def evaluate(
+    lm: Any, task: Any, num_fewshot: int | None = None, limit: int | None = None, samples: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The harness's results of one task, with its logged samples.
+
+    Args:
+        num_fewshot: None for the task's own.
+        samples: places of the items, ascending; None for all (or the first `limit`).
+    """
+    from lm_eval.evaluator import evaluate as harness_evaluate
+
+    # As its `simple_evaluate` does, which besides asks pip for every installed package.
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    set_shots(task, num_fewshot)
+    name = task.config.task
+    results = harness_evaluate(
+        lm=lm, task_dict={"tasks": {name: task}}, limit=limit,
+        samples=None if samples is None else {name: list(samples)})  # fmt: skip
+    return {"metrics": results["results"][name], "samples": results["samples"][name]}
+
+
+def set_shots(task: Any, num_fewshot: int | None) -> int:
+    """Set the number of solved items before each item, None for the task's own, and return it; they are drawn by the
+    harness's seed. A task that is defined with none keeps none."""
+    own = task.config.num_fewshot
+    shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(SEED)
+    return shots
+
+
+def item_scores(results: Mapping[str, Any]) -> tuple[list[int], dict[str, list[float]], dict[str, float]]:
+    """Places of the items, metric -> score of every item, and the harness's value of metrics that no mean of scores is.
+
+    A metric is named as the harness does, `exact_match,strict-match`, without `,none`.
+    """
+    scores: dict[str, dict[int, Any]] = {}
+    for sample in results["samples"]:
+        for metric in sample["metrics"]:
+            scores.setdefault(f"{metric},{sample['filter']}", {})[sample["doc_id"]] = sample[metric]
+    places = sorted({sample["doc_id"] for sample in results["samples"]})
+    means: dict[str, list[float]] = {}
+    others: dict[str, float] = {}
+    for key, found in scores.items():
+        name, value = key.removesuffix(",none"), results["metrics"].get(key)
+        numbers = [found[place] for place in places if isinstance(found.get(place), (bool, int, float))]
+        if len(numbers) == len(places) and value is not None and abs(sum(numbers) / len(numbers) - value) < 1e-9:
+            means[name] = [float(number) for number in numbers]
+        elif value is not None:
+            others[name] = value
+    return places, means, others
+
+
+def description(task: Any) -> dict[str, Any]:
+    """What the task's figures depend on, rows apart: the same in every process and installation."""
+    config = task.config.to_dict(keep_callable=True)
+    left_out = ("custom_dataset", "metadata", "dataset_path", "dataset_name", "dataset_kwargs")
+    return {key: plain(value) for key, value in config.items() if key not in left_out}
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it; a function is its source."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, functools.partial):
+        return {"function": plain(value.func), "args": plain(value.args), "keywords": plain(value.keywords)}
+    if isinstance(value, Callable):  # type: ignore[arg-type]
+        with contextlib.suppress(OSError, TypeError):
+            return inspect.getsource(value)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,279 @@
+"""Benchmark files in the layout of their original release, as the rows that lm-evaluation-harness gets from the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.runs import UserError
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+# Split (or another role: labels, english) -> its files.
+Files = Mapping[str, Sequence[Path]]
+LETTERS = "ABCD"
+# What Yue-Benchmark calls the subjects in its prompts.
+YUE_TOPICS = {
+    "arts": "藝術學", "chinese_civil_service_exam": "中國公務員考試", "chinese_literature": "中國文學",
+    "college_medicine": "大學醫學", "economics": "經濟學", "education": "教育學", "electrical_engineering": "電氣工程",
+    "ethnology": "民族學", "high_school_geography": "高中地理", "journalism": "新聞學", "logical": "邏輯學",
+    "machine_learning": "機器學習", "management": "管理學", "marketing": "市場營銷", "marxist_theory": "馬克思主義理論",
+    "philosophy": "哲學", "professional_psychology": "專業心理學", "security_study": "安全研究", "sociology": "社會學",
+    "sports_science": "體育學", "world_history": "世界歷史", "world_religions": "世界宗教",
+}  # fmt: skip
+
+
+def json_lines(path: Path) -> list[Any]:
+    """Objects of a .jsonl file; blank lines are none."""
+    found = []
+    # Not splitlines(): a text may hold U+2028, which JSON leaves as it is.
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number} is not valid JSON ({error}); get the file again") from None
+    return found
+
+
+def json_value(path: Path) -> Any:
+    """What a .json file holds."""
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); get the file again") from None
+
+
+def table(path: Path, delimiter: str = ",") -> list[list[str]]:
+    """Rows of a file without header: CSV with quotes, or TSV, where a quote is a character like any other."""
+    lines = io.StringIO(_text(path), newline="")
+    if delimiter == ",":
+        return list(csv.reader(lines))
+    return list(csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE))
+
+
+def _text(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8", newline="") as handle:
+            return handle.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); get the file again") from None
+
+
+def convert(path: Path, rows: Iterable[Any], one: Callable[[Any], Row], layout: str) -> list[Row]:
+    """`one` of every row. Raises UserError for a row that is not of this layout, and for a file without rows."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(one(row))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            what = f"has no {error}" if isinstance(error, KeyError) else f"does not fit ({error})"
+            raise UserError(f"{path}, row {number} {what}; expected {layout}") from None
+    if not found:
+        raise UserError(f"{path} has no rows; expected {layout}")
+    return found
+
+
+def choice(letter: str, letters: str = LETTERS) -> int:
+    """Place of an answer's letter. Raises ValueError for another text."""
+    if len(letter) != 1 or letter not in letters:
+        raise ValueError(f"the answer is {letter!r}, not one of {', '.join(letters)}")
+    return letters.index(letter)
+
+
+def labels(path: Path, rows: Sequence[Any], allowed: str) -> list[str]:
+    """One label a line, as many as there are rows."""
+    found = _text(path).split()
+    if len(found) != len(rows):
+        raise UserError(f"{path} has {len(found)} labels for {len(rows)} rows; get both files of one release")
+    if wrong := [label for label in found if label not in allowed.split()]:
+        raise UserError(f"{path} has the label {wrong[0]!r}; expected one of {', '.join(allowed.split())}")
+    return found
+
+
+def by_split(files: Files, one: Callable[[Any], Row], layout: str) -> dict[str, list[Row]]:
+    """Splits of which each is one .jsonl file."""
+    return {split: convert(paths[0], json_lines(paths[0]), one, layout) for split, paths in files.items()}
+
+
+def belebele(files: Files) -> dict[str, list[Row]]:
+    names = ("flores_passage", "question", "mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4")
+
+    def one(row: Row) -> Row:
+        choice(row["correct_answer_num"], "1234")
+        return {**{name: row[name] for name in names}, "correct_answer_num": row["correct_answer_num"]}
+
+    return by_split(files, one, f'{", ".join(names)} and correct_answer_num ("1" to "4")')
+
+
+def xcopa(files: Files) -> dict[str, list[Row]]:
+    names = ("premise", "choice1", "choice2", "question", "label", "idx")
+
+    def one(row: Row) -> Row:
+        if row["label"] not in (0, 1) or row["question"] not in ("cause", "effect"):
+            raise ValueError(f"label {row['label']!r}, question {row['question']!r}")
+        return {name: row[name] for name in names}
+
+    return by_split(files, one, f"{', '.join(names)}, with label 0 or 1 and question cause or effect")
+
+
+def xcopa_whole(files: Files) -> dict[str, list[Row]]:
+    """Rows of `xcopa`; a premise that ends in no punctuation gets a full stop: the harness takes one character off."""
+
+    def whole(premise: str) -> str:
+        premise = premise.strip()
+        return premise if premise.endswith((".", "?", "!")) else premise + "."
+
+    return {split: [{**row, "premise": whole(row["premise"])} for row in rows] for split, rows in xcopa(files).items()}
+
+
+def mmlu(files: Files) -> dict[str, list[Row]]:
+    def one(row: list[str]) -> Row:
+        question, *choices, letter = row
+        if len(choices) != 4:
+            raise ValueError(f"{len(row)} columns")
+        return {"question": question, "choices": choices, "answer": choice(letter)}
+
+    layout = "question, four options, answer letter, without header"
+    splits = {split: convert(paths[0], table(paths[0]), one, layout) for split, paths in files.items()}
+    subject = {split: paths[0].stem.removesuffix(f"_{split}") for split, paths in files.items()}
+    return {split: [{**row, "subject": subject[split]} for row in rows] for split, rows in splits.items()}
+
+
+def global_mmlu_english(files: Files) -> dict[str, list[Row]]:
+    """MMLU's rows with the columns of Global-MMLU."""
+    return {split: [_global_row(row["subject"], row["question"], row["choices"], row["answer"]) for row in rows]
+            for split, rows in mmlu(files).items()}  # fmt: skip
+
+
+def global_mmlu(files: Files) -> dict[str, list[Row]]:
+    """SEA-HELM's copy, which moved the right option of every item, in the option order of MMLU (and of the hub)."""
+    answers = [row["answer"] for row in mmlu({"test": files["english"]})["test"]]
+
+    def one(row: Row) -> Row:
+        prompt = row["prompts"][0]
+        options = [prompt[f"option_{letter}"] for letter in "abcd"]
+        subject, split, number = row["metadata"]["sample_id"].split("/")
+        if split != "test" or not 0 <= int(number) < len(answers):
+            raise ValueError(f"sample_id {row['metadata']['sample_id']!r} is not in {files['english'][0]}")
+        right = options.pop(choice(row["label"]))
+        options.insert(answers[int(number)], right)
+        return _global_row(subject, prompt["question"], options, answers[int(number)])
+
+    return by_split({"test": files["test"]}, one,
+                    "label, metadata.sample_id, prompts[0] with question and option_a to option_d")  # fmt: skip
+
+
+def _global_row(subject: str, question: str, options: Sequence[str], answer: int) -> Row:
+    named = {f"option_{letter}": option for letter, option in zip("abcd", options, strict=True)}
+    return {"subject": subject, "question": question, **named, "answer": LETTERS[answer]}
+
+
+def _choices(row: Row) -> dict[str, list[str]]:
+    options = row["question"]["choices"]
+    found = {key: [option[key] for option in options] for key in ("text", "label")}
+    if row["answerKey"] not in found["label"]:
+        raise ValueError(f"the answer {row['answerKey']!r} is not among {found['label']}")
+    return found
+
+
+def arc(files: Files) -> dict[str, list[Row]]:
+    def one(row: Row) -> Row:
+        return {"id": row["id"], "question": row["question"]["stem"], "choices": _choices(row),
+                "answerKey": row["answerKey"]}  # fmt: skip
+
+    return by_split(files, one, "id, question.stem, question.choices of text and label, answerKey")
+
+
+def commonsense_qa(files: Files) -> dict[str, list[Row]]:
+    def one(row: Row) -> Row:
+        choices = _choices(row)
+        if choices["label"] != list("ABCDE"):
+            raise ValueError(f"options {choices['label']}")
+        return {"id": row["id"], "question": row["question"]["stem"], "choices": choices,
+                "answerKey": row["answerKey"]}  # fmt: skip
+
+    return by_split(files, one, "id, question.stem, five question.choices of text and label A to E, answerKey")
+
+
+def piqa(files: Files) -> dict[str, list[Row]]:
+    path = files["validation"][0]
+    names = ("goal", "sol1", "sol2")
+    rows = convert(path, json_lines(path), lambda row: {name: row[name] for name in names}, ", ".join(names))
+    answers = labels(files["labels"][0], rows, "0 1")
+    return {"validation": [{**row, "label": int(label)} for row, label in zip(rows, answers, strict=True)]}
+
+
+def winogrande(files: Files) -> dict[str, list[Row]]:
+    path = files["validation"][0]
+    names = ("sentence", "option1", "option2")
+
+    def one(row: Row) -> Row:
+        row["sentence"].index("_")
+        return {name: row[name] for name in names}
+
+    rows = convert(path, json_lines(path), one, f"{', '.join(names)}, with _ for the gap")
+    answers = labels(files["labels"][0], rows, "1 2")
+    return {"validation": [{**row, "answer": label} for row, label in zip(rows, answers, strict=True)]}
+
+
+def medqa(files: Files) -> dict[str, list[Row]]:
+    def one(row: Row) -> Row:
+        endings = {f"ending{place}": row["options"][letter] for place, letter in enumerate(LETTERS)}
+        return {"sent1": row["question"], "sent2": "", **endings, "label": choice(row["answer_idx"])}
+
+    return by_split(files, one, "question, options A to D, answer_idx")
+
+
+def mgsm(files: Files) -> dict[str, list[Row]]:
+    """Items have a number and no worked answer; the eight exemplars have a worked answer, which ends in its number."""
+    path, exemplars = files["test"][0], files["train"][0]
+
+    def item(row: list[str]) -> Row:
+        question, number = row
+        return {"question": question, "answer": None, "answer_number": int(number.replace(",", ""))}
+
+    def exemplar(row: Row) -> Row:
+        return {"question": row["q"], "answer": row["a"], "answer_number": int(re.findall(r"-?\d+", row["a"])[-1])}
+
+    language = path.stem.removeprefix("mgsm_")
+    shots = json_value(exemplars)
+    if not isinstance(shots, dict) or not isinstance(shots.get(language), dict):
+        raise UserError(f"{exemplars} has no exemplars of {language!r}; expected language -> number -> q, a")
+    return {"test": convert(path, table(path, "\t"), item, "question, tab, integer, without header"),
+            "train": convert(exemplars, shots[language].values(), exemplar, "language -> number -> q, a")}  # fmt: skip
+
+
+def yue_mmlu(files: Files) -> dict[str, list[Row]]:
+    """CMMLU's columns, and the subject. An item that lacks an option (one does, upstream) is left out, and says so."""
+    found = []
+    for path in files["test"]:
+        subject = path.stem
+
+        def one(row: Row, subject: str = subject) -> Row:
+            options = {letter: row[letter] for letter in LETTERS}
+            return {"Question": row["question"], **options, "Answer": LETTERS[choice(row["answer"])],
+                    "subject": subject, "topic": YUE_TOPICS.get(subject, subject)}  # fmt: skip
+
+        rows = json_value(path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path} holds no list; expected question, A, B, C, D, answer of every item")
+        complete = [row for row in rows if not isinstance(row, dict) or len(set(LETTERS) - set(row)) != 1]
+        if len(complete) < len(rows):
+            log.warning("%s: %d items lack an option and are left out", path, len(rows) - len(complete))
+        found += convert(path, complete, one, "question, A, B, C, D, answer letter")
+    return {"test": found}
+
+
+READERS: dict[str, Callable[[Files], dict[str, list[Row]]]] = {
+    one.__name__: one
+    for one in (arc, belebele, commonsense_qa, global_mmlu, global_mmlu_english, medqa, mgsm, mmlu, piqa, winogrande,
+                xcopa, xcopa_whole, yue_mmlu)
+}  # fmt: skip

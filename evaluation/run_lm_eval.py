@@ -1,0 +1,160 @@
+"""Score a model on tasks of lm-evaluation-harness: local data where it is there, else the hub's; one file per task."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm.auto import tqdm
+
+from core.runs import UserError, digest_of, read_json, run_command, setup_logging
+from evaluation.harness import (
+    description,
+    evaluate,
+    item_scores,
+    language_model,
+    load_hub,
+    load_local,
+    local_tasks,
+    plain,
+    set_shots,
+)
+from evaluation.scores import Evaluated, Score, finished, runner_flags, write_score
+
+log = logging.getLogger("lm_eval_runner")
+
+
+def main(argv: list[str]) -> None:
+    setup_logging()
+    parser = runner_flags(__doc__ or "")
+    parser.add_argument("--tasks", required=True, help="names, with commas between: belebele_ind_Latn,xcopa_id")
+    parser.add_argument("--data-dir", type=Path, help="benchmark files; a task that it does not have needs the hub")
+    parser.add_argument("--num-fewshot", type=int, help="solved items before each (default: the task's number)")
+    given = parser.parse(argv)
+    tasks = [name.strip() for name in given["tasks"].split(",") if name.strip()]
+    written = run(Evaluated.from_flags(given), tasks, given["output_dir"], given["data_dir"], given["limit"],
+                  given["tokens_per_batch"], given["num_fewshot"])  # fmt: skip
+    for name, found in written.items():
+        print(f"{name}: {summary(found) if isinstance(found, Path) else f'not scored: {found}'}")
+    if not any(isinstance(found, Path) for found in written.values()):
+        raise UserError("no task was scored; see the reasons above")
+
+
+def run(
+    evaluated: Evaluated, tasks: Sequence[str], output_dir: Path, data_dir: Path | None = None,
+    limit: int | None = None, tokens_per_batch: int = 4096, num_fewshot: int | None = None,
+) -> dict[str, Path | str]:  # fmt: skip
+    """Score each task and write `<output_dir>/<task>.json`; what is finished for the same inputs is not computed again.
+
+    Args:
+        tasks: names of lm-evaluation-harness, or of lm_eval_tasks/tasks.yaml.
+        data_dir: folder of benchmark files; a task that it does not have is read from the hub, or its cache.
+        limit: only the first N items of every task.
+        tokens_per_batch: of one forward pass, padding included; no score depends on it.
+        num_fewshot: solved items before each item; None for the task's own number.
+    Returns:
+        Task -> its file, or one line that says why there is none and what to do.
+    Raises:
+        UserError: unknown task, local files that are damaged or incomplete, values out of range. No model is loaded
+            before all tasks are.
+    """
+    for name, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0),
+                               ("--tokens-per-batch", tokens_per_batch, 1)):  # fmt: skip
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; expected {least} or more")
+    if not tasks:
+        raise UserError("no tasks were given; give names with commas between, such as belebele_ind_Latn,xcopa_id")
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(f"data folder {data_dir} does not exist; give the folder of benchmark files")
+    # The harness warns of each of its own defaults; what matters (cut prompts) is in the score's file.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    found: dict[str, Path | str] = {}
+    loaded: dict[str, tuple[Any, str]] = {}
+    for name in dict.fromkeys(tasks):
+        local = local_tasks().get(name)
+        files = local.find(data_dir) if local and data_dir else None
+        if local and files:
+            task, source = load_local(local, files), "local"
+        elif local and local.include != name:
+            task, source = absent(name, data_dir), "hub"
+        else:
+            task, source = load_hub(name), "hub"
+        if not isinstance(task, str) and (problem := too_few_shots(task, num_fewshot)):
+            task = problem
+        if isinstance(task, str):
+            log.warning("%s: %s", name, task)
+            found[name] = task
+        else:
+            loaded[name] = task, source
+    for name, (task, source) in tqdm(loaded.items(), desc="tasks", unit="task"):
+        found[name] = score(evaluated, task, source, output_dir / f"{name}.json", limit, tokens_per_batch, num_fewshot)
+    return {name: found[name] for name in dict.fromkeys(tasks)}
+
+
+def absent(name: str, data_dir: Path | None) -> str:
+    """Why a task that only local files have cannot be scored."""
+    pattern = next(iter(local_tasks()[name].files.values()))
+    place = "no --data-dir was given" if data_dir is None else f"{data_dir} does not have it"
+    return f"the harness has no such task and {place}; put {pattern} below --data-dir"
+
+
+def too_few_shots(task: Any, num_fewshot: int | None) -> str | None:
+    """Why a task cannot have this number of solved items; None when it can."""
+    if not num_fewshot or task.config.num_fewshot == 0:
+        return None
+    there = len(list(task.fewshot_docs() or []))
+    return None if there >= num_fewshot else (
+        f"there are {there} solved items for --num-fewshot {num_fewshot}; ask for no more than that")  # fmt: skip
+
+
+def score(
+    evaluated: Evaluated, task: Any, source: str, path: Path, limit: int | None, tokens_per_batch: int,
+    num_fewshot: int | None,
+) -> Path | str:  # fmt: skip
+    """Score one task and write its file; the path, or why its metrics are no scores of items."""
+    name = task.config.task
+    shots = set_shots(task, num_fewshot)
+    docs = list(task.eval_docs)
+    shown = list(task.fewshot_docs() or []) if shots else []
+    version = importlib.metadata.version("lm_eval")
+    inputs = {
+        "model": evaluated.identity,
+        "task": {"name": name, "version": task.VERSION, "config": digest_of(description(task))},
+        "data": digest_of(plain([docs, shown])),
+        "limit": limit,
+        "n_shot": shots,
+        "lm_eval": version,
+    }
+    if finished(path, inputs):
+        return path
+    lm = language_model(evaluated.model, evaluated.tokenizer, tokens_per_batch)
+    places, metrics, others = item_scores(evaluate(lm, task, num_fewshot, limit))
+    if not metrics:
+        return f"its metrics ({', '.join(others) or 'none'}) are no means over items; use the harness's own command"
+    local = local_tasks().get(name) if source == "local" else None
+    groups = [str(docs[place][local.group]) for place in places] if local and local.group else []
+    details = {
+        "task": name, "version": task.VERSION, "data": source, "n_shot": shots,
+        "harness": f"lm_eval {version}", "harness_task": local.include if local else name,
+        "note": local.note if local else "", "other_metrics": others, "requests_cut_to_fit": lm.truncated,
+    }  # fmt: skip
+    write_score(path, Score(name, [str(place) for place in places], metrics, groups, details), inputs)
+    return path
+
+
+def summary(path: Path) -> str:
+    """`acc 0.5120 +- 0.0224, acc_norm ... (500 items)` of a score's file."""
+    metrics = read_json(path)["metrics"]
+    told = ", ".join(f"{name} {found['value']:.4f} +- {found['stderr']:.4f}" for name, found in metrics.items())
+    return f"{told} ({next(iter(metrics.values()))['n']} items)"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,325 @@
+"""Tasks of lm-evaluation-harness on generated files in the layout of the original releases, with pico models."""
+
+import csv
+import json
+import random
+import socket
+import time
+
+import pytest
+import torch
+from conftest import SHARED_DATA, run_main
+
+from core.checkpoints import open_checkpoint
+from evaluation import harness, run_lm_eval
+from evaluation.harness import evaluate, language_model, load_local, local_tasks
+from evaluation.lm_eval_tasks.local_data import YUE_TOPICS, json_lines
+from evaluation.scores import Evaluated
+from scripts import check_lm_eval_agreement as check
+
+REAL = SHARED_DATA / "eval"
+LETTERS = "ABCD"
+SUBJECTS = ("anatomy", "business_ethics")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few items of every benchmark, in the layout of its release."""
+    folder = tmp_path_factory.mktemp("eval")
+    rng = random.Random(0)
+
+    def words(count):
+        return " ".join(rng.choices('plan cost row weight model, ภาษา 語言 None 12 "quoted" it\'s'.split(), k=count))
+
+    def write(path, text):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+
+    def lines(path, rows):
+        write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def options(names):
+        return {name: words(3) + str(place) for place, name in enumerate(names)}
+
+    for language in ("eng_Latn", "tha_Thai"):
+        lines(f"belebele/{language}.jsonl", [
+            {"idx": n, "flores_passage": words(9), "question": words(5) + " ", "correct_answer_num": str(n % 4 + 1),
+             "dialect": language, **options(("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4"))}
+            for n in range(6)])  # fmt: skip
+    for language, end in (("id", "."), ("th", "")):
+        for split in ("test", "val"):
+            lines(f"xcopa/{language}/{split}.{language}.jsonl", [
+                {"premise": words(6) + "ก" + end, "question": ("cause", "effect")[n % 2], "label": n % 2, "idx": n,
+                 "changed": False, **options(("choice1", "choice2"))} for n in range(4)])  # fmt: skip
+    for subject in SUBJECTS:
+        for split, count in (("test", 6), ("dev", 5)):
+            path = folder / f"mmlu/{split}/{subject}_{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8", newline="") as handle:
+                for n in range(count):
+                    question = words(6) + (",\nsecond line" if n == 1 else "")
+                    csv.writer(handle, lineterminator="\n").writerow(
+                        [question, *options(LETTERS).values(), LETTERS[n % 4]])  # fmt: skip
+        lines(f"global_mmlu/ms/global_mmlu_{subject}_ms_test.jsonl", [
+            {"id": n, "label": LETTERS[(n + 1) % 4], "metadata": {"sample_id": f"{subject}/test/{n}",
+                                                                  "subject": subject},
+             "prompts": [{"question": words(5), **options([f"option_{letter}" for letter in "abcd"])}]}
+            for n in range(6)])  # fmt: skip
+
+    def asked(n, letters):
+        choices = [{"text": text, "label": letter} for letter, text in options(letters).items()]
+        return {"id": str(n), "answerKey": letters[n % len(letters)],
+                "question": {"stem": words(5), "question_concept": "plan", "choices": choices}}  # fmt: skip
+
+    for split in ("Test", "Dev"):
+        lines(f"arc_easy/ARC-Easy-{split}.jsonl", [asked(n, ("ABCD", "1234", "ABC")[n % 3]) for n in range(5)])
+    lines("commonsense_qa/dev_rand_split.jsonl", [asked(n, "ABCDE") for n in range(4)])
+    lines("piqa/valid.jsonl", [{"goal": words(4), **options(("sol1", "sol2"))} for _ in range(4)])
+    write("piqa/valid-labels.lst", "0\n1\n1\n0\n")
+    lines("winogrande/dev.jsonl", [{"sentence": words(3) + " _ " + words(4), "answer": str(n % 2 + 1),
+                                    **options(("option1", "option2"))} for n in range(4)])  # fmt: skip
+    write("winogrande/dev-labels.lst", "1\n2\n1\n2\n")
+    lines("medqa/phrases_no_exclude_test.jsonl", [
+        {"question": words(6), "options": choices, "answer_idx": LETTERS[n % 4], "answer": choices[LETTERS[n % 4]]}
+        for n in range(4) for choices in [options(LETTERS)]])  # fmt: skip
+    for language in ("en", "th"):
+        write(f"mgsm/mgsm_{language}.tsv", "".join(f"{words(5)}\t{n}\n" for n in ("3", "1,200", "-4")))
+    exemplars = {str(n): {"q": f"Question: {words(3)}", "a": f"Step-by-Step Answer: The answer is {n}."}
+                 for n in range(1, 9)}  # fmt: skip
+    write("mgsm/exemplars_th_en.json", json.dumps({"en": exemplars, "th": exemplars}))
+    for subject in ("arts", "security_study"):
+        rows = [{"question": words(4), **options(LETTERS), "answer": LETTERS[n % 4], "no": str(n)} for n in range(4)]
+        if subject == "security_study":
+            del rows[2]["A"]
+        write(f"yue_benchmark/Yue-MMLU/{subject}.json", json.dumps(rows, ensure_ascii=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pico(models):
+    return Evaluated(open_checkpoint(str(models["target"]), None, False, "cpu"), "float32")
+
+
+def task_of(name, data):
+    return load_local(local_tasks()[name], local_tasks()[name].find(data))
+
+
+def requests(name, data, first=None):
+    task = task_of(name, data)
+    places = list(range(len(task.eval_docs)))[:first]
+    return [arguments for item in check.requests(task, places, 0) for arguments in item[2:]]
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_tasks_are_the_harness_s_own(data, models, capsys, monkeypatch):
+    """Against the harness's definitions, fed from the same files by other code: requests, answers and scores."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it asks pip, a second per task
+    names = ["belebele_tha_Thai", "xcopa_th", "mmlu_anatomy", "global_mmlu_full_en_anatomy",
+             "global_mmlu_full_ms_business_ethics", "arc_easy", "piqa", "winogrande", "commonsense_qa",
+             "medqa_4options", "mgsm_native_cot_th"]  # fmt: skip
+    run_main(check, "--model", models["target"], "--data-dir", data, "--tasks", ",".join(names), "--items", 4,
+             "--max-gen-toks", 4)  # fmt: skip
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == names
+    assert all(line.endswith("differing requests 0, answers 0, scores 0") for line in told)
+
+
+def test_a_difference_is_found(data, models, capsys, monkeypatch):
+    monkeypatch.setitem(
+        check.HUB,
+        "cais/mmlu",
+        lambda *given: {
+            split: rows.map(lambda row: {"choices": row["choices"][::-1]}) for split, rows in check.mmlu(*given).items()
+        },
+    )
+    with pytest.raises(SystemExit) as stop:
+        run_main(check, "--model", models["target"], "--data-dir", data, "--tasks", "mmlu_anatomy", "--requests-only")
+    assert stop.value.code == 1 and "differing requests 6" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the shared benchmark files are not here")
+def test_real_files_give_the_harness_s_requests(models, capsys):
+    names = "xcopa_id,mmlu_professional_accounting,global_mmlu_full_id_professional_accounting,mgsm_direct_th,piqa"
+    run_main(check, "--model", models["target"], "--data-dir", REAL, "--tasks", names, "--requests-only",
+             "--items", 40)  # fmt: skip
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 5 and all("40 items of " in line and "differing requests 0" in line for line in told)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the shared benchmark files are not here")
+def test_global_mmlu_has_the_option_order_of_mmlu():
+    """Where options are numbers, all languages show the same ones: a wrong order would show."""
+
+    def numbers(name):
+        docs = task_of(name, REAL).eval_docs
+        return [tuple("".join(filter(str.isdigit, doc[f"option_{letter}"])) for letter in "abcd") for doc in docs]
+
+    english, malay = (numbers(f"global_mmlu_full_{language}_professional_accounting") for language in ("en", "ms"))
+    telling = [(a, b) for a, b in zip(english, malay, strict=True) if len(set(a)) == 4 and sorted(a) == sorted(b)]
+    assert len(telling) > 100 and all(a == b for a, b in telling)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the shared benchmark files are not here")
+def test_yue_mmlu_asks_in_the_benchmark_s_own_words():
+    for subject, topic in YUE_TOPICS.items():
+        published = read(REAL / f"yue_benchmark_predictions/ChatGPT/cmmlu-yue-{subject}-0shot.json")["0"]
+        asked = requests(f"yue_mmlu_{subject}", REAL, 1)[0][0]
+        assert topic in asked
+        # Three subjects repeat four times, as published, that no reason is wanted.
+        reason = asked.partition("\n")[0][-8:-1]
+        words = published["origin_prompt"][0]["prompt"].replace(reason * 5, reason)
+        assert asked == words + asked[-3:] and asked[-3:-1] == "答案"
+
+
+def test_xcopa_loses_a_letter_only_in_the_harness_s_own_variant(data):
+    premises = [row["premise"] for row in json_lines(data / "xcopa/th/test.th.jsonl")]
+    own, whole = requests("xcopa_th", data), requests("xcopa_th_whole", data)
+    for place, premise in enumerate(premises):
+        assert own[2 * place][0].rpartition(" ")[0] == premise[:-1]
+        assert whole[2 * place][0].rpartition(" ")[0] == premise
+    assert requests("xcopa_id", data) == requests("xcopa_id_whole", data)  # every premise ends in a full stop
+
+
+def test_scores_are_the_harness_s_figures(data, pico, tmp_path):
+    names = ["belebele_eng_Latn", "xcopa_id", "yue_mmlu", "mgsm_direct_en", "global_mmlu_full_ms_anatomy"]
+    written = run_lm_eval.run(pico, names, tmp_path, data)
+    assert list(written) == names
+    lm = language_model(pico.model, pico.tokenizer, 512)
+    for name, path in written.items():
+        found = read(path)
+        theirs = evaluate(lm, task_of(name, data))["metrics"]
+        assert found["metrics"]
+        for metric, ours in found["metrics"].items():
+            key, _, rule = metric.partition(",")
+            rule = rule or "none"
+            assert ours["value"] == pytest.approx(theirs[f"{key},{rule}"], abs=1e-12)
+            assert ours["stderr"] == pytest.approx(theirs[f"{key}_stderr,{rule}"], abs=1e-12)
+        assert found["details"]["data"] == "local" and found["details"]["n_shot"] == 0
+    assert list(read(written["belebele_eng_Latn"])["metrics"]) == ["acc", "acc_norm"]
+    assert set(read(written["mgsm_direct_en"])["metrics"]) == {
+        "exact_match,remove_whitespace", "exact_match,flexible-extract"}  # fmt: skip
+    yue = read(written["yue_mmlu"])
+    assert {group: found["acc"]["n"] for group, found in yue["groups"].items()} == {"arts": 4, "security_study": 3}
+    assert "left out" in yue["details"]["note"] and yue["details"]["harness_task"] == "cmmlu_arts"
+
+
+def test_what_is_finished_is_not_computed_again(data, pico, models, tmp_path, monkeypatch):
+    names = ["piqa", "winogrande", "arc_easy"]
+    original = run_lm_eval.evaluate
+    scored = []
+
+    def killed(lm, task, *rest):
+        scored.append(task.config.task)
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return original(lm, task, *rest)
+
+    monkeypatch.setattr(run_lm_eval, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_lm_eval.run(pico, names, tmp_path, data)
+    assert scored == ["piqa", "winogrande"] and [path.name for path in tmp_path.iterdir()] == ["piqa.json"]
+    first = (tmp_path / "piqa.json").read_bytes()
+    run_lm_eval.run(pico, names, tmp_path, data, tokens_per_batch=64)  # other batches, same scores
+    assert scored[2:] == ["winogrande", "arc_easy"] and (tmp_path / "piqa.json").read_bytes() == first
+    # Another model, other data or another limit is another score.
+    other = Evaluated(open_checkpoint(str(models["other"]), None, False, "cpu"), "float32")
+    for evaluated, limit in ((pico, 2), (other, 2), (other, None)):
+        run_lm_eval.run(evaluated, ["piqa"], tmp_path, data, limit)
+    assert scored[4:] == ["piqa"] * 3
+    labels = data / "piqa/valid-labels.lst"
+    before = labels.read_text()
+    try:
+        labels.write_text("1\n1\n1\n0\n")
+        run_lm_eval.run(other, ["piqa"], tmp_path, data)
+    finally:
+        labels.write_text(before)
+    assert scored[7:] == ["piqa"]
+
+
+def test_solved_items_come_first(data, pico, tmp_path):
+    found = run_lm_eval.run(pico, ["mmlu_anatomy", "global_mmlu_full_ms_anatomy"], tmp_path, data, 2, num_fewshot=5)
+    assert read(found["mmlu_anatomy"])["details"]["n_shot"] == 5
+    assert "there are 0 solved items for --num-fewshot 5" in found["global_mmlu_full_ms_anatomy"]
+
+
+def test_batches_and_single_requests_agree(data, pico):
+    """In log-probability, float32, within 1e-5: the harness's batches of 1 and 8 and ours by tokens."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    assert pico.model.dtype == torch.float32
+    asked = [arguments for name in ("belebele_eng_Latn", "piqa", "xcopa_th") for arguments in requests(name, data)]
+    instances = [Instance("loglikelihood", {}, arguments, 0, ("", 0, 1)) for arguments in asked]
+    models = [HFLM(pretrained=pico.model, tokenizer=pico.tokenizer, batch_size=size) for size in (1, 8)]
+    models += [language_model(pico.model, pico.tokenizer, tokens) for tokens in (1, 700)]
+    single, *others = ([value for value, _ in model.loglikelihood(instances, True)] for model in models)
+    assert len(set(single)) > len(single) / 2
+    for found in others:
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(single), rtol=0, atol=1e-5)
+
+
+def test_no_batch_is_larger_than_asked(data, pico, monkeypatch):
+    lm = language_model(pico.model, pico.tokenizer, 300)
+    sizes = []
+    call = lm._model_call
+    monkeypatch.setattr(lm, "_model_call", lambda inputs, **rest: sizes.append(inputs.shape) or call(inputs, **rest))
+    evaluate(lm, task_of("arc_easy", data))
+    assert any(rows > 1 for rows, _ in sizes)
+    assert all(rows == 1 or rows * length <= 300 for rows, length in sizes)
+
+
+def test_bad_input_is_one_line(data, models, tmp_path, fails, monkeypatch):
+    whole = harness.task_manager
+    monkeypatch.setattr(harness, "task_manager", lambda folder="mmlu/default": whole(folder))
+
+    def line(tasks, folder=data, *flags):
+        return fails(run_lm_eval, "--model", models["target"], "--output_dir", tmp_path / "out", "--tasks", tasks,
+                     "--data_dir", folder, *flags)  # fmt: skip
+
+    assert "no_such_task is no task of lm-evaluation-harness" in line("piqa,no_such_task")
+    assert "mmlu_stem is a group of tasks" in line("mmlu_stem")
+    assert f"data folder {tmp_path / 'none'} does not exist" in line("piqa", tmp_path / "none")
+    assert "--limit is 0" in line("piqa", data, "--limit", 0)
+    assert "no tasks were given" in line(",")
+    # One file of two is missing; a row of another layout; labels of another release.
+    folder = tmp_path / "eval"
+    for name in ("piqa/valid.jsonl", "belebele/eng_Latn.jsonl", "mmlu/test/anatomy_test.csv"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes((data / name).read_bytes())
+    assert f"{folder / 'piqa/valid-labels.lst'} is missing, which piqa needs" in line("piqa", folder)
+    (folder / "piqa/valid-labels.lst").write_text("0\n1\n")
+    assert "has 2 labels for 4 rows" in line("piqa", folder)
+    (folder / "belebele/eng_Latn.jsonl").write_text('{"question": "?"}\n')
+    assert "eng_Latn.jsonl, row 1 has no 'correct_answer_num'; expected" in line("belebele_eng_Latn", folder)
+    (folder / "belebele/eng_Latn.jsonl").write_text("{\n")
+    assert "eng_Latn.jsonl, line 1 is not valid JSON" in line("belebele_eng_Latn", folder)
+    (folder / "mmlu/dev").mkdir()
+    (folder / "mmlu/dev/anatomy_dev.csv").write_text("q,a,b,c,d,E\n")
+    assert "anatomy_dev.csv, row 1 does not fit (the answer is 'E'" in line("mmlu_anatomy", folder)
+    # Absent, with no other place to have it from.
+    assert "no task was scored" in line("yue_mmlu", folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unreachable_hub_gives_up_in_seconds(pico, tmp_path, monkeypatch):
+    """The address accepts and never answers, which is the slowest way to be unreachable."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(harness, "HUB_TIMEOUT_S", 1)
+    whole = harness.task_manager
+    monkeypatch.setattr(harness, "task_manager", lambda folder="xcopa": whole(folder))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        before = time.monotonic()
+        found = run_lm_eval.run(pico, ["xcopa_th", "xcopa_et", "xcopa_th_whole"], tmp_path)
+        assert time.monotonic() - before < 10
+    assert "could not be had" in found["xcopa_et"] and "\n" not in found["xcopa_et"]
+    assert "put xcopa/th/test.th.jsonl below --data-dir" in found["xcopa_th"]
+    assert "the harness has no such task and no --data-dir was given" in found["xcopa_th_whole"]
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE and not list(tmp_path.iterdir())

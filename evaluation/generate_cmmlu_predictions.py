@@ -88,9 +88,7 @@ def model_name(evaluated: Evaluated) -> str:
 
 
 def questions(data_dir: Path, limit: int | None, shots: int) -> Asked:
-    """What is asked. Raises UserError as `read_questions` and `prompt`, and for a limit below 1."""
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit} leaves no question; give at least 1")
+    """What is asked. Raises UserError as `read_questions` and `prompt`."""
     asked: Asked = {}
     for path in sorted(data_dir.glob("*.json")):
         found = read_questions(path)

@@ -65,8 +65,7 @@ def run(
         UserError: unknown task, local files that are damaged or incomplete, values out of range. No model is loaded
             before all tasks are.
     """
-    for name, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0),
-                               ("--tokens-per-batch", tokens_per_batch, 1)):  # fmt: skip
+    for name, value, least in (("--num-fewshot", num_fewshot, 0), ("--tokens-per-batch", tokens_per_batch, 1)):
         if value is not None and value < least:
             raise UserError(f"{name} is {value}; expected {least} or more")
     if not tasks:

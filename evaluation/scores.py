@@ -44,8 +44,8 @@ class Evaluated:
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Evaluated:
         """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does, and for a limit below 1."""
-        if given["limit"] is not None and given["limit"] < 1:
-            raise UserError(f"limit is {given['limit']}; expected at least 1")
+        if (limit := given.get("limit")) is not None and limit < 1:
+            raise UserError(f"limit is {limit}; expected at least 1")
         return cls(open_checkpoint(given["model"], None, given["trust_remote_code"], given["device"]), given["dtype"])
 
     @cached_property

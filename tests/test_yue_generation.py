@@ -161,7 +161,7 @@ def test_bad_input_of_the_generation(models, data, tmp_path, fails, monkeypatch)
     told = fails(predict, *base)
     assert "$YUE_BENCHMARK_ROOT" in told and os.path.join("clone", "data", "latest_data", "Yue-MMLU") in told
     assert "--shots" in fails(predict, *flags(models, data, out, "--shots", 6))
-    assert "limit 0" in fails(predict, *flags(models, data, out, "--limit", 0))
+    assert "limit is 0; expected at least 1" in fails(predict, *flags(models, data, out, "--limit", 0))
     assert "temperature" in fails(predict, *flags(models, data, out, "--temperature", -1))
     assert "max_new_tokens" in fails(predict, *flags(models, data, out)[:-1], 0)
     plain = save(qwen2(), evaluated_of(models["source"]).tokenizer, tmp_path / "plain")

@@ -105,7 +105,7 @@ def test_tables_stand_beside_the_papers_figures(results, capsys):
     shared = found["runs"]["malay-regression"]["sets"]["malay"]["rows"]["malay_mmlu"]["arms"]
     assert shared["base"]["value"] == 50 and shared["fused"]["diff"] == 50
     assert "| fused | -0.1000 [-0.2000, -0.0500] | -0.1000 [-0.2000, -0.0500] |" in told
-    assert "medical" not in told
+    assert "medical" not in told and "| mean of those above |  |  |  | 50.00 | 75.00 | 62.50 |  |" in told
     before = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
     run_main(collect_results, "--results-dir", results)
     assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == before

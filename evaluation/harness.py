@@ -270,11 +270,11 @@ def item_scores(results: Mapping[str, Any]) -> tuple[list[int], dict[str, list[f
     others: dict[str, float] = {}
     for key, found in scores.items():
         name, value = key.removesuffix(",none"), results["metrics"].get(key)
-        numbers = [found[place] for place in places if isinstance(found.get(place), (bool, int, float))]
-        if len(numbers) == len(places) and value is not None and abs(sum(numbers) / len(numbers) - value) < 1e-9:
+        numbers = [found[place] for place in places if isinstance(found.get(place), (int, float, np.number, np.bool_))]
+        if len(numbers) == len(places) and isinstance(value, float) and abs(sum(numbers) / len(numbers) - value) < 1e-9:
             means[name] = [float(number) for number in numbers]
-        elif value is not None:
-            others[name] = value
+        elif isinstance(value, (int, float, np.number)):
+            others[name] = float(value)
     return places, means, others
 
 

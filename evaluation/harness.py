@@ -242,6 +242,7 @@ def evaluate(
     name = task.config.task
     results = harness_evaluate(
         lm=lm, task_dict={"tasks": {name: task}}, limit=limit,
+        bootstrap_iters=2,  # of metrics that are no means, whose error is not reported; the others have a formula
         samples=None if samples is None else {name: list(samples)})  # fmt: skip
     return {"metrics": results["results"][name], "samples": results["samples"][name]}
 

@@ -143,7 +143,8 @@ def score(
     details = {
         "task": name, "version": task.VERSION, "data": source, "n_shot": shots,
         "harness": f"lm_eval {version}", "harness_task": known.include if known else name,
-        "note": known.note if known and source == "local" else "", "other_metrics": others, "requests_cut_to_fit": lm.truncated,
+        "note": known.note if known and source == "local" else "", "other_metrics": others,
+        "requests_cut_to_fit": lm.truncated,
     }  # fmt: skip
     write_score(path, Score(name, [str(place) for place in places], metrics, groups, details), inputs)
     return path

@@ -242,6 +242,7 @@ def evaluate(
     name = task.config.task
     results = harness_evaluate(
         lm=lm, task_dict={"tasks": {name: task}}, limit=limit,
+        bootstrap_iters=2,  # of metrics that are no means, whose error is not reported; the others have a formula
         samples=None if samples is None else {name: list(samples)})  # fmt: skip
     return {"metrics": results["results"][name], "samples": results["samples"][name]}
 
@@ -270,11 +271,11 @@ def item_scores(results: Mapping[str, Any]) -> tuple[list[int], dict[str, list[f
     others: dict[str, float] = {}
     for key, found in scores.items():
         name, value = key.removesuffix(",none"), results["metrics"].get(key)
-        numbers = [found[place] for place in places if isinstance(found.get(place), (bool, int, float))]
-        if len(numbers) == len(places) and value is not None and abs(sum(numbers) / len(numbers) - value) < 1e-9:
+        numbers = [found[place] for place in places if isinstance(found.get(place), (int, float, np.number, np.bool_))]
+        if len(numbers) == len(places) and isinstance(value, float) and abs(sum(numbers) / len(numbers) - value) < 1e-9:
             means[name] = [float(number) for number in numbers]
-        elif value is not None:
-            others[name] = value
+        elif isinstance(value, (int, float, np.number)):
+            others[name] = float(value)
     return places, means, others
 
 

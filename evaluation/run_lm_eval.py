@@ -137,12 +137,13 @@ def score(
     places, metrics, others = item_scores(evaluate(lm, task, num_fewshot, limit))
     if not metrics:
         return f"its metrics ({', '.join(others) or 'none'}) are no means over items; use the harness's own command"
-    local = local_tasks().get(name) if source == "local" else None
-    groups = [str(docs[place][local.group]) for place in places] if local and local.group else []
+    known = local_tasks().get(name)
+    groups = [str(docs[place][known.group]) for place in places] if known and known.group in docs[0] else []
     details = {
         "task": name, "version": task.VERSION, "data": source, "n_shot": shots,
-        "harness": f"lm_eval {version}", "harness_task": local.include if local else name,
-        "note": local.note if local else "", "other_metrics": others, "requests_cut_to_fit": lm.truncated,
+        "harness": f"lm_eval {version}", "harness_task": known.include if known else name,
+        "note": known.note if known and source == "local" else "", "other_metrics": others,
+        "requests_cut_to_fit": lm.truncated,
     }  # fmt: skip
     write_score(path, Score(name, [str(place) for place in places], metrics, groups, details), inputs)
     return path

@@ -206,6 +206,18 @@ def test_scores_are_the_harness_s_figures(data, pico, tmp_path):
     assert "left out" in yue["details"]["note"] and yue["details"]["harness_task"] == "cmmlu_arts"
 
 
+def test_rows_of_the_hub_give_the_same_scores(data, pico, tmp_path, monkeypatch):
+    """Without a data folder the harness's own task is used; here the same files stand behind its hub."""
+    whole = harness.task_manager
+    monkeypatch.setattr(harness, "task_manager", lambda folder="xcopa": whole(folder))
+    with check.hub_of(data, str(tmp_path / "cache")):
+        hub = read(run_lm_eval.run(pico, ["xcopa_th"], tmp_path / "hub")["xcopa_th"])
+    local = read(run_lm_eval.run(pico, ["xcopa_th"], tmp_path / "local", data)["xcopa_th"])
+    assert hub["items"] == local["items"] and len(hub["items"]["ids"]) == 4
+    assert (hub["details"]["data"], local["details"]["data"]) == ("hub", "local")
+    assert set(local["groups"]) == {"cause", "effect"} and local["groups"] == hub["groups"]
+
+
 def test_what_is_finished_is_not_computed_again(data, pico, models, tmp_path, monkeypatch):
     names = ["piqa", "winogrande", "arc_easy"]
     original = run_lm_eval.evaluate
@@ -294,6 +306,9 @@ def test_bad_input_is_one_line(data, models, tmp_path, fails, monkeypatch):
     assert "has 2 labels for 4 rows" in line("piqa", folder)
     (folder / "belebele/eng_Latn.jsonl").write_text('{"question": "?"}\n')
     assert "eng_Latn.jsonl, row 1 has no 'correct_answer_num'; expected" in line("belebele_eng_Latn", folder)
+    row = json.loads((data / "belebele/eng_Latn.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    (folder / "belebele/eng_Latn.jsonl").write_text(json.dumps({**row, "question": None}))
+    assert "row 1 does not fit (question is None, no text)" in line("belebele_eng_Latn", folder)
     (folder / "belebele/eng_Latn.jsonl").write_text("{\n")
     assert "eng_Latn.jsonl, line 1 is not valid JSON" in line("belebele_eng_Latn", folder)
     (folder / "mmlu/dev").mkdir()

@@ -54,9 +54,12 @@ def json_value(path: Path) -> Any:
 def table(path: Path, delimiter: str = ",") -> list[list[str]]:
     """Rows of a file without header: CSV with quotes, or TSV, where a quote is a character like any other."""
     lines = io.StringIO(_text(path), newline="")
-    if delimiter == ",":
-        return list(csv.reader(lines))
-    return list(csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE))
+    try:
+        if delimiter == ",":
+            return [row for row in csv.reader(lines) if row]
+        return [row for row in csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE) if row]
+    except csv.Error as error:
+        raise UserError(f"{path} is no table ({error}); get the file again") from None
 
 
 def _text(path: Path) -> str:
@@ -88,6 +91,15 @@ def choice(letter: str, letters: str = LETTERS) -> int:
     return letters.index(letter)
 
 
+def texts(row: Row, names: Iterable[str]) -> Row:
+    """These columns of a row. Raises ValueError for one that is no text."""
+    found = {name: row[name] for name in names}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}, no text")
+    return found
+
+
 def labels(path: Path, rows: Sequence[Any], allowed: str) -> list[str]:
     """One label a line, as many as there are rows."""
     found = _text(path).split()
@@ -108,20 +120,20 @@ def belebele(files: Files) -> dict[str, list[Row]]:
 
     def one(row: Row) -> Row:
         choice(row["correct_answer_num"], "1234")
-        return {**{name: row[name] for name in names}, "correct_answer_num": row["correct_answer_num"]}
+        return texts(row, (*names, "correct_answer_num"))
 
     return by_split(files, one, f'{", ".join(names)} and correct_answer_num ("1" to "4")')
 
 
 def xcopa(files: Files) -> dict[str, list[Row]]:
-    names = ("premise", "choice1", "choice2", "question", "label", "idx")
+    names = ("premise", "choice1", "choice2", "question")
 
     def one(row: Row) -> Row:
         if row["label"] not in (0, 1) or row["question"] not in ("cause", "effect"):
             raise ValueError(f"label {row['label']!r}, question {row['question']!r}")
-        return {name: row[name] for name in names}
+        return {**texts(row, names), "label": row["label"]}
 
-    return by_split(files, one, f"{', '.join(names)}, with label 0 or 1 and question cause or effect")
+    return by_split(files, one, f"{', '.join(names)}, label, with label 0 or 1 and question cause or effect")
 
 
 def xcopa_whole(files: Files) -> dict[str, list[Row]]:
@@ -206,7 +218,7 @@ def commonsense_qa(files: Files) -> dict[str, list[Row]]:
 def piqa(files: Files) -> dict[str, list[Row]]:
     path = files["validation"][0]
     names = ("goal", "sol1", "sol2")
-    rows = convert(path, json_lines(path), lambda row: {name: row[name] for name in names}, ", ".join(names))
+    rows = convert(path, json_lines(path), lambda row: texts(row, names), ", ".join(names))
     answers = labels(files["labels"][0], rows, "0 1")
     return {"validation": [{**row, "label": int(label)} for row, label in zip(rows, answers, strict=True)]}
 
@@ -217,7 +229,7 @@ def winogrande(files: Files) -> dict[str, list[Row]]:
 
     def one(row: Row) -> Row:
         row["sentence"].index("_")
-        return {name: row[name] for name in names}
+        return texts(row, names)
 
     rows = convert(path, json_lines(path), one, f"{', '.join(names)}, with _ for the gap")
     answers = labels(files["labels"][0], rows, "1 2")
@@ -226,8 +238,15 @@ def winogrande(files: Files) -> dict[str, list[Row]]:
 
 def medqa(files: Files) -> dict[str, list[Row]]:
     def one(row: Row) -> Row:
+        if sorted(row["options"]) != list(LETTERS):
+            raise ValueError(f"options {', '.join(row['options'])}")
         endings = {f"ending{place}": row["options"][letter] for place, letter in enumerate(LETTERS)}
-        return {"sent1": row["question"], "sent2": "", **endings, "label": choice(row["answer_idx"])}
+        return {
+            "sent1": texts(row, ["question"])["question"],
+            "sent2": "",
+            **endings,
+            "label": choice(row["answer_idx"]),
+        }
 
     return by_split(files, one, "question, options A to D, answer_idx")
 
@@ -258,8 +277,8 @@ def yue_mmlu(files: Files) -> dict[str, list[Row]]:
         subject = path.stem
 
         def one(row: Row, subject: str = subject) -> Row:
-            options = {letter: row[letter] for letter in LETTERS}
-            return {"Question": row["question"], **options, "Answer": LETTERS[choice(row["answer"])],
+            question = texts(row, ["question"])["question"]
+            return {"Question": question, **texts(row, LETTERS), "Answer": LETTERS[choice(row["answer"])],
                     "subject": subject, "topic": YUE_TOPICS.get(subject, subject)}  # fmt: skip
 
         rows = json_value(path)

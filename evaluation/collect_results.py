@@ -76,9 +76,14 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
     for name, place in runs.items():
         run: dict[str, Any] = {"models": models(place), "sets": {}}
         for kind in (task, "general"):
-            arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, shared, kind, arm))}
-            if len(arms) > 1 or (arms and "base" in arms):
-                run["sets"][kind] = benchmark_rows(arms, paper.get(kind, {}).get("counted_once", []))
+            try:
+                arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, shared, kind, arm))}
+                check_current(place, arms)
+                if arms:
+                    run["sets"][kind] = benchmark_rows(arms, paper.get(kind, {}).get("counted_once", []))
+            except UserError as error:  # one run that has to be scored again does not hide the others
+                log.warning("%s, %s: %s", name, kind, error)
+                run["sets"][kind] = {"rows": {}, "mean": {}, "normalised": {}, "absent": {"all": str(error)}}
         path = place / "results.json"
         if path.is_file() and "arms" in (record := read_json(path)):
             run["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
@@ -109,6 +114,8 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
             if "absent" in result:
                 out[name] = result
                 continue
+            if "absent" in out.get(name, {}):  # for another seed: a mean over some of them is none
+                continue
             score = read_json(file.parent / result["file"])
             metric = next(iter(score["metrics"]))
             note = "; ".join(part for part in (
@@ -116,17 +123,35 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
                 f"first {record['limit']} items of each file" if record["limit"] else "") if part)  # fmt: skip
             one = out.setdefault(name, {"metric": metric, "ids": score["items"]["ids"], "runs": [], "note": note,
                                         "groups": score["groups"], "n": score["metrics"][metric]["n"],
+                                        "model": score["inputs"]["model"],
                                         "inputs": comparable(score["inputs"])})  # fmt: skip
-            if one["ids"] != score["items"]["ids"]:
+            if (one["ids"], one["inputs"]) != (score["items"]["ids"], comparable(score["inputs"])):
                 raise UserError(f"{file.parent / result['file']} has other items than another seed's; run it again")
             one["runs"].append(score["items"][metric])
             one.setdefault("by_group", []).append({g: v[metric]["value"] for g, v in score["groups"].items()})
     return out
 
 
+def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse (UserError) scores of a base that is not the run's target, or of a fused model made before this one."""
+    manifest = read_json(place / "fused" / MANIFEST)
+    target = manifest.get("inputs", {}).get("target", {})
+    for arm, scores in arms.items():
+        for name, result in scores.items():
+            model = result.get("model", {})
+            if arm == "base" and any(key in model and key in target and model[key] != target[key]
+                                     for key in ("config", "weights")):  # fmt: skip
+                raise UserError(f"{name}: the base that was scored is not the target of {place}; run "
+                                "evaluation/run_task.py again for the base")  # fmt: skip
+            if arm == "fused" and model.get("made", manifest.get("fingerprint")) != manifest.get("fingerprint"):
+                raise UserError(f"{name}: the fused model of {place} was made anew since; run evaluation/run_task.py "
+                                "again for it")  # fmt: skip
+
+
 def comparable(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What two models have to share for their scores to be compared: everything but the model."""
-    return {key: value for key, value in inputs.items() if key != "model"}
+    """What two models have to share for their scores to be compared: everything but the model itself."""
+    computed = {key: inputs["model"].get(key) for key in ("dtype", "device")}
+    return {**{key: value for key, value in inputs.items() if key != "model"}, **computed}
 
 
 def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], counted_once: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -186,7 +211,7 @@ def markdown(found: Mapping[str, Any]) -> str:
                   f"{used['alpha']}, k {used['top_k'] or 'all'}", ""]  # fmt: skip
         for kind, rows in run["sets"].items():
             title = paper.get("title", kind) if kind == found["task"] else "General abilities (Figure 6), accuracy (%)"
-            lines += [f"{title}; the paper's figures are of its own models", "",
+            lines += [f"{title}; intervals and p over items; the paper's figures are of its own models", "",
                       *benchmark_table(rows, paper.get("rows", {}) if kind == found["task"] else {}), ""]  # fmt: skip
     lines += held_out_table({name: run["held_out"] for name, run in found["runs"].items() if "held_out" in run})
     return "\n".join(lines) + "\n"
@@ -211,7 +236,8 @@ def benchmark_table(found: Mapping[str, Any], paper: Mapping[str, Sequence[float
         for group, values in row["groups"].items():
             line(group, [f"{values[arm]:.2f}" if arm in values else "" for arm in arms], "")
     if found["mean"]:  # the paper's mean is over all benchmarks
-        label = "mean of those above" if found["absent"] else "mean"
+        part = found["absent"] or any(row["note"] for row in found["rows"].values())
+        label = "mean of those above" if part else "mean"
         line(label, [f"{found['mean'][arm]:.2f}" if arm in found["mean"] else "" for arm in arms], "")
     for key in paper:
         if key not in used:
@@ -227,7 +253,8 @@ def cell(score: Mapping[str, Any] | None) -> str:
     """`46.10 (+1.20, p 0.034)`."""
     if score is None:
         return ""
-    versus = f" ({score['diff']:+.2f}, p {score['p']:.3f})" if "diff" in score else ""
+    p = "" if "p" not in score else "p < 0.001" if score["p"] < 0.001 else f"p {score['p']:.3f}"
+    versus = f" ({score['diff']:+.2f}, {p})" if "diff" in score else ""
     return f"{score['value']:.2f}{versus}"
 
 

@@ -13,6 +13,7 @@ if __package__ in (None, ""):
 
 from core.runs import UserError, read_json, run_command, setup_logging, write_json
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
+from evaluation.generation import Decoding
 from evaluation.malay_questions import data_file
 from evaluation.scores import Evaluated, runner_flags
 from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
@@ -23,14 +24,15 @@ log = logging.getLogger("run_task")
 
 def main(argv: list[str]) -> None:
     setup_logging()
-    parser = runner_flags(__doc__ or "", "runs/TASK/benchmarks/TASK/MODEL")
+    parser = runner_flags(__doc__ or "", "runs/benchmarks/TASK/MODEL, MODEL the path with - for /")
     parser.add_argument("--task", required=True, help="an experiment with benchmarks (malay, thai, ...), or general")
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("BENCHMARK_DATA"), help="local copies of the "
                         "harness's data (default $BENCHMARK_DATA; what is not there comes from the hub)")  # fmt: skip
     given = parser.parse(argv)
     evaluated = Evaluated.from_flags(given)
     task, benchmarks = given["task"], task_benchmarks(given["task"])
-    folder = given["output_dir"] or Path("runs") / task / "benchmarks" / task / Path(given["model"]).name
+    place = given["model"].strip("/").replace("/", "-")
+    folder = given["output_dir"] or Path("runs") / "benchmarks" / task / place
     folder.mkdir(parents=True, exist_ok=True)
     found = run_benchmarks(evaluated, benchmarks, folder, given["data_dir"], given["limit"], given["tokens_per_batch"])
     write_json(folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"],
@@ -80,7 +82,8 @@ def run_benchmarks(
         if name == "malay_mmlu":
             path = run_malay_mmlu.run(evaluated, files, folder, limit, tokens_per_batch=tokens_per_batch)
         else:
-            path = generate_cmmlu_predictions.run(evaluated, files, folder / "predictions", folder, limit)
+            path = generate_cmmlu_predictions.run(evaluated, files, folder / "predictions", folder, limit,
+                                                  decoding=Decoding(tokens_per_batch=tokens_per_batch))  # fmt: skip
         found[name] = {"file": path.name}
     done = run_lm_eval.run(evaluated, harness, folder, data_dir, limit, tokens_per_batch) if harness else {}
     for name in harness:

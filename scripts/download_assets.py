@@ -129,7 +129,7 @@ def _or_reason(asset: Asset, action: Callable[[], Any]) -> Any:
 
     try:
         return action()
-    except (UserError, OSError, ValueError, HTTPError, DatasetsError, subprocess.CalledProcessError) as error:
+    except (UserError, OSError, ValueError, HTTPError, DatasetsError, RuntimeError) as error:  # the last: of datasets
         return hub_refusal(asset.name, None, error) or first_line(error)
 
 

@@ -9,9 +9,8 @@
 #   WORKSPACE_ROOT, MODELS_ROOT, TRANSPORT_RESULTS_ROOT   here; where models are, results go (default models/, runs/)
 #   LM_EVAL_REPO, MALAY_REPO, YUE_BENCHMARK_ROOT          checkouts of the benchmarks (default $WORKSPACE_ROOT/NAME)
 #   DATA_DIR, BENCHMARK_DATA      hold TASK.jsonl (or a folder TASK), and benchmark files, in place of the hub's data
-#   TARGET_MODEL, SOURCE_MODEL    one pair for all tasks
+#   TARGET_MODEL, SOURCE_MODEL, ALPHA    one pair, one strength (of fusion and in training) for all tasks
 #   MAX_SAMPLES, SFT_SAMPLES, HELD_OUT_SAMPLES, MAX_TOKENS, LIMIT   fewer and shorter texts, fewer benchmark items
-#   ALPHA=0.05                    strength of fusion and in training, for all tasks
 #   NUM_GPUS=2                    read and train on so many GPUs (default: on the CPU)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,6 +27,14 @@ STEPS=${STEPS:-plans fuse train eval}
 FEATURE_MAP=${FEATURE_MAP:-coupling}
 failed=()
 
+known() { [[ " $3 " == *" $2 "* ]] || { echo "error: $1 is $2; expected one of: $3" >&2 && exit 2; }; }
+
+failing() { # $1: what failed just now; Ctrl-C stops everything
+  local code=$?
+  ((code != 130)) || exit 130
+  failed+=("$1 (exit code $code, see the last error above)")
+}
+
 run() { # a stage's command
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '  %q' python "$@"
@@ -41,10 +48,6 @@ run() { # a stage's command
   fi
 }
 
-benchmarks() { # $1: set of benchmarks, $2: model, $3: folder of its scores
-  run evaluation/run_task.py --task "$1" --model "$2" --output-dir "$3" ${LIMIT:+--limit "$LIMIT"} || return
-}
-
 task() { # $1: name of an experiment; false at the first command that fails
   local name=$1 config=scripts/experiments/$1.yaml place=$RESULTS/$1${SUFFIX:-} alpha=${ALPHA:-} kind seed
   local pair=(${TARGET_MODEL:+--target-model "$TARGET_MODEL"} ${SOURCE_MODEL:+--source-model "$SOURCE_MODEL"})
@@ -55,16 +58,13 @@ task() { # $1: name of an experiment; false at the first command that fails
     data=(--data-file "$DATA_DIR/$name")
     [[ ! -e $DATA_DIR/$name.jsonl && -e $DATA_DIR/$name ]] || data=(--data-file "$DATA_DIR/$name.jsonl")
   fi
+  [[ $FEATURE_MAP == coupling ]] || place+=-$FEATURE_MAP
   if [[ $FEATURE_MAP == regression ]]; then
-    place+=-regression
     texts+=(--pooling token)
     maps+=(--top-k 0)
     alpha=${alpha:-0.1}
   fi
-  if [[ -n ${DRY_RUN:-} ]]; then
-    echo "== $name: $config"
-    grep -v '^#' "$config" | grep . | sed 's/^/    /'
-  fi
+  [[ -z ${DRY_RUN:-} ]] || { echo "== $name: $config" && grep -v '^#' "$config" | grep . | sed 's/^/    /'; }
   local stage1=(run_activs_and_hot.py --config "$config" "${pair[@]}" "${data[@]}" "${texts[@]}" --out-dir "$place/plans")
   if [[ " $STEPS " == *" plans "* ]]; then
     run "${stage1[@]}" || return
@@ -88,32 +88,32 @@ task() { # $1: name of an experiment; false at the first command that fails
   fi
   for kind in eval general; do
     [[ " $STEPS " == *" $kind "* ]] || continue
-    local list=${kind/eval/$name}
-    benchmarks "$list" "${TARGET_MODEL:-$(sed -n 's/^target_model: *//p' "$config")}" "$RESULTS/$name/benchmarks/$list/base" || return
-    benchmarks "$list" "$place/fused" "$place/benchmarks/$list/fused" || return
+    local list=${kind/eval/$name} scores=(run evaluation/run_task.py ${LIMIT:+--limit "$LIMIT"})
+    scores+=(--task "$list" --output-dir)
+    "${scores[@]}" "$RESULTS/$name/benchmarks/$list/base" \
+      --model "${TARGET_MODEL:-$(sed -n 's/^target_model: *//p' "$config")}" || return
+    "${scores[@]}" "$place/benchmarks/$list/fused" --model "$place/fused" || return
     for seed in ${SEEDS:-0}; do
       [[ " $STEPS " == *" train "* || -d $place/adapted/hot/seed$seed ]] || continue
-      benchmarks "$list" "$place/adapted/no_hot/seed$seed" "$place/benchmarks/$list/no_hot/seed$seed" || return
-      benchmarks "$list" "$place/adapted/hot/seed$seed" "$place/benchmarks/$list/fused_adapted/seed$seed" || return
+      "${scores[@]}" "$place/benchmarks/$list/no_hot/seed$seed" --model "$place/adapted/no_hot/seed$seed" || return
+      "${scores[@]}" "$place/benchmarks/$list/fused_adapted/seed$seed" --model "$place/adapted/hot/seed$seed" || return
     done
   done
 }
 
+known FEATURE_MAP "$FEATURE_MAP" "coupling barycentric calibrated regression"
+for step in $STEPS; do known STEPS "$step" "plans fuse train eval general"; done
 if [[ -n ${VARIANT:-} ]]; then
+  known VARIANT "$VARIANT" "source_size source_family alpha"
   while read -r variant suffix setting; do
     [[ $variant == "$VARIANT" ]] || continue
-    env -u VARIANT TASKS="${TASKS:-malay}" SUFFIX="$suffix" "$setting" bash scripts/run_train_final.sh || failed+=("$suffix")
+    env -u VARIANT TASKS="${TASKS:-malay}" SUFFIX="$suffix" "$setting" bash scripts/run_train_final.sh </dev/null || failing "$suffix"
   done < scripts/experiments/variants.txt
 else
   TASKS=${TASKS:-medical thai finance cantonese indonesian malay}
-  for name in $TASKS; do
-    task "$name" || failed+=("$name (exit code $?, see the last error above)")
-  done
-  if [[ " $STEPS " == *" eval "* ]]; then # shellcheck disable=SC2086  # names of tasks, one word each
-    run evaluation/collect_results.py --results-dir "$RESULTS" --tasks $TASKS || failed+=("the tables")
+  for name in $TASKS; do task "$name" || failing "$name"; done
+  if [[ $STEPS == *eval* || $STEPS == *general* ]]; then # shellcheck disable=SC2086  # names of tasks, one word each
+    run evaluation/collect_results.py --results-dir "$RESULTS" --tasks $TASKS || failing "the tables"
   fi
 fi
-if ((${#failed[@]})); then
-  printf 'failed: %s\n' "${failed[@]}" >&2
-  exit 1
-fi
+((${#failed[@]} == 0)) || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit 1; }

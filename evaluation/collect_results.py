@@ -79,7 +79,7 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
             try:
                 arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, shared, kind, arm))}
                 check_current(place, arms)
-                if arms:
+                if set(arms) - {"base"}:
                     run["sets"][kind] = benchmark_rows(arms, paper.get(kind, {}).get("counted_once", []))
             except UserError as error:  # one run that has to be scored again does not hide the others
                 log.warning("%s, %s: %s", name, kind, error)

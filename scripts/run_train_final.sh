@@ -37,8 +37,7 @@ failing() { # $1: what failed just now; Ctrl-C stops everything
 
 run() { # a stage's command
   if [[ -n ${DRY_RUN:-} ]]; then
-    printf '  %q' python "$@"
-    echo
+    printf ' %s\n' "$(printf ' %q' python "$@")"
   elif ((${NUM_GPUS:-1} > 1)) && [[ $1 != core/generate_hot_residual.py && $1 != evaluation/* ]]; then
     accelerate launch --num_processes "$NUM_GPUS" "$@" --device cuda
   elif ((${NUM_GPUS:-0} > 0)) && [[ $1 != evaluation/collect_results.py ]]; then

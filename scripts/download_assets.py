@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 from core.command import Parser, load_experiment
 from core.data import HUB_IDS, MAX_SAMPLES, export_rows
 from core.hub import HUB_TIMEOUT_S, hub_refusal
-from core.locate import CARD_FILES, HUB_FILES, find, models_root
+from core.locate import CARD_FILES, HUB_FILES, model_folder, models_root
 from core.runs import TEMPORARY, UserError, first_line, run_command, setup_logging
+from evaluation.harness import task_manager
 from evaluation.tasks import STAND_INS, task_benchmarks
 
 log = logging.getLogger("download")
@@ -108,18 +109,10 @@ def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
 
 def _harness_assets(names: list[str]) -> list[Asset]:
     """The data sets of tasks of the harness."""
-    index = _harness_index()
+    index = task_manager().task_index
     sets = {(index[name].cfg["dataset_path"], index[name].cfg.get("dataset_name")) for name in names}
     return [Asset("benchmark", f"{path} {config or ''}".strip(), partial(_data_size, path),
                   partial(_fetch_data, path, config)) for path, config in sorted(sets, key=str)]  # fmt: skip
-
-
-@cache
-def _harness_index() -> Any:
-    """Every task of the harness: read once, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().task_index
 
 
 def _or_reason(asset: Asset, action: Callable[[], Any]) -> Any:
@@ -150,7 +143,7 @@ def _model_size(name: str) -> int:
 
 
 def _fetch_model(name: str) -> None:
-    find(name, None, HUB_FILES)
+    model_folder(name, None, trust_remote_code=False)  # also those with .bin weights alone, which it converts
 
 
 def _data_size(name: str) -> int | None:

@@ -22,7 +22,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(siblings=sizes))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: sizes)
-    monkeypatch.setattr(download_assets, "find", lambda name, *_: asked.append(name))
+    monkeypatch.setattr(download_assets, "model_folder", lambda name, *_, **__: asked.append(name))
 
     def clone(command, **_):
         asked.append(command[-2])
@@ -56,10 +56,10 @@ def test_a_task_is_fetched_once_and_its_rows_divide_as_the_hubs(hub, tmp_path, c
 
 
 def test_what_cannot_be_fetched_is_told_at_the_end(hub, tmp_path, fails, monkeypatch):
-    def refused(name, *_):
+    def refused(name, *_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(download_assets, "find", refused)
+    monkeypatch.setattr(download_assets, "model_folder", refused)
     told = fails(download_assets, "--task", "thai", "--data-dir", tmp_path / "data")
     assert "could not be fetched; the same command tries them again" in told and (tmp_path / "data/thai.jsonl").exists()
     assert "task 'klingon'; expected general or an experiment with benchmarks: cantonese, finance" in fails(

@@ -1,8 +1,9 @@
-"""Answers of a chat model to prompts: its chat template, batches padded on the left, new tokens only."""
+"""Answers of a chat model to prompts: its chat template, their common beginning read once, batches, new tokens only."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class Decoding:
     Attributes:
         temperature: 0 is greedy; above it, tokens are drawn from the whole softened distribution.
         seed: of the draws; every call of `answers` begins with it.
-        tokens_per_batch: prompts, answers and padding of one batch; a single longer prompt is a batch of its own.
+        tokens_per_batch: prompts (but for their common beginning), answers and padding of one batch; a single longer
+            prompt is a batch of its own.
     """
 
     max_new_tokens: int = 32
@@ -76,8 +78,10 @@ def answers(
     out = [""] * len(ids)
     torch.manual_seed(decoding.seed)
     with own_settings(model, tokenizer, decoding):
-        for batch in token_batches([len(one) + decoding.max_new_tokens for one in ids], decoding.tokens_per_batch):
-            new = continuations(model, [ids[n] for n in batch])
+        shared = common_beginning(model, ids, decoding.max_new_tokens)
+        lengths = [len(one) - shared.tokens + decoding.max_new_tokens for one in ids]
+        for batch in token_batches(lengths, decoding.tokens_per_batch):
+            new = continuations(model, [ids[n] for n in batch], shared)
             for n, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 out[n] = text
             advance(len(batch))
@@ -100,18 +104,56 @@ def rendered(tokenizer: Any, prompt: str) -> str:
     raise UserError("the chat template leaves out what the user says, as a string and as a list of parts; correct it")
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The tokens that all prompts begin with (0: none), and the model's cache after them."""
+
+    tokens: int = 0
+    cache: Any = None
+
+
+NOTHING = Beginning()
+
+
 @torch.inference_mode()
-def continuations(model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+def common_beginning(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> Beginning:
+    """What all prompts begin with (system prompt, instruction), read once; at most all but one token of each.
+
+    Nothing for vision-language models, which count positions by rules of their own, and where prompts outgrow a window
+    of local attention: the padding, which stands between beginning and rest, would take places in it.
+    """
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    least, most = min(prompts), max(prompts)  # in the order of their tokens: what these share, all share
+    differ = (place for place, (a, b) in enumerate(zip(least, most, strict=False)) if a != b)
+    tokens = min(next(differ, len(least)), min(map(len, prompts)) - 1)
+    if (
+        len(prompts) == 1 or not tokens or text is not model.config
+        or (window and max(map(len, prompts)) + max_new_tokens > window)
+    ):  # fmt: skip
+        return NOTHING
+    ids = torch.tensor([prompts[0][:tokens]], device=model.device)
+    return Beginning(tokens, model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+
+
+@torch.inference_mode()
+def continuations(model: Any, prompts: Sequence[list[int]], shared: Beginning = NOTHING) -> list[list[int]]:
     """New token ids after each prompt, up to the first end of text, by the model's generation settings.
 
-    Padded on the left and masked, so that all prompts end at one place; `generate` counts positions by the mask.
+    Padded between the shared beginning and the rest, and masked, so that all prompts end at one place; `generate`
+    counts positions by the mask.
     """
     settings = model.generation_config
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    ids = [[settings.pad_token_id] * short + prompt for short, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * short + [1] * (longest - short) for short in padding]
-    out = model.generate(input_ids=torch.tensor(ids, device=model.device),
+    begin = shared.tokens
+    ids = [prompt[:begin] + [settings.pad_token_id] * short + prompt[begin:]
+           for short, prompt in zip(padding, prompts, strict=True)]  # fmt: skip
+    mask = [[1] * begin + [0] * short + [1] * (longest - begin - short) for short in padding]
+    cache = copy.deepcopy(shared.cache)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(prompts))
+    out = model.generate(input_ids=torch.tensor(ids, device=model.device), past_key_values=cache,
                          attention_mask=torch.tensor(mask, device=model.device))[:, longest:].tolist()  # fmt: skip
     ends = set(settings.eos_token_id or ())
     return [new[: next((place for place, token in enumerate(new) if token in ends), len(new))] for new in out]

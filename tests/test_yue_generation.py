@@ -6,14 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import qwen2, run_main, save
+from conftest import family_model, qwen2, run_main, save
 
 from core.checkpoints import open_checkpoint
 from core.runs import UserError
 from evaluation import evaluate_cmmlu_yue as evaluate
 from evaluation import generate_cmmlu_predictions as predict
 from evaluation import generation
-from evaluation.generation import Decoding, answers, continuations, own_settings, rendered
+from evaluation.generation import (
+    NOTHING,
+    Decoding,
+    answers,
+    common_beginning,
+    continuations,
+    own_settings,
+    rendered,
+)
 from evaluation.scores import Evaluated
 
 
@@ -55,6 +63,27 @@ def test_a_batch_gives_the_tokens_of_one_at_a_time(models, which):
             greedy.pop()
             break
     assert together[2] == greedy[len(ids[2]) :] and len({tuple(new) for new in together}) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma3_text"])
+def test_a_common_beginning_read_once_changes_no_token(family):
+    model = family_model(family).eval()
+    model.generation_config.update(max_new_tokens=6, pad_token_id=0, eos_token_id=[1], do_sample=False)
+    prompts = [[5, 6, 7, 8, *rest] for rest in ([9, 4, 3], [3], [20, 21, 22, 23, 24])]
+    shared = common_beginning(model, prompts, 6)
+    assert shared.tokens == 4
+    alone = [continuations(model, [prompt])[0] for prompt in prompts]
+    for _ in range(2):  # what was read serves every batch
+        assert continuations(model, prompts, shared) == alone
+    assert common_beginning(model, [*prompts, [5, 6]], 6).tokens == 1  # a token of its own is left to each
+    assert common_beginning(model, [[2, 3], [4, 5]], 6) is common_beginning(model, prompts[:1], 6) is NOTHING
+    window = getattr(model.config, "sliding_window", None)  # padding would take places in it
+    assert (common_beginning(model, prompts, window or 6) is NOTHING) == (family in ("mistral", "gemma3_text"))
+    assert len(set(map(tuple, alone))) == 3
+
+
+def test_vision_language_models_count_positions_themselves():
+    assert common_beginning(family_model("qwen2_vl"), [[5, 6, 7], [5, 6, 8]], 2) is NOTHING
 
 
 def test_answers_stop_at_any_end_of_text():
@@ -179,6 +208,6 @@ def test_bad_input_of_the_generation(models, data, tmp_path, fails, monkeypatch)
 def test_long_prompts_are_told(models, caplog, monkeypatch):
     evaluated = evaluated_of(models["target"])
     monkeypatch.setattr(evaluated.model.config, "max_position_embeddings", 10)
-    monkeypatch.setattr(generation, "continuations", lambda model, batch: [[5]] * len(batch))
+    monkeypatch.setattr(generation, "continuations", lambda model, batch, shared: [[5]] * len(batch))
     answers(evaluated, ["cost", "cost " * 30], Decoding(2))
     assert "1 of 2 prompts" in caplog.text

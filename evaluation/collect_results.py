@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from core.command import Parser
-from core.runs import MANIFEST, UserError, read_json, run_command, setup_logging, write_json, write_text
+from core.runs import MANIFEST, UserError, digest_of, read_json, run_command, setup_logging, write_json, write_text
 from evaluation.significance import normalised, paired
 from evaluation.tasks import EXPERIMENTS, TASK_FILE
 
@@ -24,6 +24,8 @@ PAPER = Path(__file__).with_name("paper_results.json")
 PAPER_COLUMNS = ("base", "fused", "fused + adapted")
 # In the order of the columns; `no_hot` and `distill` are controls that the paper's tables do not have.
 ARMS = ("base", "fused", "no_hot", "distill", "fused_adapted")
+# Arm -> folder of its trainings, below `adapted`.
+TRAINED = {"no_hot": "no_hot", "distill": "distill", "fused_adapted": "hot"}
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +45,8 @@ def main(argv: list[str]) -> None:
         write_json(folder / f"{task}.json", collected)
         told.append(markdown(collected))
         write_text(folder / f"{task}.md", told[-1])
-    write_text(folder / "all.md", "\n".join(told))
+    others = [path for path in sorted(folder.glob("*.md")) if path.name != "all.md"]
+    write_text(folder / "all.md", "\n".join(path.read_text("utf-8") for path in others))
     print("\n".join(told))
 
 
@@ -69,7 +72,7 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
         shared: the run that holds the scores of the base where a run has none of its own.
     Returns:
         {"task", "paper", "runs": {name: {"models", "sets": {set: {"rows", "mean", "normalised", "absent"}},
-        "held_out": arms of results.json}}}.
+        "held_out": arms of results.json, or {"absent"}}}}.
     """
     paper = read_json(PAPER)
     found: dict[str, Any] = {"task": task, "paper": paper.get(task.removesuffix("_paper"), {}), "runs": {}}
@@ -86,9 +89,30 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
                 run["sets"][kind] = {"rows": {}, "mean": {}, "normalised": {}, "absent": {"all": str(error)}}
         path = place / "results.json"
         if path.is_file() and "arms" in (record := read_json(path)):
-            run["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
+            if held_out_is_current(place, record):
+                run["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
+            else:
+                run["held_out"] = {"absent": f"{path} is of earlier models; run evaluation/compare_arms.py again"}
+                log.warning("%s: %s", name, run["held_out"]["absent"])
         found["runs"][name] = run
     return found
+
+
+def held_out_is_current(place: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the losses on held-out texts are those of the models that are there now."""
+    if record.get("inputs", {}).get("fused") != fingerprint(place / "fused"):
+        return False
+    made_from = record.get("made_from", {})
+    trained = {f"{arm}/{path.parent.name}": path for arm, folder in TRAINED.items()
+               for path in (place / "adapted" / folder).glob(f"seed*/{MANIFEST}")}  # fmt: skip
+    return {arm for arm in made_from if "/" in arm} == trained.keys() and all(
+        made_from[arm] == digest_of(read_json(path)) for arm, path in trained.items())  # fmt: skip
+
+
+def fingerprint(folder: Path) -> str | None:
+    """Of what is in a folder of ours now; None where there is nothing."""
+    path = folder / MANIFEST
+    return read_json(path).get("fingerprint") if path.is_file() else None
 
 
 def models(place: Path) -> dict[str, Any]:
@@ -123,19 +147,19 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
                 f"first {record['limit']} items of each file" if record["limit"] else "") if part)  # fmt: skip
             one = out.setdefault(name, {"metric": metric, "ids": score["items"]["ids"], "runs": [], "note": note,
                                         "groups": score["groups"], "n": score["metrics"][metric]["n"],
-                                        "model": score["inputs"]["model"],
+                                        "model": score["inputs"]["model"], "made": {},
                                         "inputs": comparable(score["inputs"])})  # fmt: skip
             if (one["ids"], one["inputs"]) != (score["items"]["ids"], comparable(score["inputs"])):
                 raise UserError(f"{file.parent / result['file']} has other items than another seed's; run it again")
+            one["made"][file.parent.name] = score["inputs"]["model"].get("made")
             one["runs"].append(score["items"][metric])
             one.setdefault("by_group", []).append({g: v[metric]["value"] for g, v in score["groups"].items()})
     return out
 
 
 def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse (UserError) scores of a base that is not the run's target, or of a fused model made before this one."""
-    manifest = read_json(place / "fused" / MANIFEST)
-    target = manifest.get("inputs", {}).get("target", {})
+    """Refuse (UserError) scores of a base that is not the run's target, or of models that were made anew since."""
+    target = read_json(place / "fused" / MANIFEST).get("inputs", {}).get("target", {})
     for arm, scores in arms.items():
         for name, result in scores.items():
             model = result.get("model", {})
@@ -143,9 +167,11 @@ def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
                                      for key in ("config", "weights")):  # fmt: skip
                 raise UserError(f"{name}: the base that was scored is not the target of {place}; run "
                                 "evaluation/run_task.py again for the base")  # fmt: skip
-            if arm == "fused" and model.get("made", manifest.get("fingerprint")) != manifest.get("fingerprint"):
-                raise UserError(f"{name}: the fused model of {place} was made anew since; run evaluation/run_task.py "
-                                "again for it")  # fmt: skip
+            for run, made in result.get("made", {}).items() if arm != "base" else ():
+                folder = place / "fused" if arm == "fused" else place / "adapted" / TRAINED[arm] / run
+                if made != fingerprint(folder):
+                    raise UserError(f"{name}: {folder} is not the model that was scored, it was made anew since or is "
+                                    "gone; run evaluation/run_task.py again for it, or remove its scores")  # fmt: skip
 
 
 def comparable(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,12 +189,12 @@ def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], counted_once: Sequence
     """
     base = arms.get("base", {})
     rows: dict[str, dict[str, Any]] = {}
-    absent: dict[str, str] = {}
+    absent: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(name for scores in arms.values() for name in scores):
         for arm, scores in arms.items():
             result = scores.get(name, {"absent": "not run"})
             if "absent" in result:
-                absent.setdefault(name, result["absent"])
+                absent.setdefault(name, {})[arm] = result["absent"]
                 continue
             items = np.mean(result["runs"], axis=0)
             row = rows.setdefault(name, {"metric": result["metric"], "n": result["n"], "note": result["note"],
@@ -185,11 +211,16 @@ def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], counted_once: Sequence
                 versus = paired(items.tolist(), np.mean(reference["runs"], axis=0).tolist())
                 versus |= {key: (100 * np.array(versus[key])).tolist() for key in ("diff", "ci95")}
                 row["arms"][arm] |= versus
+    reasons: dict[str, str] = {}
+    for name, by_arm in absent.items():
+        if name in rows:
+            reasons |= {f"{name} ({arm})": why for arm, why in by_arm.items()}
+        else:
+            reasons[name] = next(iter(by_arm.values()))
     complete = [arm for arm in arms if rows and all(arm in row["arms"] for row in rows.values())]
     mean = {arm: mean_score({name: row["arms"][arm]["value"] for name, row in rows.items()}, counted_once)
             for arm in complete}  # fmt: skip
-    return {"rows": rows, "mean": mean, "normalised": normalised(mean) if len(mean) > 1 else {},
-            "absent": {name: why for name, why in absent.items() if name not in rows}}  # fmt: skip
+    return {"rows": rows, "mean": mean, "normalised": normalised(mean) if len(mean) > 1 else {}, "absent": reasons}
 
 
 def mean_score(values: Mapping[str, float], counted_once: Sequence[Sequence[str]]) -> float:
@@ -260,8 +291,10 @@ def cell(score: Mapping[str, Any] | None) -> str:
 
 def held_out_table(runs: Mapping[str, Any]) -> list[str]:
     """Loss on held-out rows, all arms and controls, the runs side by side."""
+    told = [f"Absent: {name}: {run['absent']}" for name, run in runs.items() if "absent" in run]
+    runs = {name: run for name, run in runs.items() if "absent" not in run}
     if not runs:
-        return []
+        return told
     arms = list(dict.fromkeys(arm for run in runs.values() for arm in run["arms"]))
     lines = ["Loss on held-out texts, nats per token: base, then minus base [95 % over texts]; negative is better", "",
              f"| arm | {' | '.join(runs)} |", "|" + " --- |" * (len(runs) + 1)]  # fmt: skip
@@ -278,7 +311,7 @@ def held_out_table(runs: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     counts = ", ".join(f"{name} {run['texts']['texts']} texts, {run['texts']['tokens']} tokens"
                        for name, run in runs.items())  # fmt: skip
-    return [*lines, "", f"Held out: {counts}.", ""]
+    return [*lines, "", f"Held out: {counts}.", *told, ""]
 
 
 if __name__ == "__main__":

@@ -47,10 +47,15 @@ SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
 
 def main(argv: list[str]) -> None:
     setup_logging()
-    command = parse_command(argv, "e", __doc__ or "", {"run_dir": "run directory (default runs/<name>)"})
+    command = parse_command(
+        argv,
+        "e",
+        __doc__ or "",
+        {"run_dir": "run directory (default runs/<name>)", "hot_dir": "plan directory (default plans, in it)"},
+    )
     experiment = command.experiment
     run = command.paths["run_dir"] or command.path("run_dir", ".")
-    plans = PlanDirectory(run / "plans", experiment.device)
+    plans = PlanDirectory(command.paths["hot_dir"] or run / "plans", experiment.device)
     fused_manifest = Manifest.read(run / "fused", "fused")
     adapted = trained_arms(run)
     check_chain(run, plans, fused_manifest, adapted)

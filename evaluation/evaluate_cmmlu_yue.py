@@ -70,7 +70,8 @@ def read_all(folder: Path) -> Answers:
         UserError: no prediction file, or a damaged one.
     """
     found: list[tuple[str, int, str, Path]] = []
-    for path in folder.glob("*/*.json"):
+    # `predictions` is where generate_cmmlu_predictions.py puts them in its output folder.
+    for path in (*folder.glob("*/*.json"), *folder.glob("predictions/*/*.json")):
         if match := FILE_NAME.fullmatch(path.name):
             found.append((path.parent.name, int(match["shots"]), match["subject"], path))
         elif path.name != MANIFEST:

@@ -75,9 +75,9 @@ def run(
     inputs = {"model": evaluated.identity, "template": template, "data": digest_of(asked), "limit": limit,
               "shots": shots, "decoding": decoding.inputs}  # fmt: skip
     path = output_dir / "yue_mmlu.json"
+    folder = predictions_dir / (name or model_name(evaluated))
+    generate(evaluated, asked, folder, shots, decoding, template)
     if not finished(path, inputs):
-        folder = predictions_dir / (name or model_name(evaluated))
-        generate(evaluated, asked, folder, shots, decoding, template)
         write_score(path, score(folder, asked, shots, decoding), inputs)
     return path
 

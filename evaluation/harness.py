@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.metadata
 import inspect
 import itertools
 import logging
 import random
 import re
+import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -84,6 +86,29 @@ def local_tasks() -> dict[str, LocalTask]:
     return found
 
 
+# Tasks of the experiments that have no local reader, and the harness's folder of each: its index need not be read.
+HUB_FOLDERS = {
+    "arc_id": "okapi/arc_multilingual", "truthfulqa_id_mc1": "okapi/truthfulqa_multilingual",
+    "truthfulqa_id_mc2": "okapi/truthfulqa_multilingual", "mmlu_prox_lite_th_other": "mmlu_prox/th",
+    "social_iqa": "siqa",
+}  # fmt: skip
+
+
+@functools.cache
+def harness_version() -> str:
+    """Version of the harness that is imported; in a checkout (LM_EVAL_REPO) its commit, as the installed package's
+    number says nothing of it."""
+    import lm_eval
+
+    folder = Path(lm_eval.__file__).resolve().parents[1]
+    if (folder / ".git").exists():
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return f"commit {done.stdout.strip()}"
+    return importlib.metadata.version("lm_eval")
+
+
 @functools.cache
 def task_manager(folder: str | None = None) -> Any:
     """The harness's index of tasks, or of one of its folders: reading all of its 14,000 files takes ten seconds."""
@@ -123,12 +148,15 @@ def load_hub(name: str) -> Any | str:
     Raises:
         UserError: a name that the harness does not know, or that of a group.
     """
-    manager = task_manager()
+    expected = local_tasks().get(name)
+    folder = HUB_FOLDERS.get(name) or (expected.folder if expected else None)
+    manager = task_manager(folder) if folder else task_manager()
+    if folder and name not in manager.all_subtasks:  # another version has it elsewhere
+        manager = task_manager()
     if name not in manager.all_subtasks:
         group = name in manager.all_tasks
         what = "is a group of tasks; give its tasks by name" if group else "is no task of lm-evaluation-harness"
         raise UserError(f"{name} {what} (`lm_eval ls tasks` lists them; local ones: {TASKS_FILE.name})")
-    expected = local_tasks().get(name)
     files = f"put {next(iter(expected.files.values()))} below --data-dir, or " if expected else ""
     try:
         with hub_or_cache():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from core.runs import UserError, digest_of, read_json, run_command, setup_loggin
 from evaluation.harness import (
     description,
     evaluate,
+    harness_version,
     item_scores,
     language_model,
     load_hub,
@@ -26,7 +27,7 @@ from evaluation.harness import (
     plain,
     set_shots,
 )
-from evaluation.scores import Evaluated, Score, finished, runner_flags, write_score
+from evaluation.scores import Evaluated, Score, data_folder, finished, runner_flags, write_score
 
 log = logging.getLogger("lm_eval_runner")
 
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags(__doc__ or "")
     parser.add_argument("--tasks", required=True, help="names, with commas between: belebele_ind_Latn,xcopa_id")
-    parser.add_argument("--data-dir", type=Path, help="benchmark files; a task that it does not have needs the hub")
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("BENCHMARK_DATA"), help="benchmark files "
+                        "(default $BENCHMARK_DATA); a task that is not there comes from the hub")  # fmt: skip
     parser.add_argument("--num-fewshot", type=int, help="solved items before each (default: the task's number)")
     given = parser.parse(argv)
     tasks = [name.strip() for name in given["tasks"].split(",") if name.strip()]
@@ -65,20 +67,17 @@ def run(
         UserError: unknown task, local files that are damaged or incomplete, values out of range. No model is loaded
             before all tasks are.
     """
-    for name, value, least in (("--num-fewshot", num_fewshot, 0), ("--tokens-per-batch", tokens_per_batch, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}; expected {least} or more")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num-fewshot is {num_fewshot}; expected 0 or more")
     if not tasks:
         raise UserError("no tasks were given; give names with commas between, such as belebele_ind_Latn,xcopa_id")
-    if data_dir is not None and not data_dir.is_dir():
-        raise UserError(f"data folder {data_dir} does not exist; give the folder of benchmark files")
+    data_folder(data_dir)
     # The harness warns of each of its own defaults; what matters (cut prompts) is in the score's file.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: dict[str, Path | str] = {}
     loaded: dict[str, tuple[Any, str]] = {}
     for name in dict.fromkeys(tasks):
-        local = local_tasks().get(name)
-        files = local.find(data_dir) if local and data_dir else None
+        local, files = local_tasks().get(name), local_files(name, data_dir)
         if local and files:
             task, source = load_local(local, files), "local"
         elif local and local.include != name:
@@ -95,6 +94,13 @@ def run(
     for name, (task, source) in tqdm(loaded.items(), desc="tasks", unit="task"):
         found[name] = score(evaluated, task, source, output_dir / f"{name}.json", limit, tokens_per_batch, num_fewshot)
     return {name: found[name] for name in dict.fromkeys(tasks)}
+
+
+def local_files(name: str, data_dir: Path | None) -> dict[str, list[Path]] | None:
+    """Role -> files of a task in the data folder; None where it has none of them. Raises UserError when some of them
+    are missing."""
+    local = local_tasks().get(name)
+    return local.find(data_dir) if local and data_dir else None
 
 
 def absent(name: str, data_dir: Path | None) -> str:
@@ -122,7 +128,7 @@ def score(
     shots = set_shots(task, num_fewshot)
     docs = list(task.eval_docs)
     shown = list(task.fewshot_docs() or []) if shots else []
-    version = importlib.metadata.version("lm_eval")
+    version = harness_version()
     inputs = {
         "model": evaluated.identity,
         "task": {"name": name, "version": task.VERSION, "config": digest_of(description(task))},

@@ -66,7 +66,7 @@ def run(
     source = data_file(data_dir, shots)
     questions = read_questions(source, shots, limit)
     benchmark = f"malay_mmlu_{shots}shot" if shots else "malay_mmlu"
-    settings = {"shots": shots, "tokens_per_batch": tokens_per_batch, "chat_template": chat_template}
+    settings = {"shots": shots, "chat_template": chat_template}
     inputs = {"benchmark": benchmark, "model": evaluated.identity, "limit": limit, "settings": settings,
               "data": hashlib.sha256(source.read_bytes()).hexdigest()}  # fmt: skip
     path = output_dir / f"{benchmark}.json"
@@ -76,7 +76,9 @@ def run(
         raise UserError(f"{evaluated.checkpoint.name} has no chat template; leave out --chat-template, or give a model "
                         f"that has one")  # fmt: skip
     partial = output_dir / f"{benchmark}.partial.json"
-    done = _chunks(evaluated, questions, partial, digest_of(inputs), settings)
+    # No score depends on the batches, but a killed run goes on with the same ones.
+    running = {**settings, "tokens_per_batch": tokens_per_batch}
+    done = _chunks(evaluated, questions, partial, digest_of({**inputs, "settings": running}), running)
     cut = sum(chunk["cut"] for chunk in done)
     if cut:
         log.warning("%d of %d prompts are longer than the model's positions: their beginning was cut", cut,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ if __package__ in (None, ""):
 from core.runs import UserError, read_json, run_command, setup_logging, write_json
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
 from evaluation.generation import Decoding
-from evaluation.malay_questions import data_file
-from evaluation.scores import Evaluated, runner_flags
+from evaluation.harness import local_tasks
+from evaluation.lm_eval_tasks.local_data import READERS
+from evaluation.malay_questions import data_file, read_questions
+from evaluation.scores import Evaluated, data_folder, runner_flags
 from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
 from evaluation.yue_mmlu import question_folder
 
@@ -28,16 +31,49 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--task", required=True, help="an experiment with benchmarks (malay, thai, ...), or general")
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("BENCHMARK_DATA"), help="local copies of the "
                         "harness's data (default $BENCHMARK_DATA; what is not there comes from the hub)")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="say where the items are, and read those that are here; "
+                        "opens no model, writes nothing")  # fmt: skip
     given = parser.parse(argv)
+    task, benchmarks, data_dir = given["task"], task_benchmarks(given["task"]), data_folder(given["data_dir"])
+    if given["dry_run"]:
+        print("\n".join(f"{name}: {told}" for name, told in places(benchmarks, data_dir).items()))
+        return
     evaluated = Evaluated.from_flags(given)
-    task, benchmarks = given["task"], task_benchmarks(given["task"])
     place = given["model"].strip("/").replace("/", "-")
     folder = given["output_dir"] or Path("runs") / "benchmarks" / task / place
+    found = run_benchmarks(evaluated, benchmarks, folder, data_dir, given["limit"], given["tokens_per_batch"])
     folder.mkdir(parents=True, exist_ok=True)
-    found = run_benchmarks(evaluated, benchmarks, folder, given["data_dir"], given["limit"], given["tokens_per_batch"])
     write_json(folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"],
                                     "benchmarks": found})  # fmt: skip
     print(table(folder, found))
+    if not any("file" in result for result in found.values()):
+        raise UserError(f"no benchmark of {task} was scored; the reasons are above")
+
+
+def places(benchmarks: tuple[str, ...], data_dir: Path | None) -> dict[str, str]:
+    """Benchmark -> where its items come from. Files that are here are read, so that a damaged one is told (UserError)
+    before hours of training."""
+    told: dict[str, str] = {}
+    pending = list(benchmarks)
+    while pending:
+        name = pending.pop(0)
+        if name in FILES:
+            try:
+                folder = FILES[name](data_dir)
+            except UserError as error:
+                told[name] = f"absent: {error}"
+                pending = [*STAND_INS.get(name, ()), *pending]
+                continue
+            READERS_OF[name](folder)
+            told[name] = str(folder)
+        elif files := run_lm_eval.local_files(name, data_dir):
+            READERS[local_tasks()[name].rows](files)
+            told[name] = ", ".join(str(path) for paths in files.values() for path in paths[:1])
+        elif (local := local_tasks().get(name)) and local.include != name:
+            told[name] = f"absent: {run_lm_eval.absent(name, data_dir)}"
+        else:
+            told[name] = "the hub, or its cache"
+    return told
 
 
 def malay_files(data_dir: Path | None) -> Path:
@@ -57,6 +93,10 @@ def local_copy(data_dir: Path | None, name: str) -> Path | None:
 
 # Benchmarks with a runner of their own -> where their files are; all others are lm-evaluation-harness's.
 FILES = {"malay_mmlu": malay_files, "yue_mmlu": yue_files}
+READERS_OF: dict[str, Callable[[Path], Any]] = {
+    "malay_mmlu": lambda folder: read_questions(data_file(folder, 0), 0),
+    "yue_mmlu": lambda folder: generate_cmmlu_predictions.questions(folder, None, 0),
+}
 
 
 def run_benchmarks(

@@ -16,7 +16,9 @@ from core.command import Parser
 from core.runs import MANIFEST, UserError, digest_of, provenance, read_json, write_json
 
 log = logging.getLogger(__name__)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# Beside weights and config, what a score depends on: tokens, prompts, where an answer ends.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+              "chat_template.jinja", "generation_config.json")  # fmt: skip
 
 
 def runner_flags(description: str, folder: str | None = None) -> Parser:
@@ -34,6 +36,13 @@ def runner_flags(description: str, folder: str | None = None) -> Parser:
     return parser
 
 
+def data_folder(given: Path | None) -> Path | None:
+    """The folder of benchmark files, None for none. Raises UserError when it does not exist."""
+    if given is not None and not given.is_dir():
+        raise UserError(f"data folder {given} does not exist; give the folder of benchmark files")
+    return given
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """A model under test; weights are loaded at first use, once for all benchmarks."""
@@ -43,9 +52,10 @@ class Evaluated:
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Evaluated:
-        """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does, and for a limit below 1."""
-        if (limit := given.get("limit")) is not None and limit < 1:
-            raise UserError(f"limit is {limit}; expected at least 1")
+        """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does, and for numbers below 1."""
+        for name in ("limit", "tokens_per_batch"):
+            if (value := given.get(name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
         return cls(open_checkpoint(given["model"], None, given["trust_remote_code"], given["device"]), given["dtype"])
 
     @cached_property
@@ -60,15 +70,17 @@ class Evaluated:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a score depends on: contents, not names. A checkpoint of ours has its manifest's fingerprint, since the
-        digest of the weights is a sample."""
+        """What a score depends on: contents, not names. The digest of the weights is a sample, so a checkpoint of ours
+        has its manifest's fingerprint beside it, any other one the times at which its files were written."""
         folder = self.checkpoint.folder
         made = read_json(folder / MANIFEST).get("fingerprint") if (folder / MANIFEST).is_file() else None
         contents = {key: self.checkpoint.identity[key] for key in ("config", "weights")}
         texts = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                 for name in TOKENIZER_FILES if (folder / name).is_file()}  # fmt: skip
+                 for name in TEXT_FILES if (folder / name).is_file()}  # fmt: skip
         device = self.checkpoint.device.partition(":")[0]
-        return {**contents, **texts, "made": made, "dtype": self.dtype, "device": device}
+        files = sorted(set(self.checkpoint.files.values())) if made is None else []
+        written = {path.name: path.stat().st_mtime_ns for path in files}
+        return {**contents, **texts, "made": made, "written": written, "dtype": self.dtype, "device": device}
 
 
 @dataclass(frozen=True)

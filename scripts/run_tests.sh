@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, the linter and the type checker: bash scripts/run_tests.sh [pytest arguments]
+# The tests, the linter and the type checker: bash scripts/run_tests.sh [pytest arguments; default: all, two files at a time]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
@@ -8,4 +8,7 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+shellcheck -x scripts/*.sh .ci/run
+# Two files at a time, each on one thread, the longest one first.
+(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_six_tasks.py tests
+OMP_NUM_THREADS=1 python -m pytest "$@"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_files import write_benchmarks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
 
@@ -200,6 +201,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in sentences(120, 3)), "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few items of every benchmark, in the layout of its release; not to be changed."""
+    return write_benchmarks(tmp_path_factory.mktemp("benchmarks"))
 
 
 def run_main(module: ModuleType, *arguments: Any) -> None:

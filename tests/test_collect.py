@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -135,8 +136,48 @@ def test_scores_that_cannot_be_compared_are_told_in_their_place(results, fails):
     (results / "malay/fused/manifest.json").write_text("{}")
     path = scores / "fused/malay_mmlu.json"
     path.write_text(path.read_text().replace('"weights": "w"', '"weights": "w", "made": "before"'))
-    assert "was made anew since" in told_of_malay(results)
+    assert "it was made anew since" in told_of_malay(results)
     assert "has no run of thai" in fails(collect_results, "--results-dir", results, "--tasks", "thai")
+
+
+def test_trainings_made_anew_or_gone_since_they_were_scored_are_told(results):
+    folder = results / "malay/adapted/hot/seed1"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"fingerprint": "now"}')
+    assert f"{folder} is not the model that was scored" in told_of_malay(results)
+    path = results / "malay/benchmarks/malay/fused_adapted/seed1/malay_mmlu.json"
+    path.write_text(path.read_text().replace('"weights": "w"', '"weights": "w", "made": "now"'))
+    run_main(collect_results, "--results-dir", results)
+    assert "fused_adapted" in (results / "tables/malay.md").read_text()
+    shutil.rmtree(folder)
+    assert f"{folder} is not the model that was scored" in told_of_malay(results)
+
+
+def test_losses_of_earlier_models_are_told_in_their_place(results):
+    path = results / "malay/results.json"
+    whole = json.loads(path.read_text())
+    manifest = {"fingerprint": "f"}
+    (results / "malay/adapted/hot/seed0").mkdir(parents=True)
+    (results / "malay/adapted/hot/seed0/manifest.json").write_text(json.dumps(manifest))
+    current = {**whole, "inputs": {"fused": None}, "made_from": {"fused_adapted/seed0": digest_of(manifest)}}
+    for record, shown in ((current, True), ({**current, "inputs": {"fused": "old"}}, False),
+                          ({**current, "made_from": {"fused_adapted/seed0": "old"}}, False),
+                          ({**current, "made_from": {}}, False)):  # fmt: skip
+        path.write_text(json.dumps(record))
+        run_main(collect_results, "--results-dir", results)
+        found = json.loads((results / "tables/malay.json").read_text())["runs"]
+        assert ("arms" in found["malay"]["held_out"]) == shown and "arms" in found["malay-regression"]["held_out"]
+        told = f"Absent: malay: {path} is of earlier models; run evaluation/compare_arms.py again"
+        assert (told in (results / "tables/malay.md").read_text()) == (not shown)
+
+
+def test_a_benchmark_that_one_arm_lacks_is_named(results):
+    put(results / "malay/benchmarks/malay/fused", "malay", {"malay_mmlu": "no network"})
+    run_main(collect_results, "--results-dir", results, "--tasks", "malay")
+    assert "Absent: malay_mmlu (fused): no network" in (results / "tables/malay.md").read_text()
+    (results / "tables/thai.md").write_text("## thai\n")  # of an earlier call: it stays beside
+    run_main(collect_results, "--results-dir", results, "--tasks", "malay")
+    assert "## thai" in (results / "tables/all.md").read_text()
 
 
 def test_a_benchmark_that_one_seed_lacks_has_no_mean(results):

@@ -1,6 +1,7 @@
 """Texts by name, the split, and that datasets/ never shadows the installed package."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import combinations
@@ -19,11 +20,26 @@ def write(path, records):
     return str(path)
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "core", ROOT / "scripts"])
-def test_installed_datasets_is_not_shadowed(folder):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import core.data, datasets; print(datasets.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+SHOWN = "import core.data, datasets; print(datasets.__file__)"
+
+
+@pytest.mark.parametrize(("folder", "how"), [
+    (ROOT, "-c"), (ROOT / "scripts", "-c"), (ROOT, "-m"), (ROOT / "core", "-m"), (ROOT / "scripts", "script"),
+])  # fmt: skip
+def test_installed_datasets_is_not_shadowed(folder, how, tmp_path):
+    """From the root and other folders; as code, as a module (`python -m`), as a script."""
+    (tmp_path / "shows.py").write_text(SHOWN)
+    arguments = {"-c": ["-c", SHOWN], "-m": ["-m", "shows"], "script": [str(tmp_path / "shows.py")]}[how]
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))})  # fmt: skip
     assert not done.stdout.strip().startswith(str(ROOT / "datasets")) and done.stdout.strip().endswith("__init__.py")
+
+
+def test_installed_datasets_is_not_shadowed_under_pytest():
+    import datasets
+
+    assert str(ROOT / "datasets") in sys.path  # core.data is imported
+    assert not datasets.__file__.startswith(str(ROOT / "datasets")) and datasets.Dataset
 
 
 def test_python_reference_is_split_by_topic():

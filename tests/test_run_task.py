@@ -1,25 +1,27 @@
 """All benchmarks of a task for one model, through the command: what runs in place of what is absent, resuming."""
 
 import json
+import os
 import shutil
 
 import pytest
 from conftest import run_main
-from test_lm_eval import data as harness_data  # noqa: F401  a fixture
 from test_malay_mmlu import rows, write
 
+from core.checkpoints import open_checkpoint
 from core.command import load_experiment
 from core.runs import UserError
 from evaluation import run_task
+from evaluation.scores import Evaluated
 from evaluation.tasks import GENERAL, STAND_INS, task_benchmarks
 
 
 @pytest.fixture
-def benchmarks(harness_data, tmp_path, monkeypatch):  # noqa: F811
+def benchmarks(benchmark_data, tmp_path, monkeypatch):
     """A copy of the generated benchmark files, and no variable that points elsewhere."""
     for variable in ("MALAY_REPO", "YUE_BENCHMARK_ROOT", "BENCHMARK_DATA"):
         monkeypatch.delenv(variable, raising=False)
-    return shutil.copytree(harness_data, tmp_path / "benchmarks")
+    return shutil.copytree(benchmark_data, tmp_path / "benchmarks")
 
 
 def run(models, benchmarks, out, task, *flags):
@@ -55,8 +57,49 @@ def test_cantonese_answers_are_generated_and_scored(models, benchmarks, tmp_path
     assert found == {"yue_mmlu": {"file": "yue_mmlu.json"}} and "yue_mmlu" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/yue_mmlu.json").read_text())["metrics"]["acc"]["n"] == 4
     assert len(list((tmp_path / "out/predictions").glob("*/cmmlu-yue-*-0shot.json"))) == 2
-    found = run(models, tmp_path, tmp_path / "none", "cantonese")
-    assert "YUE_BENCHMARK_ROOT" in found["yue_mmlu"]["absent"]
+
+
+def test_nothing_scored_is_a_failure(models, benchmarks, tmp_path, fails):
+    flags = ("--model", models["target"], "--task", "cantonese", "--output-dir", tmp_path / "none")
+    told = fails(run_task, *flags, "--data-dir", tmp_path)
+    assert "no benchmark of cantonese was scored" in told
+    found = json.loads((tmp_path / "none/task.json").read_text())["benchmarks"]
+    assert found.keys() == {"yue_mmlu"} and "YUE_BENCHMARK_ROOT" in found["yue_mmlu"]["absent"]
+
+
+def test_a_mistyped_folder_is_told_and_leaves_nothing(models, tmp_path, fails):
+    flags = ("--model", models["target"], "--output-dir", tmp_path / "none", "--data-dir", tmp_path / "typo")
+    for task in ("malay", "cantonese", "general"):
+        assert "typo does not exist" in fails(run_task, *flags, "--task", task)
+    assert "tokens_per_batch is 0" in fails(run_task, *flags[:-2], "--task", "malay", "--tokens-per-batch", 0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_an_answer_depends_on_is_in_the_identity(models, tmp_path):
+    folder = shutil.copytree(models["target"], tmp_path / "m")
+
+    def identity():
+        return Evaluated(open_checkpoint(str(folder))).identity
+
+    seen = [identity()]
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    seen.append(identity())
+    os.utime(folder / "model.safetensors", ns=(1, 1))  # overwritten in place
+    seen.append(identity())
+    assert seen[0] != seen[1] != seen[2] and identity() == seen[2]
+
+
+def test_dry_run_says_where_the_items_are(benchmarks, tmp_path, fails, capfd):
+    flags = ("--model", "nowhere", "--output-dir", tmp_path / "none", "--data-dir", benchmarks, "--dry-run", "--task")
+    run_main(run_task, *flags, "malay")
+    told = capfd.readouterr().out.splitlines()
+    assert told[0].startswith("malay_mmlu: absent: ") and told[1].startswith("belebele_zsm_Latn: ")
+    assert f"global_mmlu_full_ms_anatomy: {benchmarks}/global_mmlu/ms/global_mmlu_anatomy_ms_test.jsonl, " in told[2]
+    run_main(run_task, *flags, "cantonese")
+    assert capfd.readouterr().out == f"yue_mmlu: {benchmarks}/yue_benchmark/Yue-MMLU\n"
+    (benchmarks / "yue_benchmark/Yue-MMLU/arts.json").write_text("[{}]")
+    assert "arts.json, item 0: expected strings" in fails(run_task, *flags, "cantonese")
+    assert not (tmp_path / "none").exists()
 
 
 def test_damaged_files_are_no_absent_ones(models, benchmarks, tmp_path, fails):

@@ -166,6 +166,20 @@ def test_predictions_scores_and_resuming(models, data, tmp_path, monkeypatch, ca
         assert "items/s" in caplog.text
 
 
+def test_predictions_that_are_asked_for_elsewhere_are_written(models, data, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    run_main(predict, *flags(models, data, out))
+    before = (out / "yue_mmlu.json").read_bytes()
+    run_main(predict, *flags(models, data, out), "--predictions_dir", other)
+    written = {path.name: path.read_bytes() for path in (other / "m").glob("cmmlu*.json")}
+    assert written and written.items() <= contents(out).items()
+    assert (out / "yue_mmlu.json").read_bytes() == before  # the score was there already
+    # The scorer finds them in the output folder as well as in a folder of predictions.
+    for folder in (out, other):
+        run_main(evaluate, "--predictions_dir", folder, "--output_dir", tmp_path / f"scored-{folder.name}")
+    assert len({(tmp_path / f"scored-{name}/cmmlu_yue_results.json").read_bytes() for name in ("out", "other")}) == 1
+
+
 def test_limit_asks_fewer_with_examples_of_the_whole_file(models, data, tmp_path):
     run_main(predict, *flags(models, data, tmp_path / "out", "--shots", 5, "--limit", 1))
     items = json.loads(contents(tmp_path / "out")["cmmlu-yue-logical-5shot.json"])

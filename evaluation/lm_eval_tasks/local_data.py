@@ -5,29 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.runs import UserError
-
-log = logging.getLogger(__name__)
+from evaluation.yue_mmlu import NAMES, read_questions
 
 Row = dict[str, Any]
 # Split (or another role: labels, english) -> its files.
 Files = Mapping[str, Sequence[Path]]
 LETTERS = "ABCD"
-# What Yue-Benchmark calls the subjects in its prompts.
-YUE_TOPICS = {
-    "arts": "藝術學", "chinese_civil_service_exam": "中國公務員考試", "chinese_literature": "中國文學",
-    "college_medicine": "大學醫學", "economics": "經濟學", "education": "教育學", "electrical_engineering": "電氣工程",
-    "ethnology": "民族學", "high_school_geography": "高中地理", "journalism": "新聞學", "logical": "邏輯學",
-    "machine_learning": "機器學習", "management": "管理學", "marketing": "市場營銷", "marxist_theory": "馬克思主義理論",
-    "philosophy": "哲學", "professional_psychology": "專業心理學", "security_study": "安全研究", "sociology": "社會學",
-    "sports_science": "體育學", "world_history": "世界歷史", "world_religions": "世界宗教",
-}  # fmt: skip
 
 
 def json_lines(path: Path) -> list[Any]:
@@ -271,24 +260,12 @@ def mgsm(files: Files) -> dict[str, list[Row]]:
 
 
 def yue_mmlu(files: Files) -> dict[str, list[Row]]:
-    """CMMLU's columns, and the subject. An item that lacks an option (one does, upstream) is left out, and says so."""
-    found = []
-    for path in files["test"]:
-        subject = path.stem
-
-        def one(row: Row, subject: str = subject) -> Row:
-            question = texts(row, ["question"])["question"]
-            return {"Question": question, **texts(row, LETTERS), "Answer": LETTERS[choice(row["answer"])],
-                    "subject": subject, "topic": YUE_TOPICS.get(subject, subject)}  # fmt: skip
-
-        rows = json_value(path)
-        if not isinstance(rows, list):
-            raise UserError(f"{path} holds no list; expected question, A, B, C, D, answer of every item")
-        complete = [row for row in rows if not isinstance(row, dict) or len(set(LETTERS) - set(row)) != 1]
-        if len(complete) < len(rows):
-            log.warning("%s: %d items lack an option and are left out", path, len(rows) - len(complete))
-        found += convert(path, complete, one, "question, A, B, C, D, answer letter")
-    return {"test": found}
+    """CMMLU's columns, and the subject."""
+    return {"test": [
+        {"Question": one.text, **dict(zip(LETTERS, one.options, strict=True)), "Answer": one.answer,
+         "subject": path.stem, "topic": NAMES.get(path.stem, path.stem)}
+        for path in files["test"] for one in read_questions(path).values()
+    ]}  # fmt: skip
 
 
 READERS: dict[str, Callable[[Files], dict[str, list[Row]]]] = {

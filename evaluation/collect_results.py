@@ -32,35 +32,36 @@ def main(argv: list[str]) -> None:
     setup_logging()
     parser = Parser(__doc__ or "")
     parser.add_argument("--results-dir", type=Path, default=Path("runs"), help="holds the runs (default runs)")
-    parser.add_argument("--tasks", nargs="+", help="only these (default: every task that has a run)")
+    parser.add_argument("--tasks", nargs="+", help="print only these (default: every task that has a run)")
     parser.add_argument("--output-dir", type=Path, help="default RESULTS_DIR/tables")
     given = parser.parse(argv)
     results, wanted = given["results_dir"], given["tasks"]
-    runs = find_runs(results, wanted)
+    runs = find_runs(results)
+    if lost := sorted(set(wanted or ()) - runs.keys()):
+        raise UserError(f"{results} has no run of {', '.join(lost)}; run scripts/run_train_final.sh")
     folder = given["output_dir"] or results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    told = []
-    for task, names in runs.items():
+    told = {}
+    for task, names in runs.items():  # all, whichever are asked for: all.md holds no section of an earlier state
         collected = collect(task, {name: results / name for name in names}, results / task)
         write_json(folder / f"{task}.json", collected)
-        told.append(markdown(collected))
-        write_text(folder / f"{task}.md", told[-1])
-    others = [path for path in sorted(folder.glob("*.md")) if path.name != "all.md"]
-    write_text(folder / "all.md", "\n".join(path.read_text("utf-8") for path in others))
-    print("\n".join(told))
+        told[task] = markdown(collected)
+        write_text(folder / f"{task}.md", told[task])
+    write_text(folder / "all.md", "\n".join(told.values()))
+    print("\n".join(told[task] for task in wanted or runs))
 
 
-def find_runs(results: Path, wanted: Sequence[str] | None) -> dict[str, list[str]]:
+def find_runs(results: Path) -> dict[str, list[str]]:
     """Task -> names of its run folders: `malay`, `malay-regression`, ... Raises UserError when there is none."""
     tasks = [file.stem for file in sorted(EXPERIMENTS.glob("*.yaml"))]
     runs: dict[str, list[str]] = {}
     for place in sorted(results.glob("*/")):
         task = place.name.split("-")[0]
         # A folder without a fused model holds the base's scores for the runs beside it.
-        if (place / "fused" / MANIFEST).is_file() and task in tasks and (not wanted or task in wanted):
+        if (place / "fused" / MANIFEST).is_file() and task in tasks:
             runs.setdefault(task, []).append(place.name)
     if not runs:
-        raise UserError(f"{results} has no run of {', '.join(wanted or ['any task'])}; run scripts/run_train_final.sh")
+        raise UserError(f"{results} has no run of any task; run scripts/run_train_final.sh")
     return runs
 
 
@@ -104,7 +105,7 @@ def held_out_is_current(place: Path, record: Mapping[str, Any]) -> bool:
         return False
     made_from = record.get("made_from", {})
     trained = {f"{arm}/{path.parent.name}": path for arm, folder in TRAINED.items()
-               for path in (place / "adapted" / folder).glob(f"seed*/{MANIFEST}")}  # fmt: skip
+               for path in (place / "adapted" / folder).glob(f"seed*[0-9]/{MANIFEST}")}  # fmt: skip
     return {arm for arm in made_from if "/" in arm} == trained.keys() and all(
         made_from[arm] == digest_of(read_json(path)) for arm, path in trained.items())  # fmt: skip
 
@@ -113,6 +114,12 @@ def fingerprint(folder: Path) -> str | None:
     """Of what is in a folder of ours now; None where there is nothing."""
     path = folder / MANIFEST
     return read_json(path).get("fingerprint") if path.is_file() else None
+
+
+def started_from(training: Path) -> str | None:
+    """Fingerprint of the fused checkpoint that a training was made by."""
+    path = training / MANIFEST
+    return read_json(path).get("inputs", {}).get("made_by") if path.is_file() else None
 
 
 def models(place: Path) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
     folder = place / "benchmarks" / kind / arm
     if arm == "base" and not folder.is_dir():
         folder = shared / "benchmarks" / kind / arm
-    files = sorted(folder.glob(f"seed*/{TASK_FILE}")) or sorted(folder.glob(TASK_FILE))
+    files = sorted(folder.glob(f"seed*[0-9]/{TASK_FILE}" if arm in TRAINED else TASK_FILE))
     out: dict[str, Any] = {}
     for file in files:
         record = read_json(file)
@@ -172,6 +179,9 @@ def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
                 if made != fingerprint(folder):
                     raise UserError(f"{name}: {folder} is not the model that was scored, it was made anew since or is "
                                     "gone; run evaluation/run_task.py again for it, or remove its scores")  # fmt: skip
+                if arm != "fused" and (start := started_from(folder)) != fingerprint(place / "fused"):
+                    raise UserError(f"{name}: {folder} was trained from another fused model ({start}); run stage 3 and "
+                                    "evaluation/run_task.py again for it, or remove its scores")  # fmt: skip
 
 
 def comparable(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,11 @@ def read_all(folder: Path) -> Answers:
         raise UserError(f"{folder} has no predictions; expected MODEL/cmmlu-yue-SUBJECT-Nshot.json in it")
     answers: Answers = {}
     for model, shots, subject, path in tqdm(sorted(found), desc="scoring", unit="file"):
-        answers.setdefault((model, shots), {})[subject] = read_answers(path)
+        subjects = answers.setdefault((model, shots), {})
+        if subject in subjects:
+            raise UserError(f"{path.name} of {model} is there twice, in {folder} and in its folder predictions; give "
+                            "one of the two")  # fmt: skip
+        subjects[subject] = read_answers(path)
     for (model, shots), subjects in answers.items():
         if missing := NAMES.keys() - subjects.keys():
             log.warning("%s, %d-shot: no predictions for %s", model, shots, ", ".join(sorted(missing)))

@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     decoding = Decoding(given["max_new_tokens"], given["temperature"], given["seed"], given["tokens_per_batch"])
     output: Path = given["output_dir"]
     data_dir = question_folder(given["data_dir"])
-    path = run(Evaluated.from_flags(given), data_dir, given["predictions_dir"] or output / "predictions", output,
-               given["limit"], given["shots"], decoding, given["name"])  # fmt: skip
+    path = run(Evaluated.from_flags(given), data_dir, output, given["limit"], given["shots"], decoding,
+               given["predictions_dir"], given["name"])  # fmt: skip
     record = read_json(path)
     parts = {**record["groups"], "overall": record["metrics"]}
     print("\n".join(f"{name:16}{100 * part['acc']['value']:7.2f} % of {part['acc']['n']}"
@@ -56,16 +56,17 @@ def main(argv: list[str]) -> None:
 
 
 def run(
-    evaluated: Evaluated, data_dir: Path, predictions_dir: Path, output_dir: Path, limit: int | None = None,
-    shots: int = 0, decoding: Decoding | None = None, name: str | None = None,
+    evaluated: Evaluated, data_dir: Path, output_dir: Path, limit: int | None = None, shots: int = 0,
+    decoding: Decoding | None = None, predictions_dir: Path | None = None, name: str | None = None,
 ) -> Path:  # fmt: skip
     """Ask, score, and write `<output_dir>/yue_mmlu.json` (metric `acc`, groups are the categories); returns its path.
 
     Args:
         data_dir: holds SUBJECT.json.
-        predictions_dir: answers go to the folder `name` in it (default: `model_name`).
         limit: the first so many questions of every subject; examples still come from the whole file.
         decoding: default greedy, 32 new tokens.
+        predictions_dir, name: answers go to `<predictions_dir>/<name>`; default `<output_dir>/predictions` and
+            `model_name`. Where one of them is given, the answers are made even if the score is there already.
     Raises:
         UserError: bad questions, a model without a chat template, predictions there that are not ours.
     """
@@ -75,9 +76,11 @@ def run(
     inputs = {"model": evaluated.identity, "template": template, "data": digest_of(asked), "limit": limit,
               "shots": shots, "decoding": decoding.inputs}  # fmt: skip
     path = output_dir / "yue_mmlu.json"
-    folder = predictions_dir / (name or model_name(evaluated))
-    generate(evaluated, asked, folder, shots, decoding, template)
-    if not finished(path, inputs):
+    done = finished(path, inputs)
+    folder = (predictions_dir or output_dir / "predictions") / (name or model_name(evaluated))
+    if not done or predictions_dir or name:
+        generate(evaluated, asked, folder, shots, decoding, template)
+    if not done:
         write_score(path, score(folder, asked, shots, decoding), inputs)
     return path
 

@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 import re
+import shutil
 import subprocess
 import threading
 import urllib.error
@@ -25,7 +26,7 @@ import torch
 import yaml
 
 from core.hub import HUB_TIMEOUT_S
-from core.runs import UserError, first_line
+from core.runs import UserError, digest_of, first_line
 from evaluation.lm_eval_tasks.local_data import READERS
 
 log = logging.getLogger(__name__)
@@ -96,16 +97,15 @@ HUB_FOLDERS = {
 
 @functools.cache
 def harness_version() -> str:
-    """Version of the harness that is imported; in a checkout (LM_EVAL_REPO) its commit, as the installed package's
-    number says nothing of it."""
+    """Version of the harness that is imported; in a checkout (LM_EVAL_REPO) its commit and a digest of what was
+    changed since, as the installed package's number says nothing of it."""
     import lm_eval
 
     folder = Path(lm_eval.__file__).resolve().parents[1]
-    if (folder / ".git").exists():
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            return f"commit {done.stdout.strip()}"
+    if (folder / ".git").exists() and shutil.which("git"):
+        commit, changes = (subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True).stdout
+                           for command in (["rev-parse", "HEAD"], ["diff", "HEAD"]))  # fmt: skip
+        return f"commit {commit.strip()}" + (f", changes {digest_of(changes)}" if changes else "")
     return importlib.metadata.version("lm_eval")
 
 

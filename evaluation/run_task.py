@@ -23,6 +23,7 @@ from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
 from evaluation.yue_mmlu import question_folder
 
 log = logging.getLogger("run_task")
+ABSENT, DAMAGED = "absent", "damaged"
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +37,12 @@ def main(argv: list[str]) -> None:
     given = parser.parse(argv)
     task, benchmarks, data_dir = given["task"], task_benchmarks(given["task"]), data_folder(given["data_dir"])
     if given["dry_run"]:
-        print("\n".join(f"{name}: {told}" for name, told in places(benchmarks, data_dir).items()))
+        told = places(benchmarks, data_dir)
+        print("\n".join(f"{name}: {where}" for name, where in told.items()))
+        if damaged := [name for name, where in told.items() if where.startswith(DAMAGED)]:
+            raise UserError(f"the files of {', '.join(damaged)} are damaged, see above")
+        if all(where.startswith(ABSENT) for where in told.values()):
+            raise UserError(f"no benchmark of {task} can be scored; the reasons are above")
         return
     evaluated = Evaluated.from_flags(given)
     place = given["model"].strip("/").replace("/", "-")
@@ -51,8 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def places(benchmarks: tuple[str, ...], data_dir: Path | None) -> dict[str, str]:
-    """Benchmark -> where its items come from. Files that are here are read, so that a damaged one is told (UserError)
-    before hours of training."""
+    """Benchmark -> where its items come from, or why it is absent or damaged: files that are here are read."""
     told: dict[str, str] = {}
     pending = list(benchmarks)
     while pending:
@@ -61,18 +66,22 @@ def places(benchmarks: tuple[str, ...], data_dir: Path | None) -> dict[str, str]
             try:
                 folder = FILES[name](data_dir)
             except UserError as error:
-                told[name] = f"absent: {error}"
+                told[name] = f"{ABSENT}: {error}"
                 pending = [*STAND_INS.get(name, ()), *pending]
                 continue
-            READERS_OF[name](folder)
-            told[name] = str(folder)
-        elif files := run_lm_eval.local_files(name, data_dir):
-            READERS[local_tasks()[name].rows](files)
-            told[name] = ", ".join(str(path) for paths in files.values() for path in paths[:1])
-        elif (local := local_tasks().get(name)) and local.include != name:
-            told[name] = f"absent: {run_lm_eval.absent(name, data_dir)}"
-        else:
-            told[name] = "the hub, or its cache"
+        try:
+            if name in FILES:
+                READERS_OF[name](folder)
+                told[name] = str(folder)
+            elif files := run_lm_eval.local_files(name, data_dir):
+                READERS[local_tasks()[name].rows](files)
+                told[name] = ", ".join(str(path) for paths in files.values() for path in paths[:1])
+            elif (local := local_tasks().get(name)) and local.include != name:
+                told[name] = f"{ABSENT}: {run_lm_eval.absent(name, data_dir)}"
+            else:
+                told[name] = "the hub, or its cache"
+        except UserError as error:
+            told[name] = f"{DAMAGED}: {error}"
     return told
 
 
@@ -122,7 +131,7 @@ def run_benchmarks(
         if name == "malay_mmlu":
             path = run_malay_mmlu.run(evaluated, files, folder, limit, tokens_per_batch=tokens_per_batch)
         else:
-            path = generate_cmmlu_predictions.run(evaluated, files, folder / "predictions", folder, limit,
+            path = generate_cmmlu_predictions.run(evaluated, files, folder, limit,
                                                   decoding=Decoding(tokens_per_batch=tokens_per_batch))  # fmt: skip
         found[name] = {"file": path.name}
     done = run_lm_eval.run(evaluated, harness, folder, data_dir, limit, tokens_per_batch) if harness else {}

@@ -9,6 +9,6 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck -x scripts/*.sh .ci/run
-# Two files at a time, each on one thread, the longest one first.
-(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_six_tasks.py tests
+# Two files at a time, each on one thread, in the order of tests/conftest.py.
+(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder
 OMP_NUM_THREADS=1 python -m pytest "$@"

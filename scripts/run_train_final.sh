@@ -46,7 +46,7 @@ run() { # a stage's command
     "${command[@]}"
   else
     printf ' %s\n' "$(printf ' %q' "${command[@]}")"
-    [[ $1 != run_activs_and_hot.py && $* != */base\ * ]] || python "$@" --dry-run || wrong=$?
+    [[ $1 != run_activs_and_hot.py && $* != evaluation/run_task.py*"/base --model "* ]] || python "$@" --dry-run || wrong=$?
   fi
 }
 
@@ -57,7 +57,7 @@ task() { # $1: name of an experiment; false at the first command that fails
   texts=("${cut[@]}" ${MAX_SAMPLES:+--calibration-samples "$MAX_SAMPLES"})
   [[ -f $config ]] || { echo "error: there is no $config" >&2 && return 2; }
   [[ -z ${DATA_DIR:-} ]] || data=(--data-file "$DATA_DIR/$name$([[ ! -e $DATA_DIR/$name.jsonl && -e $DATA_DIR/$name ]] || echo .jsonl)")
-  local plans=$place # the strength, and the maps on the same rows, share one folder
+  local plans=$place # strengths, and maps on the same rows, share one folder, one after the other
   [[ ${SUFFIX:-} != -alpha* ]] || plans=$RESULTS/$name
   [[ $FEATURE_MAP == coupling ]] || place+=-$FEATURE_MAP
   if [[ $FEATURE_MAP == regression ]]; then

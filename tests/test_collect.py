@@ -144,11 +144,15 @@ def test_trainings_made_anew_or_gone_since_they_were_scored_are_told(results):
     folder = results / "malay/adapted/hot/seed1"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"fingerprint": "now"}')
+    (results / "malay/adapted/hot/seed1-untrained").mkdir()  # what --save-untrained-folded writes is no training
+    (results / "malay/adapted/hot/seed1-untrained/manifest.json").write_text("{}")
     assert f"{folder} is not the model that was scored" in told_of_malay(results)
     path = results / "malay/benchmarks/malay/fused_adapted/seed1/malay_mmlu.json"
     path.write_text(path.read_text().replace('"weights": "w"', '"weights": "w", "made": "now"'))
     run_main(collect_results, "--results-dir", results)
     assert "fused_adapted" in (results / "tables/malay.md").read_text()
+    (folder / "manifest.json").write_text('{"fingerprint": "now", "inputs": {"made_by": "an earlier one"}}')
+    assert f"{folder} was trained from another fused model (an earlier one)" in told_of_malay(results)
     shutil.rmtree(folder)
     assert f"{folder} is not the model that was scored" in told_of_malay(results)
 
@@ -159,6 +163,8 @@ def test_losses_of_earlier_models_are_told_in_their_place(results):
     manifest = {"fingerprint": "f"}
     (results / "malay/adapted/hot/seed0").mkdir(parents=True)
     (results / "malay/adapted/hot/seed0/manifest.json").write_text(json.dumps(manifest))
+    (results / "malay/adapted/hot/seed0-untrained").mkdir()
+    (results / "malay/adapted/hot/seed0-untrained/manifest.json").write_text("{}")
     current = {**whole, "inputs": {"fused": None}, "made_from": {"fused_adapted/seed0": digest_of(manifest)}}
     for record, shown in ((current, True), ({**current, "inputs": {"fused": "old"}}, False),
                           ({**current, "made_from": {"fused_adapted/seed0": "old"}}, False),
@@ -171,13 +177,17 @@ def test_losses_of_earlier_models_are_told_in_their_place(results):
         assert (told in (results / "tables/malay.md").read_text()) == (not shown)
 
 
-def test_a_benchmark_that_one_arm_lacks_is_named(results):
+def test_a_benchmark_that_one_arm_lacks_is_named(results, capsys):
     put(results / "malay/benchmarks/malay/fused", "malay", {"malay_mmlu": "no network"})
     run_main(collect_results, "--results-dir", results, "--tasks", "malay")
     assert "Absent: malay_mmlu (fused): no network" in (results / "tables/malay.md").read_text()
-    (results / "tables/thai.md").write_text("## thai\n")  # of an earlier call: it stays beside
+    shutil.copytree(results / "malay", results / "thai")
+    (results / "tables/medical.md").write_text("## medical\n")  # of a run that is gone
+    capsys.readouterr()
     run_main(collect_results, "--results-dir", results, "--tasks", "malay")
-    assert "## thai" in (results / "tables/all.md").read_text()
+    assert "## thai" not in capsys.readouterr().out
+    for task, there in (("malay", True), ("thai", True), ("medical", False)):
+        assert (f"## {task}\n" in (results / "tables/all.md").read_text()) == there
 
 
 def test_a_benchmark_that_one_seed_lacks_has_no_mean(results):

@@ -89,16 +89,26 @@ def test_what_an_answer_depends_on_is_in_the_identity(models, tmp_path):
     assert seen[0] != seen[1] != seen[2] and identity() == seen[2]
 
 
-def test_dry_run_says_where_the_items_are(benchmarks, tmp_path, fails, capfd):
+def test_dry_run_says_where_the_items_are(benchmarks, tmp_path, capsys):
     flags = ("--model", "nowhere", "--output-dir", tmp_path / "none", "--data-dir", benchmarks, "--dry-run", "--task")
     run_main(run_task, *flags, "malay")
-    told = capfd.readouterr().out.splitlines()
+    told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("malay_mmlu: absent: ") and told[1].startswith("belebele_zsm_Latn: ")
     assert f"global_mmlu_full_ms_anatomy: {benchmarks}/global_mmlu/ms/global_mmlu_anatomy_ms_test.jsonl, " in told[2]
     run_main(run_task, *flags, "cantonese")
-    assert capfd.readouterr().out == f"yue_mmlu: {benchmarks}/yue_benchmark/Yue-MMLU\n"
+    assert capsys.readouterr().out == f"yue_mmlu: {benchmarks}/yue_benchmark/Yue-MMLU\n"
     (benchmarks / "yue_benchmark/Yue-MMLU/arts.json").write_text("[{}]")
-    assert "arts.json, item 0: expected strings" in fails(run_task, *flags, "cantonese")
+    with pytest.raises(UserError, match="the files of yue_mmlu are damaged"):
+        run_main(run_task, *flags, "cantonese")
+    (benchmarks / "xcopa/th/val.th.jsonl").write_text("{")
+    (benchmarks / "mgsm/exemplars_th_en.json").unlink()
+    with pytest.raises(UserError, match="the files of mgsm_native_cot_th, xcopa_th are damaged"):
+        run_main(run_task, *flags, "thai")
+    with pytest.raises(UserError, match="no benchmark of cantonese can be scored"):
+        run_main(run_task, *flags[:4], "--data-dir", tmp_path, "--dry-run", "--task", "cantonese")
+    told = capsys.readouterr().out
+    assert "damaged: " in told and "arts.json, item 0: expected strings" in told
+    assert "val.th.jsonl, line 1 is not valid JSON" in told and "exemplars_th_en.json is missing" in told
     assert not (tmp_path / "none").exists()
 
 

@@ -198,7 +198,7 @@ def test_dry_run_prints_the_papers_settings_of_every_task(environment, tmp_path)
             assert word not in "".join(commands)
 
 
-def test_dry_run_names_all_that_is_missing_and_takes_paths_from_where_it_is_started(environment, tmp_path):
+def test_dry_run_goes_on_after_what_is_missing_and_takes_paths_from_where_it_is_started(environment, tmp_path):
     (tmp_path / "mine").mkdir()
     own = environment | {"DRY_RUN": "1", "TASKS": "thai", "TARGET_MODEL": "no/model", "DATA_DIR": "mine",
                          "BENCHMARK_DATA": "typo", "TRANSPORT_RESULTS_ROOT": "r"}  # fmt: skip
@@ -206,7 +206,7 @@ def test_dry_run_names_all_that_is_missing_and_takes_paths_from_where_it_is_star
                           text=True, env=own)  # fmt: skip
     assert done.returncode == 1 and f"{tmp_path}/typo does not exist" in done.stderr
     assert "no/model is neither a folder" in done.stderr  # a model that is no path is an id
-    assert done.stdout.count("\n  python ") == 9 and f"--data-file {tmp_path}/mine/thai.jsonl" in done.stdout
+    assert done.stdout.count("\n  python ") == 10 and f"--data-file {tmp_path}/mine/thai.jsonl" in done.stdout
 
 
 def test_dry_run_prints_settings_and_commands_and_runs_nothing(environment, benchmark_data, tmp_path):
@@ -227,10 +227,11 @@ def test_dry_run_reads_the_benchmark_files(environment, tmp_path):
     (tmp_path / "xcopa/th").mkdir(parents=True)
     (tmp_path / "xcopa/th/test.th.jsonl").write_text("{")
     done = script(environment, tmp_path / "r", TASKS="thai", DRY_RUN="1", STEPS="eval", BENCHMARK_DATA=str(tmp_path))
-    assert done.returncode == 1 and "val.th.jsonl is missing" in done.stderr
+    assert done.returncode == 1 and "val.th.jsonl is missing" in done.stdout
     (tmp_path / "xcopa/th/val.th.jsonl").write_text("{")
     done = script(environment, tmp_path / "r", TASKS="thai", DRY_RUN="1", STEPS="eval", BENCHMARK_DATA=str(tmp_path))
-    assert done.returncode == 1 and "test.th.jsonl, line 1 is not valid JSON" in done.stderr
+    assert done.returncode == 1 and "test.th.jsonl, line 1 is not valid JSON" in done.stdout
+    assert "files of xcopa_th are damaged" in done.stderr
 
 
 def test_the_script_is_short():

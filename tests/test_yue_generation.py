@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -166,7 +167,7 @@ def test_predictions_scores_and_resuming(models, data, tmp_path, monkeypatch, ca
         assert "items/s" in caplog.text
 
 
-def test_predictions_that_are_asked_for_elsewhere_are_written(models, data, tmp_path):
+def test_predictions_that_are_asked_for_elsewhere_are_written(models, data, tmp_path, fails):
     out, other = tmp_path / "out", tmp_path / "other"
     run_main(predict, *flags(models, data, out))
     before = (out / "yue_mmlu.json").read_bytes()
@@ -174,10 +175,16 @@ def test_predictions_that_are_asked_for_elsewhere_are_written(models, data, tmp_
     written = {path.name: path.read_bytes() for path in (other / "m").glob("cmmlu*.json")}
     assert written and written.items() <= contents(out).items()
     assert (out / "yue_mmlu.json").read_bytes() == before  # the score was there already
+    shutil.rmtree(out / "predictions")
+    run_main(predict, *flags(models, data, out)[:-4], "--max_new_tokens", 4)  # the score is there
+    assert not (out / "predictions").exists()
+    shutil.copytree(other, out / "predictions")
     # The scorer finds them in the output folder as well as in a folder of predictions.
     for folder in (out, other):
         run_main(evaluate, "--predictions_dir", folder, "--output_dir", tmp_path / f"scored-{folder.name}")
     assert len({(tmp_path / f"scored-{name}/cmmlu_yue_results.json").read_bytes() for name in ("out", "other")}) == 1
+    shutil.copytree(other / "m", out / "m")
+    assert "of m is there twice" in fails(evaluate, "--predictions_dir", out, "--output_dir", tmp_path / "s")
 
 
 def test_limit_asks_fewer_with_examples_of_the_whole_file(models, data, tmp_path):

@@ -177,15 +177,15 @@ def test_losses_of_earlier_models_are_told_in_their_place(results):
         assert (told in (results / "tables/malay.md").read_text()) == (not shown)
 
 
-def test_a_benchmark_that_one_arm_lacks_is_named(results, capsys):
+def test_a_benchmark_that_one_arm_lacks_is_named(results, capsys, caplog):
     put(results / "malay/benchmarks/malay/fused", "malay", {"malay_mmlu": "no network"})
     run_main(collect_results, "--results-dir", results, "--tasks", "malay")
     assert "Absent: malay_mmlu (fused): no network" in (results / "tables/malay.md").read_text()
     shutil.copytree(results / "malay", results / "thai")
     (results / "tables/medical.md").write_text("## medical\n")  # of a run that is gone
     capsys.readouterr()
-    run_main(collect_results, "--results-dir", results, "--tasks", "malay")
-    assert "## thai" not in capsys.readouterr().out
+    run_main(collect_results, "--results-dir", results, "--tasks", "malay", "indonesian")
+    assert "## thai" not in capsys.readouterr().out and "has no run of indonesian" in caplog.text
     for task, there in (("malay", True), ("thai", True), ("medical", False)):
         assert (f"## {task}\n" in (results / "tables/all.md").read_text()) == there
 

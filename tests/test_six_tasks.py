@@ -137,14 +137,14 @@ def test_a_run_killed_anywhere_ends_with_the_same_tables(environment, whole, tmp
 
 
 def test_a_failed_task_does_not_stop_the_others(environment, tmp_path):
-    done = script(environment, tmp_path, TASKS="nothing thai", STEPS="plans", FEATURE_MAP="regression")
+    """Nor hide their tables."""
+    done = script(environment, tmp_path, TASKS="nothing thai", STEPS="plans fuse eval", FEATURE_MAP="regression")
     assert done.returncode == 1 and done.stderr.count("failed: ") == 1
     assert "failed: nothing (exit code 2" in done.stderr
     assert "there is no scripts/experiments/nothing.yaml" in done.stderr
-    assert json.loads((tmp_path / "thai-regression/plans/manifest.json").read_text())["status"] == "complete"
-    lost = script(environment, tmp_path, TASKS="thai", STEPS="plans", DATA_DIR=str(tmp_path))
+    assert "| fused |" in (tmp_path / "tables/thai.md").read_text()
+    lost = script(environment, tmp_path, TASKS="thai", STEPS="plans", DATA_DIR=str(tmp_path / "tables"))
     assert lost.returncode == 1 and "thai.jsonl does not exist" in lost.stderr
-    done = script(environment, tmp_path, TASKS="thai", STEPS="fuse", FEATURE_MAP="regression")
     made = json.loads((tmp_path / "thai-regression/fused/manifest.json").read_text())["inputs"]["settings"]
     assert (made["feature_map"], made["top_k"], made["alpha"]) == ("regression", 0, 0.1)
 

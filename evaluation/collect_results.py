@@ -17,15 +17,13 @@ import yaml
 from core.command import Parser
 from core.runs import MANIFEST, UserError, digest_of, read_json, run_command, setup_logging, write_json, write_text
 from evaluation.significance import normalised, paired
-from evaluation.tasks import EXPERIMENTS, TASK_FILE
+from evaluation.tasks import EXPERIMENTS, TASK_FILE, TRAINED
 
 log = logging.getLogger("collect")
 PAPER = Path(__file__).with_name("paper_results.json")
 PAPER_COLUMNS = ("base", "fused", "fused + adapted")
 # In the order of the columns; `no_hot` and `distill` are controls that the paper's tables do not have.
 ARMS = ("base", "fused", "no_hot", "distill", "fused_adapted")
-# Arm -> folder of its trainings, below `adapted`.
-TRAINED = {"no_hot": "no_hot", "distill": "distill", "fused_adapted": "hot"}
 
 
 def main(argv: list[str]) -> None:
@@ -104,25 +102,19 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
 
 def held_out_is_current(place: Path, record: Mapping[str, Any]) -> bool:
     """Whether the losses on held-out texts are those of the models that are there now."""
-    if record.get("inputs", {}).get("fused") != fingerprint(place / "fused"):
+    if record.get("inputs", {}).get("fused") != manifest(place / "fused").get("fingerprint"):
         return False
     made_from = record.get("made_from", {})
     trained = {f"{arm}/{path.parent.name}": path for arm, folder in TRAINED.items()
-               for path in (place / "adapted" / folder).glob(f"seed*[0-9]/{MANIFEST}")}  # fmt: skip
+               for path in (place / folder).glob(f"seed*[0-9]/{MANIFEST}")}  # fmt: skip
     return {arm for arm in made_from if "/" in arm} == trained.keys() and all(
         made_from[arm] == digest_of(read_json(path)) for arm, path in trained.items())  # fmt: skip
 
 
-def fingerprint(folder: Path) -> str | None:
-    """Of what is in a folder of ours now; None where there is nothing."""
+def manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of what is in a folder of ours now; empty where there is nothing."""
     path = folder / MANIFEST
-    return read_json(path).get("fingerprint") if path.is_file() else None
-
-
-def started_from(training: Path) -> str | None:
-    """Fingerprint of the fused checkpoint that a training was made by."""
-    path = training / MANIFEST
-    return read_json(path).get("inputs", {}).get("made_by") if path.is_file() else None
+    return read_json(path) if path.is_file() else {}
 
 
 def models(place: Path) -> dict[str, Any]:
@@ -169,7 +161,8 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
 
 def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse (UserError) scores of a base that is not the run's target, or of models that were made anew since."""
-    target = read_json(place / "fused" / MANIFEST).get("inputs", {}).get("target", {})
+    fused = manifest(place / "fused")
+    target = fused.get("inputs", {}).get("target", {})
     for arm, scores in arms.items():
         for name, result in scores.items():
             model = result.get("model", {})
@@ -178,11 +171,13 @@ def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
                 raise UserError(f"{name}: the base that was scored is not the target of {place}; run "
                                 "evaluation/run_task.py again for the base")  # fmt: skip
             for run, made in result.get("made", {}).items() if arm != "base" else ():
-                folder = place / "fused" if arm == "fused" else place / "adapted" / TRAINED[arm] / run
-                if made != fingerprint(folder):
+                folder = place / "fused" if arm == "fused" else place / TRAINED[arm] / run
+                found = manifest(folder)
+                if made != found.get("fingerprint"):
                     raise UserError(f"{name}: {folder} is not the model that was scored, it was made anew since or is "
                                     "gone; run evaluation/run_task.py again for it, or remove its scores")  # fmt: skip
-                if arm != "fused" and (start := started_from(folder)) != fingerprint(place / "fused"):
+                start = found.get("inputs", {}).get("made_by")  # of a training: the fused checkpoint it began with
+                if arm != "fused" and start != fused.get("fingerprint"):
                     raise UserError(f"{name}: {folder} was trained from another fused model ({start}); run stage 3 and "
                                     "evaluation/run_task.py again for it, or remove its scores")  # fmt: skip
 

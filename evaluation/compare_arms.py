@@ -38,10 +38,9 @@ from core.runs import (
     write_json,
 )
 from core.sft import sft_example
+from evaluation.tasks import TRAINED
 
 log = logging.getLogger("compare")
-# Arm -> folder of its trainings, one below it per seed. Distillation may be missing, or all: then nothing is trained.
-TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
 
 
@@ -115,8 +114,8 @@ def main(argv: list[str]) -> None:
 
 
 def trained_arms(run: Path) -> dict[str, dict[Path, Manifest]]:
-    """Arm -> folder -> manifest of every training; the same seeds for all arms, which is what is compared. Empty when
-    nothing was trained.
+    """Arm -> folder -> manifest of every training; the same seeds for all arms, which is what is compared. Distillation
+    may be missing, or all: empty when nothing was trained.
 
     Raises:
         UserError: a training that is missing or not finished.

@@ -69,7 +69,7 @@ def answers(
     """
     chat_template(evaluated)
     tokenizer = evaluated.tokenizer
-    ids = [tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     model = evaluated.model
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and (long := sum(len(one) + decoding.max_new_tokens > window for one in ids)):
@@ -86,6 +86,11 @@ def answers(
                 out[n] = text
             advance(len(batch))
     return out
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens of `rendered`, whose template holds the special ones. Raises UserError as it does."""
+    return tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def rendered(tokenizer: Any, prompt: str) -> str:

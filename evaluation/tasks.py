@@ -9,6 +9,8 @@ from core.runs import UserError
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "scripts" / "experiments"
 TASK_FILE = "task.json"
+# Arm -> folder of its trainings in a run, one below it per seed.
+TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 # The paper's Figure 6.
 GENERAL = ("arc_easy", "commonsense_qa", "piqa", "social_iqa", "winogrande")
 _MALAY_SUBJECTS = ("anatomy", "business_ethics", "high_school_microeconomics", "medical_genetics",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -134,6 +135,9 @@ def test_a_run_killed_anywhere_ends_with_the_same_tables(environment, whole, tmp
     assert done.stderr.count("is finished already") >= 3  # what was done before the last kill
     for name in ("medical.json", "medical.md"):
         assert (results / "tables" / name).read_bytes() == (whole / "tables" / name).read_bytes()
+    shutil.rmtree(results / "medical/adapted/hot")  # what is missing is made again, and nothing else
+    again = script(environment, results, TASKS="medical", STEPS="train")
+    assert again.returncode == 0 and again.stderr.count("seed0 is finished already") == 1
 
 
 def test_a_failed_task_does_not_stop_the_others(environment, tmp_path):

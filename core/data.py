@@ -6,7 +6,7 @@ import json
 import logging
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class Row:
     """One text: its messages (role, content), or a single message without a role."""
 
     messages: tuple[tuple[str | None, str], ...]
+    # What the row belongs to (a topic, a document): rows of one group are never in two parts of the split, and groups
+    # are what statistics resample. Two rows with the same messages are the same row, whatever their groups.
+    group: str = field(default="", compare=False)
 
     @property
     def has_roles(self) -> bool:
@@ -88,8 +91,8 @@ def load_rows(
         empty += row is None
         if row is not None and row not in seen:
             seen.add(row)
-            group = record.get("group")
-            groups.setdefault(str(number if group is None else group), []).append(row)
+            group = str(number if record.get("group") is None else record["group"])
+            groups.setdefault(group, []).append(replace(row, group=group))
     if len(seen) + empty < len(rows):
         log.info("%s: %d duplicate rows left out", where, len(rows) - len(seen) - empty)
     if empty:

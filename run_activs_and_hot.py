@@ -23,7 +23,7 @@ from core.activations import Reading, extract, is_aside, read_aligned, read_text
 from core.attention import SIDES
 from core.checkpoints import Checkpoint
 from core.command import parse_command, save_resolved
-from core.data import Row, data_identity, load_rows
+from core.data import Row, divide
 from core.experiment import MIN_TEXTS, Experiment, open_pair
 from core.hot_transport import (
     compute_P,
@@ -46,6 +46,7 @@ from core.runs import (
     run_command,
     setup_logging,
 )
+from core.seen_rows import write_rows_read
 
 log = logging.getLogger("stage1")
 # Rows on which the reconstruction of X is measured.
@@ -76,8 +77,8 @@ def main(argv: list[str]) -> None:
     target, source = open_pair(experiment)
     check_output_folder(folder, target.folder, source.folder)
     preflight(target, source, folder, experiment, dry_run)
-    rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.split_seed,
-                     experiment.data_file, experiment.max_samples)  # fmt: skip
+    division = divide(experiment.data_spec)
+    rows = division.rows("calibration", experiment.calibration_samples)
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
     if dry_run:
@@ -87,9 +88,7 @@ def main(argv: list[str]) -> None:
         return
     readings, aside = read_both(target, source, rows, experiment)
     settings = {name: getattr(experiment, name) for name in SETTINGS}
-    data = data_identity(
-        rows, experiment.data_subset, experiment.data_file, experiment.split_seed, experiment.max_samples
-    )
+    data = division.identity(rows)
     state = process_state(experiment.device)
     inputs = {"target": target.identity, "source": source.identity, "data": data, "settings": settings}
     if state.is_main_process:
@@ -102,6 +101,7 @@ def main(argv: list[str]) -> None:
     else:
         if state.is_main_process:
             save_resolved(experiment, "1", folder)
+            write_rows_read(folder, {"calibration": rows})
         record_activations(folder, {"target": target, "source": source}, readings, aside, experiment, state)
         state.wait_for_everyone()
         make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment, state)

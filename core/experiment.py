@@ -13,7 +13,7 @@ import torch
 
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint
-from core.data import DATA_SUBSETS, MAX_SAMPLES
+from core.data import DATA_SUBSETS, MAX_SAMPLES, DataSpec
 from core.fusion import FEATURE_MAPS, RESIDUAL_FORMS, FusionSettings
 from core.hot_residual import FREEZE_STRATEGIES
 from core.hub import check_repo_id
@@ -52,6 +52,12 @@ class Experiment:
     )
     max_samples: int = option(MAX_SAMPLES, "13e", "at most so many rows of the data set are read, in a seeded order, "
                               "and divided into calibration, fine-tuning, validation and held-out parts")  # fmt: skip
+    group_column: str | None = option(
+        None,
+        "13e",
+        "column that says what a row belongs to, e.g. its document: no group is in two parts; default the column "
+        "group, and where there is none, what texts share",
+    )
     calibration_samples: int = option(2000, "1", "at most so many texts are read by both models")
     max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens")
     pooling: str = option("text", "1", "text: one mean per text (the paper); token: one row per aligned position",
@@ -144,6 +150,11 @@ class Experiment:
     def run_dir(self) -> Path:
         """Folder of this experiment's outputs."""
         return Path("runs") / self.name
+
+    @property
+    def data_spec(self) -> DataSpec:
+        """Which rows are read and how they are divided."""
+        return DataSpec(self.data_subset, self.data_file, self.split_seed, self.max_samples, self.group_column)
 
     @property
     def regularisation(self) -> float:

@@ -47,6 +47,7 @@ from core.runs import (
     write_json,
     write_text,
 )
+from core.seen_rows import write_rows_read
 
 __all__ = ["enable_hot_residual_for_model", "fuse_attention_only_from_hot_dir", "main"]
 
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> None:
             "dropped_biases": dropped, "projections": lines,
         })  # fmt: skip
         write_text(folder / CARD, fused_card(lineage, means, dropped))
+        write_rows_read(folder, {}, [plans.folder])
         manifest.finish(mean=means, dropped_biases=dropped, source_layers_used=used, source_layers=plans.shape[1],
                         data=made_from["data"], lineage=lineage, **provenance())  # fmt: skip
         log.info("%s is finished", folder)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint, write_folded
-from core.data import check_same_split
 from core.experiment import Experiment
 from core.fusion import Residual
 from core.hot_residual import (
@@ -97,7 +96,7 @@ def resolved(start: Start, experiment: Experiment) -> Experiment:
     """The experiment with what the start decides: the data of the plans where none are given, the dtype of `auto`.
 
     Raises:
-        UserError: another split of the data of the plans; an alpha at which nothing would train.
+        UserError: an alpha at which nothing would train.
     """
     if experiment.dtype == "auto":
         dtypes = {"BF16": "bfloat16", "F16": "float16"} if experiment.device != "cpu" else {}
@@ -118,8 +117,8 @@ def resolved(start: Start, experiment: Experiment) -> Experiment:
             data_file=data["file"],
             split_seed=data["split_seed"],
             max_samples=data["max_samples"],
+            group_column=data["group_column"],
         )
-    check_same_split(data, experiment.data_subset, experiment.data_file, experiment.split_seed, experiment.max_samples)
     return experiment
 
 

@@ -20,7 +20,7 @@ from core.attention import TOWERS
 from core.card import CARD, adapted_card, adapted_lineage
 from core.checkpoints import Checkpoint
 from core.command import parse_command, save_resolved
-from core.data import Row, data_identity, load_rows
+from core.data import Row, divide
 from core.experiment import Experiment
 from core.hot_residual import set_trainable
 from core.hub import push_folder
@@ -39,6 +39,7 @@ from core.runs import (
     write_safetensors,
     write_text,
 )
+from core.seen_rows import check_held_out, check_same_split, write_rows_read
 from core.sft import Example, sft_examples
 from core.start import Start, open_source, open_start, resolved, save_folded
 
@@ -70,15 +71,14 @@ def main(argv: list[str]) -> None:
     check_output_folder(folder, start.checkpoint.folder)
     source = open_source(start, experiment) if scenario == "distill" else None
     experiment = resolved(start, experiment)
-    rows, validation = (
-        load_rows(experiment.data_subset, part, count, experiment.split_seed, experiment.data_file,
-                  experiment.max_samples) if count else []
-        for part, count in (("sft", experiment.sft_samples), ("validation", experiment.validation_samples))
-    )  # fmt: skip
-    data, validation_data = (
-        data_identity(part, experiment.data_subset, experiment.data_file, experiment.split_seed, experiment.max_samples)
-        for part in (rows, validation)
-    )
+    division = divide(experiment.data_spec)
+    if start.made_by is not None:
+        check_same_split(start.made_by["data"], division.spec, division.revision)
+        check_held_out(division, [start.checkpoint.folder])
+    rows = division.rows("sft", experiment.sft_samples)
+    validation = division.rows("validation", experiment.validation_samples) if experiment.validation_samples else []
+    data, validation_data = division.identity(rows), division.identity(validation)
+    read = {"sft": rows, "validation": validation}
     state = process_state(experiment.device)
     settings = {name: getattr(experiment, name) for name in SETTINGS}
     settings["save_steps"] = experiment.save_steps if experiment.early_stop else None  # else resume points alone
@@ -104,8 +104,8 @@ def main(argv: list[str]) -> None:
         kept = sft_examples(validation, tokenizer, experiment.block_size)[0] if validation else []
         trials, chosen = search(start, examples, kept, teacher, folder, experiment, state)
         if state.is_main_process:
-            finish(start, folder, manifest, experiment, trials, chosen, {
-                "data": data, "counts": counts, "method": method, "settings": settings, "teacher": source})  # fmt: skip
+            told = {"data": data, "counts": counts, "method": method, "settings": settings, "teacher": source}
+            finish(start, folder, manifest, experiment, trials, chosen, told | {"read": read})
     if state.is_main_process:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         push_folder(folder, repository(experiment))
@@ -262,6 +262,7 @@ def finish(
         settings = {**settings, "chosen alpha": best["alpha"], "chosen learning rate": best["learning_rate"]}
         write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials,
                                       "chosen": chosen})  # fmt: skip
+    write_rows_read(folder, told["read"], [start.checkpoint.folder] if start.made_by else [])
     lineage = adapted_lineage(start.checkpoint, (start.made_by or {}).get("lineage"), hot, settings, told["teacher"])
     write_text(folder / CARD, adapted_card(lineage, told["data"], curve, told["counts"], told["method"]))
     losses = [point["loss"] for point in curve["train"]]

@@ -1,33 +1,74 @@
-"""General texts: the Python language reference that ships with CPython."""
+"""General texts: the Python language reference, and the docstrings of the standard library, as CPython ships them."""
 
+import ast
 import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 MIN_CHARACTERS = 200
+# Packages that are not documentation of Python, or that repeat it.
+LEFT_OUT = {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "turtledemo"}
+DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 
 
 def python_reference() -> list[dict[str, Any]]:
-    """Paragraphs of `pydoc_data.topics` (PSF licence) of at least 200 characters, duplicates out.
+    """Paragraphs of at least 200 characters, duplicates out, of `pydoc_data.topics` and of the docstrings of the
+    standard library's modules (PSF licence).
 
     Returns:
-        Rows {"text", "group"}. Topics that share a paragraph have one group, so that a split by group puts no topic,
-        and no paragraph of it, into two parts.
+        Rows {"text", "group"}. A group is a topic or a module. Those that share a paragraph have one group, so that a
+        split by group puts no topic, no module, and no paragraph of them, into two parts.
     Raises:
-        ModuleNotFoundError: a Python without `pydoc_data` (some distributions ship it as a package of its own).
+        ModuleNotFoundError: a Python without `pydoc_data` or the standard library's source files (some distributions
+            ship them as packages of their own).
     """
+    from scipy.cluster.hierarchy import DisjointSet
+
+    groups: DisjointSet = DisjointSet()
+    first: dict[str, str] = {}
+    for name, text in (*_topics(), *_docstrings()):
+        groups.add(name)
+        for paragraph in _paragraphs(text):
+            groups.merge(name, first.setdefault(paragraph, name))
+    return [{"text": text, "group": min(groups.subset(name))} for text, name in first.items()]
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    """(name, text) of every topic of the language reference."""
     from pydoc_data.topics import topics
 
-    group = {topic: topic for topic in topics}
-
-    def root(topic: str) -> str:
-        while group[topic] != topic:
-            topic = group[topic]
-        return topic
-
-    first: dict[str, str] = {}
     for topic in sorted(topics):
-        for paragraph in re.split(r"\n\s*\n", topics[topic]):
-            text = paragraph.strip()
-            if len(text) >= MIN_CHARACTERS:
-                group[root(topic)] = root(first.setdefault(text, topic))
-    return [{"text": text, "group": root(topic)} for text, topic in first.items()]
+        yield f"topic {topic}", topics[topic]
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    """(name, docstring) of every docstring of the standard library's modules and packages, read from their sources
+    (nothing is imported). Of a package its `__init__` counts: that is what it documents, and what lies deeper would
+    make a few packages as large as all modules together."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = {file.stem: file for file in folder.glob("*.py")}
+    files |= {file.parent.name: file for file in folder.glob("*/__init__.py")}
+    if "argparse" not in files:
+        raise ModuleNotFoundError(name=f"source files of the standard library in {folder}")
+    for module in sorted(files.keys() - LEFT_OUT):
+        source = files[module].read_text(encoding="utf-8")
+        # Parsing is what takes the time, and half of the files have no long docstring.
+        if any(_paragraphs(docstring) for docstring in DOCSTRING.findall(source)):
+            for docstring in _docstrings_in(ast.parse(source)):
+                yield f"module {module}", docstring
+
+
+def _docstrings_in(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """The docstring of a module, class or function, and of all classes and functions in it."""
+    if docstring := ast.get_docstring(node):
+        yield docstring
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings_in(child)
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The paragraphs that are long enough."""
+    return [p for paragraph in re.split(r"\n\s*\n", text) if len(p := paragraph.strip()) >= MIN_CHARACTERS]

@@ -1,5 +1,6 @@
 """The data sets of the paper's tasks and of general text, by name: where each is, and how its rows become messages."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -7,6 +8,7 @@ from typing import Any
 
 # Rows held while a stream is shuffled.
 SHUFFLE_BUFFER = 10_000
+COMMIT = re.compile("hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Source:
     """One data set on the hub.
 
     Attributes:
-        hub_id, config, split: as `datasets.load_dataset` takes them.
+        hub_id, config, split, revision: as `datasets.load_dataset` takes them. Where the revision, a commit of the
+            data set's repository, is None, the newest state is read.
         licence: as its page states it; None where this table does not know: see the page.
         streaming: too large to download; the first rows of a seeded shuffle buffer are read.
         columns: column of the data set -> role column of `core.data`, where the names differ.
@@ -24,6 +27,7 @@ class Source:
     hub_id: str
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
     licence: str | None = None
     streaming: bool = False
     columns: tuple[tuple[str, str], ...] = ()
@@ -36,6 +40,12 @@ def _wikitext(record: dict[str, Any]) -> dict[str, Any] | None:
     return None if not text or text.startswith("=") else {"text": text}
 
 
+def _c4(language: str) -> Source:
+    """One language of C4."""
+    revision = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+    return Source("allenai/c4", language, revision=revision, licence="odc-by", streaming=True)
+
+
 SOURCES = {
     "medical": Source("Shekswess/medical_llama3_instruct_dataset"),
     "finance": Source("Josephgflowers/Finance-Instruct-500k", streaming=True),
@@ -44,16 +54,22 @@ SOURCES = {
     "cantonese_wikipedia": Source("jed351/cantonese-wikipedia"),
     "indonesian": Source("izzulgod/indonesian-conversation"),
     "malay": Source("mesolitica/Malaysian-SFT", split="google_translate_camel_ai", streaming=True),
-    "gsm8k": Source("openai/gsm8k", "main", licence="mit"),
-    "wikitext": Source("Salesforce/wikitext", "wikitext-103-raw-v1", licence="cc-by-sa-3.0, gfdl", rows=_wikitext),
-    "alpaca": Source("tatsu-lab/alpaca", licence="cc-by-nc-4.0"),
-    **{f"c4_{language}": Source("allenai/c4", language, licence="odc-by", streaming=True)
-       for language in ("en", "id", "ms", "th", "zh")},
-}  # fmt: skip
+    "gsm8k": Source("openai/gsm8k", "main", revision="740312add88f781978c0658806c59bc2815b9866", licence="mit"),
+    "wikitext": Source(
+        "Salesforce/wikitext",
+        "wikitext-103-raw-v1",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        licence="cc-by-sa-3.0, gfdl",
+        rows=_wikitext,
+    ),
+    "alpaca": Source("tatsu-lab/alpaca", revision="dce01c9b08f87459cf36a430d809084718273017", licence="cc-by-nc-4.0"),
+    **{f"c4_{language}": _c4(language) for language in ("en", "id", "ms", "th", "zh")},
+}
 
 
-def read_source(name: str, limit: int, seed: int) -> list[dict[str, Any]]:
-    """At most `limit` rows of a data set in a seeded order, its columns renamed to those of `core.data`.
+def read_source(name: str, limit: int, seed: int) -> tuple[list[dict[str, Any]], str | None]:
+    """At most `limit` rows of a data set in a seeded order, its columns renamed to those of `core.data`; and the
+    revision that was read: the table's, else the one that `datasets` recorded, else None.
 
     Raises:
         OSError, ValueError, datasets' own errors: it cannot be had.
@@ -61,9 +77,17 @@ def read_source(name: str, limit: int, seed: int) -> list[dict[str, Any]]:
     import datasets
 
     source = SOURCES[name]
-    data = datasets.load_dataset(source.hub_id, source.config, split=source.split, streaming=source.streaming)
+    options = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
+    data = datasets.load_dataset(source.hub_id, source.config, **options)
     shuffled = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if source.streaming else data.shuffle(seed=seed)
-    return list(islice(_rows(shuffled, source), limit))
+    return list(islice(_rows(shuffled, source), limit)), source.revision or _resolved(data)
+
+
+def _resolved(data: Any) -> str | None:
+    """The commit in the addresses of the files that a data set was made of (hf://datasets/NAME@COMMIT/FILE)."""
+    addresses = data.info.download_checksums or {}
+    found = {match[1] for address in addresses if (match := COMMIT.match(address))}
+    return found.pop() if len(found) == 1 else None
 
 
 def _rows(records: Iterable[dict[str, Any]], source: Source) -> Iterable[dict[str, Any]]:

@@ -20,7 +20,7 @@ from core.card import add_results, results_section
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import parse_command
 from core.controls import CONTROLS, control_residual
-from core.data import check_same_split, data_identity, load_rows
+from core.data import DataSpec, divide
 from core.experiment import Experiment, open_pair
 from core.fusion import FusionSettings, Residual, Transport
 from core.heldout import text_nll, trained_tokens
@@ -37,6 +37,7 @@ from core.runs import (
     setup_logging,
     write_json,
 )
+from core.seen_rows import check_held_out, check_same_split
 from core.sft import sft_example
 from evaluation.tasks import TRAINED
 
@@ -60,12 +61,17 @@ def main(argv: list[str]) -> None:
     check_chain(run, plans, fused_manifest, adapted)
     target, source = open_pair(experiment)
     plans.check_models(target, source)
-    check_same_split(plans.manifest.inputs["data"], experiment.data_subset, experiment.data_file,
-                     experiment.split_seed, experiment.max_samples)  # fmt: skip
-    rows = load_rows(experiment.data_subset, "held_out", experiment.held_out_samples, experiment.split_seed,
-                     experiment.data_file, experiment.max_samples)  # fmt: skip
-    general = [] if experiment.general_file is None else load_rows(
-        "file", "held_out", experiment.held_out_samples, experiment.split_seed, experiment.general_file)  # fmt: skip
+    stages = [plans.folder, run / "fused", *(place for found in adapted.values() for place in found)]
+    division = divide(experiment.data_spec)
+    check_same_split(plans.manifest.inputs["data"], division.spec, division.revision)
+    check_held_out(division, stages)
+    rows = division.rows("held_out", experiment.held_out_samples)
+    general, general_data = [], None
+    if experiment.general_file is not None:
+        apart = divide(DataSpec("file", experiment.general_file, experiment.split_seed))
+        check_held_out(apart, stages)
+        general = apart.rows("held_out", experiment.held_out_samples)
+        general_data = apart.identity(general)
     tokenizer = target.load_tokenizer()
     sets = {name: [sft_example(row, tokenizer, experiment.max_tokens) for row in texts]
             for name, texts in (("held_out", rows), ("general", general)) if texts}  # fmt: skip
@@ -76,9 +82,8 @@ def main(argv: list[str]) -> None:
     log_to_file(command.log_file)
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
-        "data": data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed,
-                              experiment.max_samples),
-        "general": data_identity(general, "file", experiment.general_file, experiment.split_seed) if general else None,
+        "data": division.identity(rows),
+        "general": general_data,
         "settings": {name: getattr(experiment, name) for name in SETTINGS},
     }  # fmt: skip
     path = run / "results.json"
@@ -95,6 +100,7 @@ def main(argv: list[str]) -> None:
             if arm in made_from and before.get(arm) == made_from[arm]}  # fmt: skip
     # No figures until all of them are there: those of an earlier run would stand beside new losses.
     record = {"metric": record["metric"], "inputs": inputs, "made_from": made_from, "per_text": kept}
+    record["near_duplicates"] = division.near_duplicates
     settings = FusionSettings(**fused_manifest.inputs["settings"])
     missing = [arm for arm in made_from if arm not in record["per_text"]]
     for arm, sums in evaluate_arms(missing, folders, plans, target, source, settings, sets, experiment):

@@ -42,8 +42,7 @@ def main() -> None:
     experiment = Experiment(**load_experiment(arguments.config))
     experiment.check()
     target, source = open_pair(experiment)
-    rows = load_rows(experiment.data_subset, "calibration", experiment.calibration_samples, experiment.split_seed,
-                     experiment.data_file)  # fmt: skip
+    rows = load_rows(experiment.data_spec, "calibration", experiment.calibration_samples)
     readings, _ = read_both(target, source, rows, experiment)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; pooling {experiment.pooling}, "
           f"{experiment.tokens_per_batch} tokens per batch")  # fmt: skip

@@ -26,7 +26,8 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.command import Parser, load_experiment
-from core.data import HUB_IDS, MAX_SAMPLES, export_rows
+from core.data import HUB_IDS, DataSpec, export_rows
+from core.experiment import Experiment
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.locate import CARD_FILES, HUB_FILES, model_folder, models_root
 from core.runs import TEMPORARY, UserError, first_line, run_command, setup_logging
@@ -92,10 +93,9 @@ def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
         for role in ("target_model", "source_model"):
             name = keys[role]
             found.append(Asset("model", name, partial(_model_size, name), partial(_fetch_model, name)))
-        subset, rows = keys["data_subset"], keys.get("max_samples", MAX_SAMPLES)
-        path, seed = data_dir / f"{task}.jsonl", keys.get("split_seed", 0)
-        found.append(Asset("rows", f"{HUB_IDS[subset]} -> {path}", partial(_missing, path),
-                           partial(_fetch_rows, subset, path, rows, seed)))  # fmt: skip
+        spec, path = Experiment(**keys).data_spec, data_dir / f"{task}.jsonl"
+        name, fetch = f"{HUB_IDS[spec.subset]} -> {path}", partial(_fetch_rows, spec, path)
+        found.append(Asset("rows", name, partial(_missing, path), fetch))
     for name in list(names):
         if name in REPOSITORIES:
             names.remove(name)
@@ -160,9 +160,9 @@ def _fetch_data(name: str, config: str | None) -> None:
     datasets.load_dataset(name, config)
 
 
-def _fetch_rows(subset: str, path: Path, rows: int, seed: int) -> None:
+def _fetch_rows(spec: DataSpec, path: Path) -> None:
     if not path.is_file():
-        export_rows(subset, path, rows, seed)
+        export_rows(spec, path)
 
 
 def _clone(address: str, place: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import run_main
 from test_data import fake_hub
 
-from core.data import load_rows
+from core.data import DataSpec, divide
 from scripts import download_assets
 
 
@@ -46,8 +46,10 @@ def test_a_task_is_fetched_once_and_its_rows_divide_as_the_hubs(hub, tmp_path, c
     assert {"scb10x/llama3.2-typhoon2-1b-instruct", "li-lab/MMLU-ProX-Lite", "juletxara/mgsm", "facebook/belebele",
             "https://github.com/UMxYTL-AI-Labs/MalayMMLU"} <= set(names)  # fmt: skip
     kept = (tmp_path / "data/thai.jsonl").read_bytes()
-    local = [load_rows("file", part, 99, 0, str(tmp_path / "data/thai.jsonl")) for part in ("calibration", "held_out")]
-    assert local == [load_rows("thai", part, 99, 0) for part in ("calibration", "held_out")] and len(local[0]) == 20
+    local, there = (divide(DataSpec(*data)) for data in (("file", str(tmp_path / "data/thai.jsonl")), ("thai",)))
+    assert local.parts == there.parts and sum(map(len, local.parts.values())) == 40
+    groups = [{row: row.group for rows in found.parts.values() for row in rows} for found in (local, there)]
+    assert groups[0] == groups[1]
     hub.clear()
     run_main(download_assets, "--task", "thai", "malay", *flags)
     asked = [each[0] for each in hub if not isinstance(each, str)]

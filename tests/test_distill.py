@@ -12,7 +12,7 @@ from test_families import logits, stock
 
 from core import train_hot_residual_sft as stage3
 from core.checkpoints import open_checkpoint
-from core.data import Row, load_rows
+from core.data import DataSpec, Row, load_rows
 from core.distill import distillation_loss, read_answers, write_answers
 
 KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl": "qwen2vl", "llava": "tinyllava"}
@@ -51,7 +51,7 @@ def test_distillation_by_sequences_where_they_differ(fused, models, tmp_path):
     out = run(fused, tmp_path / "a", "--training-scenario", "distill")
     record = json.loads((out / "manifest.json").read_text())
     assert record["distillation"].startswith("sequence-level") and not (out / "hot_residual.safetensors").exists()
-    rows = load_rows("file", "sft", 8, 0, record["data"]["file"])
+    rows = load_rows(DataSpec("file", record["data"]["file"]), "sft", 8)
     lines = [json.loads(line) for line in (out / "source_answers.jsonl").read_text().splitlines()]
     answers = {n: a for line in lines for n, a in zip(line["rows"], line["answers"], strict=True)}
     assert sorted(answers) == list(range(8))

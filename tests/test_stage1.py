@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core.checkpoints import open_checkpoint
-from core.data import load_rows
+from core.data import DataSpec, load_rows
 from core.experiment import Experiment
 from core.plans import PlanDirectory, part_file, write_part
 from core.runs import TEMPORARY
@@ -175,7 +175,7 @@ def test_a_killed_reading_of_two_processes_continues(models, texts, tmp_path, mo
     pair = {name: open_checkpoint(str(models[name])) for name in ("target", "source")}
     experiment = Experiment(data_subset="file", data_file=str(texts), pooling="token", max_tokens=24,
                             tokens_per_batch=200)  # fmt: skip
-    rows = load_rows("file", "calibration", 2000, 0, str(texts))
+    rows = load_rows(DataSpec("file", str(texts)), "calibration", 2000)
     readings, aside = stage1.read_both(*pair.values(), rows, experiment)
     extract, read = stage1.extract, []
 

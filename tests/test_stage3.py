@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from core import train_hot_residual_sft as stage3
 from core.checkpoints import open_checkpoint
-from core.data import load_rows
+from core.data import DataSpec, load_rows
 from core.heldout import text_nll, trained_tokens
 from core.hot_residual import load_residuals
 from core.sft import sft_example
@@ -106,7 +106,7 @@ def test_curve_and_card_tell_the_run(fused, tmp_path):
     assert "147 tokens, 139 of them with loss" in card
     trained = json.loads((out / "manifest.json").read_text())
     start = open_checkpoint(str(fused))
-    texts = load_rows("file", "validation", 3, 0, trained["data"]["file"])
+    texts = load_rows(DataSpec("file", trained["data"]["file"]), "validation", 3)
     kept = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
     for n, folder in ((0, fused), (-1, out)):
         model = open_checkpoint(str(folder)).load_model("float32")
@@ -180,7 +180,8 @@ def test_early_stop_takes_the_best_validation(fused, tmp_path):
     best = min(losses[1:])
     assert losses.index(best) == len(losses) - 3 and curve["final_validation"] == best
     start = open_checkpoint(str(out))
-    texts = load_rows("file", "validation", 32, 0, json.loads((out / "manifest.json").read_text())["data"]["file"])
+    data = DataSpec("file", json.loads((out / "manifest.json").read_text())["data"]["file"])
+    texts = load_rows(data, "validation", 32)
     kept = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
     nll = sum(text_nll(start.load_model("float32"), kept, 64, "x")) / sum(trained_tokens(kept))
     assert nll == pytest.approx(best, abs=1e-5)

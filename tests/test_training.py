@@ -10,7 +10,7 @@ from test_families import fuse_pair, logits, make, stock
 
 from core import train_hot_residual_sft as stage3
 from core.checkpoints import open_checkpoint
-from core.data import load_rows
+from core.data import DataSpec, load_rows
 from core.heldout import text_nll, trained_tokens
 from core.hot_residual import HotResidualLinear
 from core.sft import sft_example
@@ -31,7 +31,8 @@ def check_validation(folder):
     """The folder, as stock transformers loads it, has the validation loss that the end of training reported."""
     record = json.loads((folder / "manifest.json").read_text())
     tokenizer = open_checkpoint(str(folder)).load_tokenizer()
-    texts = [sft_example(row, tokenizer, 2048) for row in load_rows("file", "validation", 4, 0, record["data"]["file"])]
+    rows = load_rows(DataSpec("file", record["data"]["file"]), "validation", 4)
+    texts = [sft_example(row, tokenizer, 2048) for row in rows]
     nll = sum(text_nll(stock(folder).float(), texts, 64, "x")) / sum(trained_tokens(texts))
     assert nll == pytest.approx(record["final_validation"], abs=2e-4)
 

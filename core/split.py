@@ -1,0 +1,171 @@
+"""The split: which rows belong together, which part each group has, and which rows are too alike to be held out."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from core.rows import Row, digest_of_text, normalised
+
+# What share of all groups each part gets, on average: a group's part follows from the split seed and its name alone.
+SHARES = {"calibration": 0.40, "sft": 0.25, "validation": 0.15, "held_out": 0.20}
+# A shorter passage may be a phrase that texts share by chance.
+PASSAGE_CHARACTERS = 200
+# What more rows than this share is a prompt or a template and says nothing about what a row belongs to: a share of all
+# rows, but never fewer than the second number, so that a small file has groups too.
+SHARED_BY, SHARED_BY_AT_LEAST = 0.02, 10
+# Rows whose sets of word sequences have at least this Jaccard similarity are near duplicates.
+SIMILARITY = 0.8
+SHINGLE_WORDS = 5
+PERMUTATIONS = 128
+# (bands, rows of a band) of the MinHash index: it misses a pair of similarity 0.8 once in 20,000 times.
+BANDS = (25, 5)
+# A word; in scripts that put no space between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese), a character.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
+
+def group_names(rows: Sequence[Row], given: Sequence[str | None]) -> list[str]:
+    """The group of each row: the one given, else one that it shares with every row that has a question, a passage or
+    a whole text in common with it, directly or through other rows.
+
+    A found group is named after the smallest of these values, passages first, because a row that is added to the data
+    later and shares the passage then rarely changes the name, and with it the part.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    values = [set() if name is not None else _values(row) for row, name in zip(rows, given, strict=True)]
+    too_many = _too_many(len(rows))
+    counts = Counter(value for found in values for value in found)
+    numbers: dict[str, int] = {}
+    pairs = []
+    for number, found in enumerate(values):
+        found -= {value for value in found if counts[value] > too_many}
+        pairs += [(number, numbers.setdefault(value, len(numbers))) for value in sorted(found)]
+    # Rows and values are the nodes of one graph, with an edge from each row to each of its values.
+    size = len(rows) + len(numbers)
+    ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(ends)), (ends[:, 0], len(rows) + ends[:, 1])), shape=(size, size))
+    components = connected_components(graph, directed=False)[1]
+    names: dict[int, str] = {}
+    for number, row in enumerate(rows):
+        # A row of which nothing is left to share has the name of its own text.
+        smallest = min(values[number], default=f"text {row.digest}")
+        component = int(components[number])
+        names[component] = min(names.get(component, smallest), smallest)
+    return [name or names[int(component)] for name, component in zip(given, components, strict=False)]
+
+
+def _values(row: Row) -> set[str]:
+    """What a row may share with others of its group: its whole text, its question (the first thing that the user
+    says), and every passage of what the user says. Answers and system prompts do not count."""
+    asked = [content for role, content in row.messages if role in (None, "user")]
+    found = {f"text {row.digest}"}
+    if asked and row.has_roles:
+        found.add(f"question {digest_of_text(normalised(asked[0]))}")
+    for content in asked:
+        for passage in _passages(content):
+            if len(text := normalised(passage)) >= PASSAGE_CHARACTERS:
+                found.add(f"passage {digest_of_text(text)}")
+    return found
+
+
+def _passages(content: str) -> set[str]:
+    """The text, its paragraphs, its lines, and all of it but the first or the last paragraph or line: a passage stands
+    before its question or after it."""
+    if len(content) < PASSAGE_CHARACTERS:
+        return set()
+    found = {content}
+    for pieces in (re.split(r"\n\s*\n", content.strip()), content.strip().split("\n")):
+        if len(pieces) > 1:
+            found.update((*pieces, "\n".join(pieces[1:]), "\n".join(pieces[:-1])))
+    return found
+
+
+def _too_many(rows: int) -> float:
+    """Values that more rows than this share join nothing."""
+    return max(SHARED_BY * rows, SHARED_BY_AT_LEAST)
+
+
+def part_of(group: str, split_seed: int) -> str:
+    """The part of a group: a number in [0, 1) made from the seed and the name, compared with the cumulative shares.
+
+    Nothing else has a say in it, so no group changes its part when the data grows.
+    """
+    number = _number(f"{split_seed}\n{group}")
+    reached = 0.0
+    for part, share in SHARES.items():
+        reached += share
+        if number < reached:
+            return part
+    return part  # the shares add up to 1 only as far as floating point goes
+
+
+def seeded_order(rows: Iterable[Row], part: str, split_seed: int) -> list[Row]:
+    """Rows in an order whose beginning has as many groups as possible: one row of every group, then a second one of
+    every group that has two, and so on; which, and in what order, follows from the seed and the texts alone."""
+    groups: dict[str, list[tuple[float, Row]]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append((_number(f"{split_seed}\n{part}\n{row.plain}"), row))
+    ranked = []
+    for members in groups.values():
+        members.sort(key=lambda member: member[0])
+        ranked += [(rank, number, row) for rank, (number, row) in enumerate(members)]
+    return [row for _, _, row in sorted(ranked, key=lambda one: one[:2])]
+
+
+def _number(text: str) -> float:
+    """A number in [0, 1) that looks random and follows from the text."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def near_duplicates(held_out: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """The held-out rows of which a row of another part has nearly the same text: Jaccard similarity of the sets of
+    five words in a row of at least SIMILARITY, without the sequences that a template puts into many rows.
+
+    MinHash finds the pairs that may be alike, the sets themselves decide.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    ours, theirs = _shingles(held_out, others)
+    options = {"num_perm": PERMUTATIONS, "hashfunc": int}
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=BANDS)
+    for number, sketch in enumerate(MinHash.generator(ours, **options)):
+        if len(ours[number]):
+            index.insert(number, sketch)
+    found: set[int] = set()
+    for shingles, sketch in zip(theirs, MinHash.generator(theirs, **options), strict=True):
+        if len(shingles):
+            candidates = set(index.query(sketch)) - found
+            found |= {number for number in candidates if _jaccard(ours[number], shingles) >= SIMILARITY}
+    return [held_out[number] for number in sorted(found)]
+
+
+def _shingles(*parts: Sequence[Row]) -> list[list[np.ndarray]]:
+    """Of each row the sorted hashes of its sequences of words, but those that a template puts into many rows."""
+    hashes = [[_hashes(row.own_text) for row in rows] for rows in parts]
+    every = [found for rows in hashes for found in rows]
+    values, counts = np.unique(np.concatenate([np.empty(0, np.uint32), *every]), return_counts=True)
+    common = values[counts > _too_many(len(every))]
+    return [[np.setdiff1d(found, common, assume_unique=True) for found in rows] for rows in hashes]
+
+
+def _hashes(text: str) -> np.ndarray:
+    """Sorted hashes of all sequences of SHINGLE_WORDS words; of a shorter text, of all its words."""
+    words = WORD.findall(normalised(text))
+    ends = range(min(SHINGLE_WORDS, len(words)), len(words) + 1) if words else ()
+    sequences = {" ".join(words[max(0, end - SHINGLE_WORDS) : end]) for end in ends}
+    return np.array(sorted({zlib.crc32(sequence.encode()) for sequence in sequences}), dtype=np.uint32)
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """|a and b| / |a or b| of two sorted sets."""
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / (len(a) + len(b) - both)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from core.fusion import Plans, Residual, Transport, keep_mean, transport_into
+from core.runs import UserError
 
 CONTROLS = ("damped", "damped_mean", "permuted", "wrong_layer", "self")
 
@@ -27,6 +28,7 @@ def control_residual(
 
     Raises:
         ValueError: unknown control.
+        UserError: `wrong_layer` of a target with one layer: it would be the fused model itself.
     """
     layer, projection = fused.layer, fused.projection
     if control in ("damped", "damped_mean"):
@@ -43,6 +45,8 @@ def control_residual(
         return replace(fused, weight=weight, bias=bias)
     if control == "wrong_layer":
         n_layers = plans.shape[0]
+        if n_layers == 1:
+            raise UserError("wrong_layer: the target has one layer, and W~ of another layer does not exist")
         (wrong,) = transport_into([fused], transport, (layer + n_layers // 2) % n_layers)
         return wrong
     if control == "self":

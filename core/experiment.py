@@ -41,7 +41,7 @@ class Experiment:
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
     dtype: str = option("auto", "13e", "compute dtype; auto: float32 on a CPU, else the model's own",
                         ("auto", "float32", "bfloat16", "float16"))  # fmt: skip
-    seed: int = option(0, "13e", "seed of the row sample, of training and of the bootstrap")
+    seed: int = option(0, "13e", "seed of the row sample, of training and of the permuted control")
     split_seed: int = option(0, "13e", "seed of the split into calibration, fine-tuning and held-out texts")
 
     data_subset: str = option("", "13e", "texts", tuple(DATA_SUBSETS))
@@ -144,7 +144,6 @@ class Experiment:
     )
     benchmarks: tuple[str, ...] = option((), "", "what evaluation/run_task.py runs: malay_mmlu, yue_mmlu, and names of "
                                          "lm-evaluation-harness")  # fmt: skip
-    bootstrap_samples: int = option(10000, "e", "resamples of the paired bootstrap")
 
     @property
     def run_dir(self) -> Path:
@@ -220,7 +219,7 @@ class Experiment:
             raise UserError("q_topk thins out plans, which regression does not read; leave it out")
         for name in ("max_tokens", "max_samples", "tokens_per_batch", "sinkhorn_iters", "pairs_budget_mb", "p_topk",
                      "q_topk", "sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "save_steps",
-                     "eval_steps", "early_stop", "lora_rank", "held_out_samples", "bootstrap_samples"):  # fmt: skip
+                     "eval_steps", "early_stop", "lora_rank", "held_out_samples"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; expected at least 1")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from core.ridge import ridge_factor, solve_ridge
+from core.runs import UserError
 
 FEATURE_MAPS = ("coupling", "barycentric", "calibrated", "regression")
 RESIDUAL_FORMS = ("interpolate", "additive")
@@ -129,8 +130,18 @@ class Transport:
 
     def layer_weights(self, layer: int, projection: str) -> dict[int, float]:
         """p[m] of every source layer that takes part: the `p_topk` largest, by default those with at least
-        NEGLIGIBLE_SHARE of the row (one for `regression`). The row's mass is kept."""
+        NEGLIGIBLE_SHARE of the row (one for `regression`). The row's mass is kept.
+
+        Raises:
+            UserError: the row has no mass, so that no source layer corresponds to this one.
+        """
         row = self.plans.layer_plan(projection)[layer]
+        if not row.sum() > 0:
+            raise UserError(
+                f"P_eff of target layer {layer}, projection {projection}, sums to {float(row.sum())}: the layer plans "
+                "of its input and its output have no source layer in common, because eta is too small; make the plans "
+                "again with a larger --eta (default 0.1)"
+            )
         mass = row.sum() if self.settings.feature_map == "coupling" else torch.ones_like(row.sum())
         values, order = row.sort(descending=True, stable=True)
         keep = self.settings.p_topk or (

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -20,7 +21,7 @@ from core.card import add_results, results_section
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import parse_command
 from core.controls import CONTROLS, control_residual
-from core.data import DataSpec, divide
+from core.data import DataSpec, Row, divide
 from core.experiment import Experiment, open_pair
 from core.fusion import FusionSettings, Residual, Transport
 from core.heldout import text_nll, trained_tokens
@@ -38,8 +39,9 @@ from core.runs import (
     write_json,
 )
 from core.seen_rows import check_held_out, check_same_split
-from core.sft import sft_example
+from core.sft import Example, sft_example
 from evaluation.tasks import TRAINED
+from evaluation.verdict import statistics, table
 
 log = logging.getLogger("compare")
 SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
@@ -73,12 +75,8 @@ def main(argv: list[str]) -> None:
         general = apart.rows("held_out", experiment.held_out_samples)
         general_data = apart.identity(general)
     tokenizer = target.load_tokenizer()
-    sets = {name: [sft_example(row, tokenizer, experiment.max_tokens) for row in texts]
-            for name, texts in (("held_out", rows), ("general", general)) if texts}  # fmt: skip
-    for name, examples in sets.items():
-        if not sum(trained_tokens(examples)):
-            raise UserError(f"the {name} texts have no token with loss within {experiment.max_tokens} tokens; raise "
-                            "--max-tokens")  # fmt: skip
+    named = {"held_out": rows, "general": general}
+    sets = {name: text_set(name, of, tokenizer, experiment.max_tokens) for name, of in named.items() if of}
     log_to_file(command.log_file)
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
@@ -92,9 +90,11 @@ def main(argv: list[str]) -> None:
         record = {"metric": "negative log-likelihood per token (nats)", "inputs": inputs, "per_text": {}}
     folders = {"fused": run / "fused",
                **{f"{arm}/{place.name}": place for arm, found in adapted.items() for place in found}}  # fmt: skip
-    made_from = {**dict.fromkeys(("base", *CONTROLS, "fused"), digest_of(fused_manifest.record)),
-                 **{f"{arm}/{place.name}": digest_of(manifest.record) for arm, found in adapted.items()
-                    for place, manifest in found.items()}}  # fmt: skip
+    impossible = impossible_controls(plans.shape[0])
+    untrained = ("base", *(control for control in CONTROLS if control not in impossible), "fused")
+    made_from = dict.fromkeys(untrained, digest_of(fused_manifest.record))
+    for arm, found in adapted.items():
+        made_from |= {f"{arm}/{place.name}": digest_of(manifest.record) for place, manifest in found.items()}
     before = record.get("made_from", {})
     kept = {arm: sums for arm, sums in record["per_text"].items()
             if arm in made_from and before.get(arm) == made_from[arm]}  # fmt: skip
@@ -106,17 +106,61 @@ def main(argv: list[str]) -> None:
     for arm, sums in evaluate_arms(missing, folders, plans, target, source, settings, sets, experiment):
         record["per_text"][arm] = sums  # each finished arm is on disk before the next begins
         write_json(path, record)
-    for name, examples in sets.items():
-        tokens = trained_tokens(examples)
+    for name, texts in sets.items():
         sums = {arm: record["per_text"][arm][name] for arm in made_from}
-        found = statistics(sums, tokens, experiment.bootstrap_samples, experiment.seed)
-        record[name] = {"texts": len(examples), "tokens": sum(tokens)}
-        record["arms" if name == "held_out" else "arms_general"] = found
+        record[name] = texts.counts()
+        record["arms" if name == "held_out" else "arms_general"] = statistics(sums, texts.tokens, texts.groups)
+    record["held_out"]["absent"] = impossible
     write_json(path, {**record, **provenance()})
     told = table(record["arms"], record["held_out"], record.get("arms_general")) + searches(adapted)
     for arm, place in folders.items():
         add_results(place, results_section(arm, inputs["data"], told))
     print(told)
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts on which arms are compared, each with at least one token to score.
+
+    Attributes:
+        examples: token ids and labels of every text.
+        groups: the group of every text.
+        left_out: number of texts that have no token to score.
+        end_of_turn: whether losses include the token that ends an answer.
+    """
+
+    examples: list[Example]
+    groups: list[str]
+    left_out: int
+    end_of_turn: bool
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens with loss of every text."""
+        return trained_tokens(self.examples)
+
+    def counts(self) -> dict[str, Any]:
+        """What the results say of the texts."""
+        counted = {"texts": len(self.examples), "tokens": sum(self.tokens), "groups": len(set(self.groups))}
+        return {**counted, "left_out": self.left_out, "end_of_turn": self.end_of_turn}
+
+
+def text_set(name: str, rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> TextSet:
+    """The texts of `rows` that have a token to score. Raises UserError when none has."""
+    examples = [sft_example(row, tokenizer, max_tokens) for row in rows]
+    scored = [number for number, count in enumerate(trained_tokens(examples)) if count]
+    if not scored:
+        raise UserError(f"the {name} texts have no token with loss within {max_tokens} tokens; raise --max-tokens")
+    kept = [examples[number] for number in scored]
+    groups = [rows[number].group for number in scored]
+    return TextSet(kept, groups, len(rows) - len(kept), any(rows[number].has_roles for number in scored))
+
+
+def impossible_controls(n_layers: int) -> dict[str, str]:
+    """Controls that this target cannot have -> why."""
+    if n_layers > 1:
+        return {}
+    return {"wrong_layer": "the target has one layer, so that W~ of another layer does not exist"}
 
 
 def trained_arms(run: Path) -> dict[str, dict[Path, Manifest]]:
@@ -165,17 +209,23 @@ def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[
 
 def evaluate_arms(
     arms: Sequence[str], folders: dict[str, Path], plans: PlanDirectory, target: Checkpoint, source: Checkpoint,
-    settings: FusionSettings, sets: dict[str, list[dict[str, list[int]]]], experiment: Experiment,
+    settings: FusionSettings, sets: Mapping[str, TextSet], experiment: Experiment,
 ) -> Iterator[tuple[str, dict[str, list[float]]]]:  # fmt: skip
     """(arm, {set of texts: negative log-likelihood of each text in nats}) of each arm asked for.
 
     base and controls share one loaded target; fused and adapted arms are the folders on disk, loaded by stock
     transformers.
+
+    Raises:
+        UserError: a loss that is not finite.
     """
     size = experiment.tokens_per_batch
 
     def measure(model: Any, arm: str) -> tuple[str, dict[str, list[float]]]:
-        return arm, {name: text_nll(model, texts, size, f"{arm}, {name}") for name, texts in sets.items()}
+        sums = {name: text_nll(model, texts.examples, size, f"{arm}, {name}") for name, texts in sets.items()}
+        for name, losses in sums.items():
+            check_finite(losses, arm, name)
+        return arm, sums
 
     in_memory = [arm for arm in arms if arm == "base" or arm in CONTROLS]
     if in_memory:
@@ -199,6 +249,17 @@ def evaluate_arms(
             yield measure(checkpoint.load_model(experiment.dtype), arm)
 
 
+def check_finite(losses: Sequence[float], arm: str, name: str) -> None:
+    """Refuse (UserError) losses with which nothing can be compared: one NaN makes every mean NaN."""
+    bad = [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+    if bad:
+        raise UserError(
+            f"{arm}: the loss of {len(bad)} of {len(losses)} {name} texts is not finite, first that of text {bad[0]} "
+            f"({losses[bad[0] - 1]}); the model is damaged or overflows: look for NaN in its weights, make it again "
+            "with a smaller alpha or learning rate, or compute with --dtype float32"
+        )
+
+
 @torch.no_grad()
 def fold_in_place(model: Any, residual: Residual, target: Checkpoint, alpha: float, form: str) -> None:
     """Write one projection's W_eff (and b_eff) into a loaded target."""
@@ -206,87 +267,6 @@ def fold_in_place(model: Any, residual: Residual, target: Checkpoint, alpha: flo
     linear.weight.copy_(fold_weight(linear.weight, residual, alpha, form))
     if linear.bias is not None:
         linear.bias.copy_(fold_bias(linear.bias, residual, alpha, form))
-
-
-def statistics(
-    per_text: dict[str, list[float]], tokens: list[int], resamples: int, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Per arm: nll per token, perplexity, n texts, difference to base and fused minus arm, each with a 95 % interval.
-
-    Trainings `arm/seedN` are one arm: the mean of their losses on each text; `seeds` holds the difference of each. The
-    interval is a paired bootstrap of the ratio sum(difference) / sum(tokens) over texts, and over seeds where there are
-    several.
-    """
-    weights = np.asarray(tokens, dtype=float)
-    draws = np.random.default_rng(seed).integers(len(tokens), size=(resamples, len(tokens)))
-    runs: dict[str, dict[str, np.ndarray]] = {}
-    for name, sums in per_text.items():
-        arm, _, run = name.partition("/")
-        runs.setdefault(arm, {})[run] = np.asarray(sums)
-    mean = {arm: np.mean(list(found.values()), axis=0) for arm, found in runs.items()}
-    out: dict[str, dict[str, Any]] = {}
-
-    def paired(a: str, b: str) -> dict[str, Any]:
-        """Of arm a minus arm b, each seed against the same one where both have it."""
-        seeds = runs[a] if "" not in runs[a] else runs[b]
-        by_seed = {run: runs[a].get(run, mean[a]) - runs[b].get(run, mean[b]) for run in seeds}
-        count = len(by_seed)
-        chosen = np.random.default_rng(seed + 1).multinomial(count, [1 / count] * count, size=resamples) / count
-        resampled = sum(difference[draws].sum(1) * chosen[:, n] for n, difference in enumerate(by_seed.values()))
-        low, high = np.quantile(resampled / weights[draws].sum(1), (0.025, 0.975))
-        difference = mean[a] - mean[b]
-        each = {run: float(found.sum() / weights.sum()) for run, found in by_seed.items() if run}
-        return {"diff": float(difference.sum() / weights.sum()), "ci95": [float(low), float(high)],
-                "better": int((difference < 0).sum()), **({"seeds": each} if each else {})}  # fmt: skip
-
-    for arm in mean:
-        nll = float(mean[arm].sum() / weights.sum())
-        out[arm] = {"nll": nll, "ppl": float(np.exp(nll)), "n": len(tokens), **paired(arm, "base"),
-                    "fused_minus_arm": paired("fused", arm)}  # fmt: skip
-    for rival in TRAINED:
-        if rival in mean and rival != "fused_adapted":
-            out["fused_adapted"][f"minus_{rival}"] = paired("fused_adapted", rival)
-    return out
-
-
-def table(
-    arms: dict[str, dict[str, Any]], held_out: dict[str, int], general: dict[str, dict[str, Any]] | None = None
-) -> str:
-    """The table that ends the pipeline, with one sentence of verdict; `general` are the arms on general text."""
-    lines = [
-        f"held out: {held_out['texts']} texts, {held_out['tokens']} tokens; nats per token, negative is better",
-        f"{'arm':14} {'nll':>8} {'ppl':>8}  {'minus base [95 %]':>27} {'better':>10}  {'fused minus arm [95 %]':>27}",
-    ]
-    for arm, r in arms.items():
-        base = "" if arm == "base" else interval(r)
-        better = "" if arm == "base" else f"{r['better']} of {r['n']}"
-        versus = "" if arm == "fused" else interval(r["fused_minus_arm"])
-        lines.append(f"{arm:14} {r['nll']:8.4f} {r['ppl']:8.2f}  {base:>27} {better:>10}  {versus:>27}")
-    rivals = ("base", *CONTROLS)
-    lost = [arm for arm in rivals if arms[arm]["fused_minus_arm"]["ci95"][1] >= 0]
-    if lost:
-        lines.append(f"No transfer shown: fused is not reliably better than {', '.join(lost)}.")
-    else:
-        lines.append("Transfer: without training, fused is better than base and than every control (95 % intervals).")
-    for rival in ("no_hot", "distill"):
-        if rival in arms:
-            found = arms["fused_adapted"][f"minus_{rival}"]
-            lines.append(f"After fine-tuning: fused_adapted minus {rival} = {interval(found)}{by_seed(found)}.")
-    if general:
-        changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", *TRAINED) if arm in general)
-        lines.append(f"On general text (base {general['base']['nll']:.4f}), minus base: {changes}.")
-    return "\n".join(lines)
-
-
-def by_seed(r: dict[str, Any]) -> str:
-    """`; by seed -0.04, -0.05`; nothing for one seed."""
-    found = r.get("seeds", {})
-    return "; by seed " + ", ".join(f"{value:+.4f}" for value in found.values()) if len(found) > 1 else ""
-
-
-def interval(r: dict[str, Any]) -> str:
-    """`-0.0400 [-0.0500, -0.0300]`."""
-    return f"{r['diff']:+.4f} [{r['ci95'][0]:+.4f}, {r['ci95'][1]:+.4f}]"
 
 
 if __name__ == "__main__":

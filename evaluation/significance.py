@@ -1,54 +1,254 @@
-"""Whether two models differ on the same items."""
+"""Whether two models differ: the difference of their losses or scores, with an interval and a test.
+
+Two kinds of chance decide what a comparison shows. Other texts would have given other differences: texts of one group
+(a topic, a document) are alike, so the group is the unit, not the text. And another seed would have trained another
+model: a mean over a few seeds carries their spread. `difference` joins both parts; its interval and its p-value are two
+readings of one Student's t, so that they never contradict each other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-RESAMPLES = 10_000
+CONFIDENCE = 0.95
 
 
-def paired(ours: Sequence[float], base: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Mean difference (ours - base), its 95 % interval and a two-sided p-value, item by item.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean difference and how well the data determine it.
 
-    The interval is a paired bootstrap over items. The p-value is McNemar's exact test (binomial on the items that only
-    one of the two has right) where scores are 0 or 1, else the bootstrap's: twice the smaller share of resampled means
-    on one side of 0.
+    Attributes:
+        diff: the difference; a mean over seeds where there are several.
+        variance: of `diff`, over groups of items.
+        dof: degrees of freedom of `variance`; 0 where there is a single group, from which no variance can be had.
+        by_seed: the difference of each seed; one number where nothing was trained more than once.
+        groups: number of groups.
+    """
 
+    diff: float
+    variance: float
+    dof: float
+    by_seed: tuple[float, ...]
+    groups: int
+
+    @property
+    def seed_variance(self) -> float:
+        """Of the mean over seeds, by the spread of the seeds' differences; 0 for one seed, which says nothing of it."""
+        return float(np.var(self.by_seed, ddof=1)) / len(self.by_seed) if len(self.by_seed) > 1 else 0.0
+
+    @property
+    def total(self) -> tuple[float, float]:
+        """(variance, degrees of freedom) of groups and seeds together, the latter by Satterthwaite's rule.
+
+        The seeds' differences also contain how seeds differ on these very texts, which the groups' variance contains
+        too: the sum errs on the side of a wider interval.
+        """
+        seeds = self.seed_variance
+        variance = self.variance + seeds
+        if not seeds or not self.dof:
+            return variance, self.dof
+        return variance, variance**2 / (self.variance**2 / self.dof + seeds**2 / (len(self.by_seed) - 1))
+
+    @property
+    def ci95(self) -> list[float] | None:
+        """The 95 % interval; None where no variance can be had."""
+        from scipy.stats import t
+
+        variance, dof = self.total
+        if not dof:
+            return None
+        half = math.sqrt(variance) * float(t.ppf((1 + CONFIDENCE) / 2, dof))
+        return [self.diff - half, self.diff + half]
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p-value of the hypothesis that there is no difference; below 0.05 exactly where `ci95` excludes 0.
+        None where no variance can be had."""
+        from scipy.stats import t
+
+        variance, dof = self.total
+        if not dof:
+            return None
+        if not variance:
+            return 0.0 if self.diff else 1.0
+        return 2 * float(t.sf(abs(self.diff) / math.sqrt(variance), dof))
+
+    def record(self) -> dict[str, Any]:
+        """What result files hold of it."""
+        return {"diff": self.diff, "ci95": self.ci95, "p": self.p, "dof": self.total[1]}
+
+
+def difference(
+    ours: Sequence[Sequence[float]],
+    other: Sequence[Sequence[float]],
+    weights: Sequence[float],
+    groups: Sequence[Hashable],
+) -> Estimate:
+    """The difference (ours - other) of two ratios sum(values) / sum(weights) over the same n items.
+
+    With g a group, pi_g its share of the weights and r_g its own difference minus the overall one, the variance is the
+    sum of pi_g^2 r_g^2 / (1 - 2 pi_g + sum pi^2). The denominator is what makes it unbiased when groups vary by the
+    same amount around the mean, whatever their sizes (the CR2 estimator of Bell and McCaffrey, 2002); with groups of
+    one size it is the usual variance of a mean. Degrees of freedom: Satterthwaite's for this quadratic form, G - 1
+    for groups of one size, far fewer where one group outweighs the rest. A group in which the two do not differ tells
+    nothing of how differences vary, so there are never more than the groups that differ, less one: with right or wrong
+    answers and few that changed, this keeps the t close to the exact test.
+
+    Args:
+        ours, other: values of every item, [S, n] each, one row per seed; one row for a model that was not trained.
+            Rows are paired by their place; a single row stands beside every row of the other.
+        weights: [n], e.g. tokens; ones for scores.
+        groups: [n], group of every item.
+    Raises:
+        ValueError: shapes that do not fit, no items, a weight that is not positive, or a value that is not finite.
+    """
+    a, b, w = (
+        np.atleast_2d(np.asarray(ours, float)),
+        np.atleast_2d(np.asarray(other, float)),
+        np.asarray(weights, float),
+    )
+    n = len(w)
+    seeds_fit = len(a) == len(b) or 1 in (len(a), len(b))
+    if not n or not seeds_fit or any(count != n for count in (a.shape[1], b.shape[1], len(groups))):
+        raise ValueError(f"values of shape {a.shape} and {b.shape}, {n} weights and {len(groups)} groups do not fit")
+    values = a - b  # [S, n]
+    if not np.isfinite(values).all() or not (w > 0).all():
+        raise ValueError("a difference needs finite values and positive weights")
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    place = np.array([numbers[group] for group in groups])
+    sums = np.stack([np.bincount(place, row, minlength=len(numbers)) for row in values])  # [S, G]
+    of_group = np.bincount(place, w)
+    share = of_group / w.sum()
+    by_seed = sums.sum(1) / w.sum()
+    diff = float(by_seed.mean())
+    if len(numbers) == 1:
+        return Estimate(diff, 0.0, 0.0, tuple(by_seed.tolist()), 1)
+    spread = float(share @ share)
+    expected = 1 - 2 * share + spread  # of a squared residual, in units of the variance between groups
+    factor = share**2 / expected
+    residual = sums.mean(0) / of_group - diff
+    variance = float(factor @ residual**2)
+    # tr((A V)^2) of the quadratic form, with cov(residual_g, residual_h) = spread - share_g - share_h for g != h.
+    first, second = float(factor @ share), float(factor @ share**2)
+    crossed = (
+        (spread * factor.sum()) ** 2 + 2 * factor.sum() * second - 4 * spread * factor.sum() * first + 2 * first**2
+    )
+    crossed += float(((factor * expected) ** 2 - factor**2 * (spread - 2 * share) ** 2).sum())
+    changed = int((sums != 0).any(0).sum())
+    dof = max(1.0, min(spread**2 / crossed, changed - 1.0))
+    return Estimate(diff, variance, float(dof), tuple(by_seed.tolist()), len(numbers))
+
+
+def combined(estimates: Mapping[str, Estimate], weights: Mapping[str, float]) -> Estimate:
+    """The weighted sum of differences on independent items, e.g. the mean over benchmarks, each seed for itself.
+
+    Args:
+        estimates: by name; of the same seeds, or of one seed.
+        weights: of every name.
+    """
+    variances = {name: weights[name] ** 2 * found.variance for name, found in estimates.items()}
+    total = sum(variances.values())
+    against = sum(variances[name] ** 2 / found.dof for name, found in estimates.items() if found.dof)
+    dof = total**2 / against if against else max(found.dof for found in estimates.values())
+    if not all(found.dof for found in estimates.values()):
+        dof = 0.0
+    seeds = max(len(found.by_seed) for found in estimates.values())
+    by_seed = sum(weights[name] * np.broadcast_to(found.by_seed, seeds) for name, found in estimates.items())
+    values = np.asarray(by_seed, float)
+    groups = sum(found.groups for found in estimates.values())
+    return Estimate(float(values.mean()), total, dof, tuple(values.tolist()), groups)
+
+
+def mcnemar(ours: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """McNemar's exact test of two models on the same right (1) or wrong (0) items, with the interval that agrees.
+
+    Only the items that one of the two has right count. Their number given, those won are binomial: the test asks
+    whether their share is a half, and the interval is Clopper and Pearson's for that share, as a difference of
+    accuracies. It excludes 0 exactly where p < 0.05.
+
+    Returns:
+        {"diff", "ci95", "p", "won", "lost"}.
+    """
+    from scipy.stats import binomtest
+
+    change = np.asarray(ours, float) - np.asarray(base, float)
+    won, lost = int((change > 0).sum()), int((change < 0).sum())
+    if not won + lost:
+        return {"diff": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "won": 0, "lost": 0}
+    test = binomtest(won, won + lost)
+    interval = test.proportion_ci(CONFIDENCE, method="exact")
+    scale = (won + lost) / len(change)
+    ci95 = [float(scale * (2 * share - 1)) for share in (interval.low, interval.high)]
+    return {"diff": float(change.mean()), "ci95": ci95, "p": float(test.pvalue), "won": won, "lost": lost}
+
+
+def paired(ours: Sequence[Sequence[float]], base: Sequence[float]) -> tuple[dict[str, Any], Estimate]:
+    """Difference of scores, item by item: ({"diff", "ci95", "p", "test"}, the estimate that means are made from).
+
+    McNemar's exact test where one model's answers are right or wrong; else a t over items and seeds.
+
+    Args:
+        ours: [S, n], the scores of every item, one row per seed.
+        base: [n].
     Raises:
         ValueError: the two do not have the same number of items.
     """
-    a, b = np.asarray(ours, float), np.asarray(base, float)
-    if a.shape != b.shape or not a.size:
-        raise ValueError(f"{a.size} and {b.size} items cannot be paired")
-    difference = a - b
-    generator = np.random.default_rng(seed)
-    # Counts of the distinct differences are all that a resampled mean needs: exact, and fast for thousands of items.
-    values, counts = np.unique(difference, return_counts=True)
-    means = generator.multinomial(a.size, counts / a.size, size=RESAMPLES) @ values / a.size
-    low, high = np.quantile(means, (0.025, 0.975))
-    out = {"diff": float(difference.mean()), "ci95": [float(low), float(high)]}
-    if set(np.unique(a)) | set(np.unique(b)) <= {0.0, 1.0}:
-        from scipy.stats import binomtest
-
-        won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-        p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-        return {**out, "p": float(p), "test": "McNemar, exact", "won": won, "lost": lost}
-    p = min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
-    return {**out, "p": float(max(p, 1 / RESAMPLES)), "test": "paired bootstrap"}
+    n = len(base)
+    if any(len(row) != n for row in ours) or not n or not ours:
+        raise ValueError(f"{[len(row) for row in ours]} and {n} items cannot be paired")
+    estimate = difference(ours, [base], np.ones(n), range(n))
+    binary = {float(value) for value in np.unique(np.concatenate([np.ravel(ours), base]))} <= {0.0, 1.0}
+    if len(ours) == 1 and binary:
+        return {**mcnemar(ours[0], base), "test": "McNemar, exact"}, estimate
+    return {**estimate.record(), "test": "t over items and seeds" if len(ours) > 1 else "t over items"}, estimate
 
 
-def normalised(scores: dict[str, float]) -> dict[str, dict[str, float]]:
+def holm(p_values: Mapping[Hashable, float | None]) -> dict[Hashable, float]:
+    """Holm's adjusted p-values of one family of tests: the chance that any of them is a false alarm stays below the
+    level at which they are read. Tests without a p-value are left out."""
+    known = sorted(((name, p) for name, p in p_values.items() if p is not None), key=lambda test: test[1])
+    adjusted: dict[Hashable, float] = {}
+    largest = 0.0
+    for rank, (name, p) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[name] = largest
+    return adjusted
+
+
+def below_zero(found: Mapping[str, Any]) -> bool:
+    """Whether a difference is reliably negative: its interval lies below 0. False without an interval, and for NaN."""
+    return found["ci95"] is not None and bool(found["ci95"][1] < 0)
+
+
+def interval(found: Mapping[str, Any], digits: int = 4) -> str:
+    """`-0.0400 [-0.0500, -0.0300]`."""
+    if found["ci95"] is None:
+        return f"{found['diff']:+.{digits}f} [no interval]"
+    low, high = found["ci95"]
+    return f"{found['diff']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def normalised(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Arm -> {"z", "min_max"}: the arms of one domain on a common scale (the paper's Figure 1). All 0 when they are
-    equal.
+    equal; empty for fewer than three arms, of which one is 0 and one is 1 whatever they scored.
 
     Args:
         scores: arm -> mean score of the domain.
     """
+    if len(scores) < 3:
+        return {}
     values = np.array(list(scores.values()))
-    deviation, span = values.std(), values.max() - values.min()
-    return {arm: {"z": float((value - values.mean()) / deviation) if span else 0.0,
-                  "min_max": float((value - values.min()) / span) if span else 0.0}
-            for arm, value in scores.items()}  # fmt: skip
+    mean, deviation = values.mean(), values.std()
+    low, span = values.min(), values.max() - values.min()
+    return {
+        arm: {
+            "z": float((value - mean) / deviation) if span else 0.0,
+            "min_max": float((value - low) / span) if span else 0.0,
+        }
+        for arm, value in scores.items()
+    }

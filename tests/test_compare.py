@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_main
+from safetensors.torch import load_file, save_file
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.card import RESULTS_BEGIN, RESULTS_END
 from core.checkpoints import open_checkpoint
-from core.controls import CONTROLS
+from core.controls import CONTROLS, control_residual
+from core.data import Row
+from core.hot_residual import load_residuals
+from core.runs import UserError
 from evaluation import compare_arms
+from evaluation.verdict import statistics, table
 
 
 def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
@@ -45,9 +50,13 @@ def made_up(seed: int = 0) -> tuple[dict[str, list[float]], list[int]]:
     return {arm: (base + (shift[arm] + noise[arm]) * tokens).tolist() for arm in ARMS}, tokens.tolist()
 
 
+def counts(tokens: list[int], groups: list[int], **more) -> dict:
+    return {"texts": len(tokens), "tokens": sum(tokens), "groups": len(set(groups)), **more}
+
+
 def test_statistics_weigh_tokens_and_pair_texts():
     per_text, tokens = made_up()
-    arms = compare_arms.statistics(per_text, tokens, 2000, 0)
+    arms = statistics(per_text, tokens, range(50))
     fused = arms["fused"]
     assert arms["base"]["nll"] == pytest.approx(3.0) and arms["base"]["diff"] == 0.0
     assert fused["diff"] == pytest.approx((sum(per_text["fused"]) - sum(per_text["base"])) / sum(tokens))
@@ -56,16 +65,28 @@ def test_statistics_weigh_tokens_and_pair_texts():
     residual = np.asarray(per_text["fused"]) - np.asarray(per_text["base"]) - fused["diff"] * np.asarray(tokens)
     error = float(np.sqrt((residual**2).sum()) / sum(tokens))
     low, high = fused["ci95"]
-    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15) and low < fused["diff"] < high
+    assert (high - low) / 2 == pytest.approx(2.01 * error, rel=0.05) and low < fused["diff"] < high
     assert arms["self"]["fused_minus_arm"]["diff"] == pytest.approx(fused["nll"] - arms["self"]["nll"])
     gap = arms["fused_adapted"]["nll"] - arms["no_hot"]["nll"]
     assert arms["fused_adapted"]["minus_no_hot"]["diff"] == pytest.approx(gap)
     assert arms["fused"]["better"] == sum(a < b for a, b in zip(per_text["fused"], per_text["base"], strict=True))
 
 
+def test_texts_of_one_group_count_as_one():
+    """Every text five times over says nothing new: where copies share a group the interval stays as it was."""
+    per_text, tokens = made_up()
+    once = statistics(per_text, tokens, range(50))["fused"]
+    copied, more = {arm: sums * 5 for arm, sums in per_text.items()}, tokens * 5
+    grouped = statistics(copied, more, [*range(50)] * 5)["fused"]
+    assert grouped["ci95"] == pytest.approx(once["ci95"]) and (grouped["n"], grouped["groups"]) == (250, 50)
+    alone = statistics(copied, more, range(250))["fused"]
+    assert alone["ci95"][1] - alone["ci95"][0] < 0.5 * (once["ci95"][1] - once["ci95"][0])
+
+
 def test_seeds_are_averaged_per_text_and_told_apart():
     per_text, tokens = made_up()
-    single = compare_arms.statistics(per_text, tokens, 500, 0)
+    groups = list(range(50))
+    single = statistics(per_text, tokens, groups)
     rng = np.random.default_rng(5)
     moved = rng.normal(0, 0.5, 50)
     seeds = {"no_hot": (0.0, 0.2), "fused_adapted": (-0.1, 0.1)}
@@ -73,7 +94,7 @@ def test_seeds_are_averaged_per_text_and_told_apart():
     for arm, shifts in seeds.items():
         for n, (shift, sign) in enumerate(zip(shifts, (1, -1), strict=True)):
             split[f"{arm}/seed{n}"] = (np.asarray(per_text[arm]) + sign * moved + shift * np.asarray(tokens)).tolist()
-    found = compare_arms.statistics(split, tokens, 500, 0)
+    found = statistics(split, tokens, groups)
     assert list(found) == [*[arm for arm in per_text if arm not in seeds], *seeds]
     for arm, shift in (("no_hot", 0.1), ("fused_adapted", 0.0)):
         assert found[arm]["nll"] == pytest.approx(single[arm]["nll"] + shift)
@@ -88,17 +109,40 @@ def test_seeds_are_averaged_per_text_and_told_apart():
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])  # its seeds differ by more than the texts
     same, single_gap = (r["fused_adapted"]["minus_no_hot"]["ci95"] for r in (found, single))
     assert same[1] - same[0] == pytest.approx(single_gap[1] - single_gap[0])  # as much in every seed
-    told = compare_arms.table(found, {"texts": 50, "tokens": sum(tokens)})
+    told = table(found, counts(tokens, groups))
     assert f"; by seed {gap['seeds']['seed0']:+.4f}, {gap['seeds']['seed1']:+.4f}." in told
+    assert "one seed" not in told
+    alone = {arm: sums for arm, sums in split.items() if not arm.endswith("seed1")}
+    assert "Each training has one seed" in table(statistics(alone, tokens, groups), counts(tokens, groups))
 
 
 def test_verdict_is_honest():
     per_text, tokens = made_up()
-    held_out = {"texts": 50, "tokens": sum(tokens)}
-    assert "Transfer: " in compare_arms.table(compare_arms.statistics(per_text, tokens, 500, 0), held_out)
-    per_text["self"] = per_text["fused"]
-    told = compare_arms.table(compare_arms.statistics(per_text, tokens, 500, 0), held_out)
-    assert "No transfer shown: fused is not reliably better than self." in told
+    groups = list(range(50))
+
+    def verdict(per_text, groups=groups):
+        return table(statistics(per_text, tokens, groups), counts(tokens, groups))
+
+    assert "Transfer: " in verdict(per_text) and "rough" not in verdict(per_text)
+    assert "No transfer shown: fused is not reliably better than self." in verdict(
+        {**per_text, "self": per_text["fused"]}
+    )
+    assert "rest on 10 groups only and are rough" in verdict(per_text, [n % 10 for n in groups])
+    told = verdict(per_text, [0] * 50)
+    assert "no interval can be given" in told and "[no interval]" in told and "No transfer shown" in told
+
+
+def test_a_loss_that_is_not_a_number_is_no_success():
+    """Neither where losses are measured nor, should one get through, in the sentence."""
+    with pytest.raises(UserError, match="fused: the loss of 2 of 4 general texts is not finite, first that of text 2"):
+        compare_arms.check_finite([1.0, float("nan"), 2.0, float("inf")], "fused", "general")
+    per_text, tokens = made_up()
+    arms = statistics(per_text, tokens, range(50))
+    arms["self"]["fused_minus_arm"]["ci95"] = [float("nan")] * 2
+    assert "No transfer shown: fused is not reliably better than self." in table(arms, counts(tokens, range(50)))
+    per_text["fused"][3] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        statistics(per_text, tokens, range(50))
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +198,15 @@ def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
         head, _, rest = card.read_bytes().partition(RESULTS_BEGIN)
         empty[arm] = head + RESULTS_BEGIN, RESULTS_END + rest.partition(RESULTS_END)[2]
     identity = open_checkpoint(str(folder / "fused")).identity
+    path = folder / "results.json"
     tables = []
-    for samples in (50, 60):  # other intervals, from the same likelihoods
+    for changed in (False, True):  # another table, from other likelihoods
+        results = json.loads(path.read_text())
+        if changed:
+            results["per_text"]["fused"]["held_out"][0] += 1.0
+        path.write_text(json.dumps(results))
         capsys.readouterr()
-        run_main(compare_arms, *flags, "--bootstrap-samples", samples)
+        run_main(compare_arms, *flags)
         tables.append(capsys.readouterr().out)
         for arm, card in cards.items():
             head, tail = empty[arm]
@@ -167,6 +216,8 @@ def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
             assert section.count(tables[-1]) == 1 and f"is the arm `{arm}`" in section
     assert tables[0] != tables[1] and tables[0] not in cards["fused"].read_text()
     assert open_checkpoint(str(folder / "fused")).identity == identity
+    results["per_text"].pop("fused")  # measured again by the next command
+    path.write_text(json.dumps(results))
 
 
 def test_controls_leave_no_trace_in_the_loaded_target(run, models):
@@ -178,7 +229,8 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     settings = compare_arms.FusionSettings("regression", top_k=7)
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
     arms, places = ["base", "damped", "permuted", "wrong_layer", "base"], {"fused": folder / "fused"}
-    got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, {"held_out": examples},
+    sets = {"held_out": compare_arms.TextSet(examples, ["a"], 0, False)}
+    got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, sets,
                                           command.experiment))  # fmt: skip
     assert got[0][1] == got[-1][1] != got[1][1]
 
@@ -230,6 +282,50 @@ def test_searches_are_told(run, tmp_path, capsys):
 
 def test_texts_without_a_token_to_score_are_told(fails, run):
     assert "no token with loss within 1 tokens; raise --max-tokens" in fails(compare_arms, *run[1], "--max-tokens", 1)
+
+
+def test_texts_without_a_token_to_score_are_left_out_and_counted(models):
+    tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
+    rows = [Row(((None, "model layer neuron"),), "a"), Row(((None, "x"),), "b"), Row(((None, "plan weight"),), "a")]
+    texts = compare_arms.text_set("held_out", rows, tokenizer, 100)
+    tokens = [len(tokenizer(row.plain)["input_ids"]) - 1 for row in rows]
+    assert tokens[1] == 0 and texts.tokens == [tokens[0], tokens[2]]
+    assert texts.counts() == {"texts": 2, "tokens": sum(tokens), "groups": 1, "left_out": 1, "end_of_turn": False}
+    answers = [Row((("user", "plan"), ("assistant", "weight")), "a")]
+    assert compare_arms.text_set("held_out", answers, tokenizer, 100).end_of_turn
+    per_text, tokens = made_up()
+    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), left_out=3, end_of_turn=True))
+    assert "3 more texts have no token to score and are left out." in told
+    assert "include the token that ends each of them" in told
+
+
+def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    results = json.loads((copy / "results.json").read_text())
+    results["per_text"].pop("fused", None)
+    (copy / "results.json").write_text(json.dumps(results))
+    weights = load_file(copy / "fused/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, copy / "fused/model.safetensors", {"format": "pt"})
+    told = fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "fused: the loss of" in told and "held_out texts is not finite" in told
+
+
+def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run, models):
+    folder, _ = run
+    plans = compare_arms.PlanDirectory(folder / "plans")
+    plans.shape = (1, plans.shape[1])
+    residual = load_residuals(folder / "fused/hot_residual.safetensors")[0][0]
+    with pytest.raises(UserError, match="wrong_layer: the target has one layer"):
+        control_residual("wrong_layer", residual, plans, None, torch.Generator())
+    assert list(compare_arms.impossible_controls(1)) == ["wrong_layer"] and not compare_arms.impossible_controls(2)
+    per_text, tokens = made_up()
+    del per_text["wrong_layer"]
+    absent = compare_arms.impossible_controls(1)
+    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), absent=absent))
+    assert "wrong_layer is left out: the target has one layer" in told
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from core.controls import CONTROLS, control_residual
 from core.fusion import (
+    FEATURE_MAPS,
     INPUT_SIDE,
     FusionSettings,
     Transport,
@@ -19,7 +20,9 @@ from core.fusion import (
     mix,
     select,
 )
+from core.hot_transport import effective_layer_plan
 from core.ridge import ridge_factor, solve_ridge
+from core.runs import UserError
 
 L, M, T = 2, 3, 60
 TARGET = {"q": 6, "k": 4, "v": 4, "o": 5, "attn_in": 5, "o_in": 6}
@@ -172,6 +175,16 @@ def test_projections_together_are_each_alone(world):
         for c, (weight, bias) in together.items():
             alone = transport.transported(0, {c: indices[c]})[c]
             assert torch.equal(weight, alone[0]) and (bias is None) == (alone[1] is None)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_a_target_layer_without_a_source_layer_is_refused(world, monkeypatch, feature_map):
+    """Too small an eta: the plans of a projection's two sides have no source layer in common, and P_eff a row of 0."""
+    plans, _, source = world
+    before, after = torch.tensor([[0.5, 0, 0], [0, 0.25, 0.25]]), torch.tensor([[0, 0.25, 0.25], [0.5, 0, 0]])
+    monkeypatch.setattr(type(plans), "layer_plan", lambda *_: effective_layer_plan(before, after))
+    with pytest.raises(UserError, match=r"target layer 0, projection q, sums to 0.0.*a larger --eta"):
+        Transport(plans, source, FusionSettings(feature_map)).layer_weights(0, "q")
 
 
 def test_negligible_source_layers_are_left_out(world, monkeypatch):

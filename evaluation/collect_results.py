@@ -16,6 +16,7 @@ import yaml
 
 from core.command import Parser
 from core.runs import MANIFEST, UserError, digest_of, read_json, run_command, setup_logging, write_json, write_text
+from evaluation.scores import read_score
 from evaluation.significance import normalised, paired
 from evaluation.tasks import EXPERIMENTS, TASK_FILE, TRAINED
 
@@ -142,8 +143,8 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
                 continue
             if "absent" in out.get(name, {}):  # for another seed: a mean over some of them is none
                 continue
-            score = read_json(file.parent / result["file"])
-            metric = next(iter(score["metrics"]))
+            score = read_score(file.parent / result["file"])
+            metric = score["metric"]
             note = "; ".join(part for part in (
                 f"in place of {result['stands_in_for']}" if "stands_in_for" in result else "",
                 f"first {record['limit']} items of each file" if record["limit"] else "") if part)  # fmt: skip

@@ -180,6 +180,7 @@ def score(folder: Path, asked: Asked, shots: int, decoding: Decoding) -> Score:
             "unanswered": sum(item.choice is None for _, item in items),
             "source": "Yue-MMLU of jiangjyjy/Yue-Benchmark (MIT), data/latest_data; answers chosen by its own rules",
         },
+        metric="acc",
     )  # fmt: skip
 
 

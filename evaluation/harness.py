@@ -44,6 +44,7 @@ class LocalTask:
     include: str
     folder: str
     rows: str
+    metric: str
     files: Mapping[str, str]
     config: Mapping[str, Any]
     group: str | None
@@ -81,18 +82,21 @@ def local_tasks() -> dict[str, LocalTask]:
 
             name = fill(entry["task"])
             found[name] = LocalTask(
-                name, fill(entry.get("include", entry["task"])), fill(entry["folder"]), entry["rows"],
+                name, fill(entry.get("include", entry["task"])), fill(entry["folder"]), entry["rows"], entry["metric"],
                 {role: fill(pattern) for role, pattern in entry["files"].items()}, entry.get("config", {}),
                 entry.get("group"), fill(entry.get("note", "")))  # fmt: skip
     return found
 
 
-# Tasks of the experiments that have no local reader, and the harness's folder of each: its index need not be read.
-HUB_FOLDERS = {
-    "arc_id": "okapi/arc_multilingual", "truthfulqa_id_mc1": "okapi/truthfulqa_multilingual",
-    "truthfulqa_id_mc2": "okapi/truthfulqa_multilingual", "mmlu_prox_lite_th_other": "mmlu_prox/th",
-    "social_iqa": "siqa",
-}  # fmt: skip
+# Tasks of the experiments that have no local reader -> the harness's folder of each (its index need not be read), and
+# the metric that tables report.
+HUB_TASKS = {
+    "arc_id": ("okapi/arc_multilingual", "acc"),
+    "truthfulqa_id_mc1": ("okapi/truthfulqa_multilingual", "acc"),
+    "truthfulqa_id_mc2": ("okapi/truthfulqa_multilingual", "acc"),
+    "mmlu_prox_lite_th_other": ("mmlu_prox/th", "exact_match,custom-extract"),
+    "social_iqa": ("siqa", "acc"),
+}
 
 
 @functools.cache
@@ -149,7 +153,7 @@ def load_hub(name: str) -> Any | str:
         UserError: a name that the harness does not know, or that of a group.
     """
     expected = local_tasks().get(name)
-    folder = HUB_FOLDERS.get(name) or (expected.folder if expected else None)
+    folder = HUB_TASKS[name][0] if name in HUB_TASKS else expected.folder if expected else None
     manager = task_manager(folder) if folder else task_manager()
     if folder and name not in manager.all_subtasks:  # another version has it elsewhere
         manager = task_manager()
@@ -305,6 +309,26 @@ def item_scores(results: Mapping[str, Any]) -> tuple[list[int], dict[str, list[f
         elif isinstance(value, (int, float, np.number)):
             others[name] = float(value)
     return places, means, others
+
+
+def reported_metric(name: str, metrics: Sequence[str]) -> tuple[str, str]:
+    """(the metric of a task that tables report, note for the reader): the one declared in tasks.yaml or `HUB_TASKS`.
+
+    A task that the experiment names beyond those declares none: of several metrics `acc` is taken, which is what the
+    paper's tables hold, else the first in the order of the harness's own definition, and the note says so.
+
+    Raises:
+        UserError: the task does not have the metric that is declared.
+    """
+    local = local_tasks().get(name)
+    declared = local.metric if local else HUB_TASKS[name][1] if name in HUB_TASKS else None
+    if declared is None:
+        chosen = "acc" if "acc" in metrics else metrics[0]
+        return chosen, "" if len(metrics) == 1 else f"{chosen} of {', '.join(metrics)}: none is declared"
+    if declared not in metrics:
+        raise UserError(f"{name} is to be reported by {declared}, but this version of lm-evaluation-harness gives "
+                        f"{', '.join(metrics)}; install the version of requirements.txt")  # fmt: skip
+    return declared, ""
 
 
 def description(task: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from evaluation.harness import (
     load_local,
     local_tasks,
     plain,
+    reported_metric,
     set_shots,
 )
 from evaluation.scores import Evaluated, Score, data_folder, finished, runner_flags, write_score
@@ -143,15 +144,17 @@ def score(
     places, metrics, others = item_scores(evaluate(lm, task, num_fewshot, limit))
     if not metrics:
         return f"its metrics ({', '.join(others) or 'none'}) are no means over items; use the harness's own command"
+    metric, metric_note = reported_metric(name, list(metrics))
     known = local_tasks().get(name)
     groups = [str(docs[place][known.group]) for place in places] if known and known.group in docs[0] else []
     details = {
         "task": name, "version": task.VERSION, "data": source, "n_shot": shots,
         "harness": f"lm_eval {version}", "harness_task": known.include if known else name,
         "note": known.note if known and source == "local" else "", "other_metrics": others,
-        "requests_cut_to_fit": lm.truncated,
+        "requests_cut_to_fit": lm.truncated, "metric_note": metric_note, "prompt_policy": "plain",
     }  # fmt: skip
-    write_score(path, Score(name, [str(place) for place in places], metrics, groups, details), inputs)
+    items = [str(place) for place in places]
+    write_score(path, Score(name, items, metrics, groups, details, metric=metric), inputs)
     return path
 
 

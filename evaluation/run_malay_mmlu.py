@@ -92,7 +92,8 @@ def run(
         "first_token": "letter with the most probable token after the prompt",
         "full_answer": "answer without its letter with the highest sum of log-probabilities after the prompt",
     }
-    write_score(path, Score(benchmark, ids, metrics, [q.category for q in questions], details), inputs)
+    categories = [q.category for q in questions]
+    write_score(path, Score(benchmark, ids, metrics, categories, details, metric="first_token"), inputs)
     partial.unlink()
     return path
 

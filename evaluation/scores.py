@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import Parser
@@ -81,6 +84,34 @@ class Evaluated:
         files = sorted(set(self.checkpoint.files.values())) if made is None else []
         written = {path.name: path.stat().st_mtime_ns for path in files}
         return {**contents, **texts, "made": made, "written": written, "dtype": self.dtype, "device": device}
+
+
+class NotFiniteError(Exception):
+    """A model gave NaN or infinity where an answer is read: an arg max over them would be a score like any other."""
+
+
+@contextlib.contextmanager
+def finite(evaluated: Evaluated, benchmark: str) -> Iterator[None]:
+    """Inside, NotFiniteError is a UserError that names model and benchmark."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise UserError(f"{evaluated.checkpoint.name} on {benchmark}: {error}, so it has no score there; check the "
+                        "model's weights, or give a wider --dtype such as float32") from None  # fmt: skip
+
+
+def check_finite(values: Iterable[float], what: str) -> None:
+    """Raises NotFiniteError for log-probabilities or logits that are not finite. `what`: what they are of."""
+    if not all(map(math.isfinite, values)):
+        raise NotFiniteError(f"log-probabilities that are not finite (NaN or infinite) in {what}")
+
+
+def check_logits(ids: Tensor, logits: Tensor) -> Tensor:
+    """A logits processor of `generate` that changes nothing [B, V]. Raises NotFiniteError for a row whose largest logit
+    is not finite: `generate` would go on with an arbitrary token."""
+    if not logits.max(-1).values.isfinite().all():
+        raise NotFiniteError("logits that are not finite (NaN or infinite) in a generated answer")
+    return logits
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ def test_likeness_is_that_of_matches_and_of_the_first_of_equals():
 
 
 @pytest.mark.parametrize(("shown", "options"), [
-    ("A. 一\nB. 二\nC. 三\nD. 四\n回應：A\n\n\n" + PROMPT + "答案:\n", {"A": "蔡元培", "B": "黃遵憲", "C": "胡適", "D": "梁啟超"}),
+    ("A. 一\nB. 二\nC. 三\nD. 四\n回應：A\n\n\n" + PROMPT + "答案:\n",
+     {"A": "蔡元培", "B": "黃遵憲", "C": "胡適", "D": "梁啟超"}),
     ("C. x\nA. y\nC. z", {"C": "z", "A": "y"}),  # the last text, the first place
     ("D. 一\n 二\n\n答案：", {"D": "一\n 二\n\n答案："}),  # through line breaks, to 答案 with an ASCII colon alone
     ("D. 一\n答案:A. 二\nB.三", {"D": "一", "A": "二", "B": "三"}),

@@ -16,6 +16,7 @@ import yaml
 
 from core.command import Parser
 from core.runs import MANIFEST, UserError, digest_of, read_json, run_command, setup_logging, write_json, write_text
+from evaluation.scores import read_score
 from evaluation.significance import normalised, paired
 from evaluation.tasks import EXPERIMENTS, TASK_FILE, TRAINED
 
@@ -57,9 +58,10 @@ def find_runs(results: Path) -> dict[str, list[str]]:
     tasks = [file.stem for file in sorted(EXPERIMENTS.glob("*.yaml"))]
     runs: dict[str, list[str]] = {}
     for place in sorted(results.glob("*/")):
-        task = place.name.split("-")[0]
+        # A run is named like its task, or with a dash and more behind it; the name of a task may have dashes itself.
+        task = max((task for task in tasks if f"{place.name}-".startswith(f"{task}-")), key=len, default=None)
         # A folder without a fused model holds the base's scores for the runs beside it.
-        if (place / "fused" / MANIFEST).is_file() and task in tasks:
+        if (place / "fused" / MANIFEST).is_file() and task is not None:
             runs.setdefault(task, []).append(place.name)
     if not runs:
         raise UserError(f"{results} has no run of any task; run scripts/run_train_final.sh")
@@ -85,7 +87,7 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
                 arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, shared, kind, arm))}
                 check_current(place, arms)
                 if set(arms) - {"base"}:
-                    run["sets"][kind] = benchmark_rows(arms, paper.get(kind, {}).get("counted_once", []))
+                    run["sets"][kind] = benchmark_rows(arms, paper.get(kind.removesuffix("_paper"), {}))
             except UserError as error:  # one run that has to be scored again does not hide the others
                 log.warning("%s, %s: %s", name, kind, error)
                 run["sets"][kind] = {"rows": {}, "mean": {}, "normalised": {}, "absent": {"all": str(error)}}
@@ -142,12 +144,15 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
                 continue
             if "absent" in out.get(name, {}):  # for another seed: a mean over some of them is none
                 continue
-            score = read_json(file.parent / result["file"])
-            metric = next(iter(score["metrics"]))
+            score = read_score(file.parent / result["file"])
+            metric = score["metric"]
             note = "; ".join(part for part in (
                 f"in place of {result['stands_in_for']}" if "stands_in_for" in result else "",
-                f"first {record['limit']} items of each file" if record["limit"] else "") if part)  # fmt: skip
+                f"first {record['limit']} items of each file" if record["limit"] else "",
+                score["details"].get("metric_note")) if part)  # fmt: skip
             one = out.setdefault(name, {"metric": metric, "ids": score["items"]["ids"], "runs": [], "note": note,
+                                        "prompt": score["details"].get("prompt_policy"),
+                                        "in_place_of": result.get("stands_in_for", name),
                                         "groups": score["groups"], "n": score["metrics"][metric]["n"],
                                         "model": score["inputs"]["model"], "made": {},
                                         "inputs": comparable(score["inputs"])})  # fmt: skip
@@ -188,10 +193,14 @@ def comparable(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in inputs.items() if key != "model"}, **computed}
 
 
-def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], counted_once: Sequence[Sequence[str]]) -> dict[str, Any]:
+def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) -> dict[str, Any]:
     """Per benchmark and category the score of every arm (%), its difference to base with interval and p-value; the
-    mean over benchmarks, in which those of `counted_once` share one place.
+    mean over benchmarks.
 
+    Args:
+        paper: of the task, in paper_results.json: `benchmarks`, of which the paper's mean is (a benchmark that is not
+            among them is `extra` and in no mean; without a list, all are), and `counted_once`, groups that share one
+            place in it.
     Raises:
         UserError: arms whose items differ (another limit, another copy of the data).
     """
@@ -206,6 +215,7 @@ def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], counted_once: Sequence
                 continue
             items = np.mean(result["runs"], axis=0)
             row = rows.setdefault(name, {"metric": result["metric"], "n": result["n"], "note": result["note"],
+                                         "prompt": result["prompt"], "extra": is_extra(result, paper),
                                          "arms": {}, "groups": {}})  # fmt: skip
             row["arms"][arm] = {"value": 100 * float(items.mean())}
             for group in result["groups"]:
@@ -225,10 +235,16 @@ def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], counted_once: Sequence
             reasons |= {f"{name} ({arm})": why for arm, why in by_arm.items()}
         else:
             reasons[name] = next(iter(by_arm.values()))
-    complete = [arm for arm in arms if rows and all(arm in row["arms"] for row in rows.values())]
-    mean = {arm: mean_score({name: row["arms"][arm]["value"] for name, row in rows.items()}, counted_once)
-            for arm in complete}  # fmt: skip
+    counted = {name: row["arms"] for name, row in rows.items() if not row["extra"]}
+    complete = [arm for arm in arms if counted and all(arm in row for row in counted.values())]
+    once = paper.get("counted_once", [])
+    mean = {arm: mean_score({name: row[arm]["value"] for name, row in counted.items()}, once) for arm in complete}
     return {"rows": rows, "mean": mean, "normalised": normalised(mean) if len(mean) > 1 else {}, "absent": reasons}
+
+
+def is_extra(result: Mapping[str, Any], paper: Mapping[str, Any]) -> bool:
+    """Whether a benchmark was named beyond those that the paper's mean of the task is of."""
+    return "benchmarks" in paper and result["in_place_of"] not in paper["benchmarks"]
 
 
 def mean_score(values: Mapping[str, float], counted_once: Sequence[Sequence[str]]) -> float:
@@ -271,16 +287,19 @@ def benchmark_table(found: Mapping[str, Any], paper: Mapping[str, Sequence[float
 
     for name, row in found["rows"].items():
         note = f" ({row['note']})" if row["note"] else ""
-        line(f"{name}, {row['metric']}{note}", [cell(row["arms"].get(arm)) for arm in arms], row["n"])
+        prompt = f", {row['prompt']}" if row["prompt"] else ""
+        line(f"{name}, {row['metric']}{prompt}{note}", [cell(row["arms"].get(arm)) for arm in arms], row["n"])
         for group, values in row["groups"].items():
             line(group, [f"{values[arm]:.2f}" if arm in values else "" for arm in arms], "")
     if found["mean"]:  # the paper's mean is over all benchmarks
-        part = found["absent"] or any(row["note"] for row in found["rows"].values())
+        part = found["absent"] or any(row["note"] for row in found["rows"].values() if not row["extra"])
         label = "mean of those above" if part else "mean"
         line(label, [f"{found['mean'][arm]:.2f}" if arm in found["mean"] else "" for arm in arms], "")
     for key in paper:
         if key not in used:
             line(key, [""] * len(arms), "")
+    if extra := [name for name, row in found["rows"].items() if row["extra"]]:
+        lines += ["", f"Not among the paper's benchmarks, and in no mean: {', '.join(extra)}."]
     if found["normalised"]:
         told = ", ".join(f"{arm} {each['z']:+.2f} / {each['min_max']:.2f}" for arm, each in found["normalised"].items())
         lines += ["", f"Arms on a common scale (z-score / min-max, as in Figure 1): {told}."]

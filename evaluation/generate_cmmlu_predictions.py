@@ -22,8 +22,9 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.runs import MANIFEST, UserError, digest_of, read_json, run_command, setup_logging, write_json
-from evaluation.generation import Decoding, answers, chat_template
-from evaluation.scores import Evaluated, Score, finished, runner_flags, write_score
+from evaluation.generation import Decoding, answers
+from evaluation.prompts import CHAT, POLICY_NAMES, asking_flags, chat_template
+from evaluation.scores import Evaluated, Score, finished, finite, runner_flags, write_score
 from evaluation.yue_answers import read_answers
 from evaluation.yue_mmlu import MOST_SHOTS, ROOT_VARIABLE, category_of, prompt, question_folder, read_questions
 
@@ -43,8 +44,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default 32)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0 (default 0)")
+    asking_flags(parser, llama_name=False)
     given = parser.parse(argv)
-    decoding = Decoding(given["max_new_tokens"], given["temperature"], given["seed"], given["tokens_per_batch"])
+    decoding = Decoding(
+        given["max_new_tokens"], given["temperature"], given["seed"], given["tokens_per_batch"], given["prompt"]
+    )
     output: Path = given["output_dir"]
     data_dir = question_folder(given["data_dir"])
     path = run(Evaluated.from_flags(given), data_dir, output, given["limit"], given["shots"], decoding,
@@ -72,7 +76,9 @@ def run(
     """
     decoding = decoding or Decoding()
     asked = questions(data_dir, limit, shots)
-    template = hashlib.sha256(chat_template(evaluated).encode()).hexdigest()
+    template = None
+    if decoding.prompt == CHAT:
+        template = hashlib.sha256(chat_template(evaluated).encode()).hexdigest()
     inputs = {"model": evaluated.identity, "template": template, "data": digest_of(asked), "limit": limit,
               "shots": shots, "decoding": decoding.inputs}  # fmt: skip
     path = output_dir / "yue_mmlu.json"
@@ -106,8 +112,8 @@ def file_name(subject: str, shots: int) -> str:
 
 
 def generate(
-    evaluated: Evaluated, asked: Asked, folder: Path, shots: int, decoding: Decoding, template: str
-) -> None:  # fmt: skip
+    evaluated: Evaluated, asked: Asked, folder: Path, shots: int, decoding: Decoding, template: str | None
+) -> None:
     """Write the file of every subject that is not there already for the same inputs.
 
     The manifest holds, by file, the digest of its inputs and that of its bytes: whatever was killed between the two, a
@@ -143,7 +149,8 @@ def generate(
     with tqdm(total=total, desc=f"Yue-MMLU, {shots}-shot", unit="item") as bar:
         for subject in missing:
             items, path = asked[subject], folder / file_name(subject, shots)
-            texts = answers(evaluated, [text for text, _ in items.values()], decoding, bar.update)
+            with finite(evaluated, f"Yue-MMLU, {subject}"):
+                texts = answers(evaluated, [text for text, _ in items.values()], decoding, bar.update)
             # Known as ours before it is there: a run killed between the two may replace it.
             made[path.name] = {"fingerprint": fingerprints[subject], "sha256": ""}
             write_json(record_path, {"files": made})
@@ -173,13 +180,14 @@ def score(folder: Path, asked: Asked, shots: int, decoding: Decoding) -> Score:
         {
             "shots": shots,
             "prompt": next(iter(first.values()))[0],
-            "prompt_form": "one user turn in the model's chat template",
+            "prompt_policy": POLICY_NAMES[decoding.prompt],
             "decoding": decoding.inputs,
             "subjects": {subject: sum(item.right for item in answered) / len(answered)
                          for subject, answered in found.items()},
             "unanswered": sum(item.choice is None for _, item in items),
             "source": "Yue-MMLU of jiangjyjy/Yue-Benchmark (MIT), data/latest_data; answers chosen by its own rules",
         },
+        metric="acc",
     )  # fmt: skip
 
 

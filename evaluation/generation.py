@@ -1,4 +1,4 @@
-"""Answers of a chat model to prompts: its chat template, their common beginning read once, batches, new tokens only."""
+"""Answers of a model to prompts: their common beginning read once, batches, new tokens only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 
 from core.activations import token_batches
 from core.runs import UserError
-from evaluation.scores import Evaluated
+from evaluation.prompts import CHAT, DATE_STRING, chat_template, rendered
+from evaluation.scores import Evaluated, check_logits
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,14 @@ class Decoding:
         seed: of the draws; every call of `answers` begins with it.
         tokens_per_batch: prompts (but for their common beginning), answers and padding of one batch; a single longer
             prompt is a batch of its own.
+        prompt: `chat`: every prompt is one turn of a user; `plain`: the model goes on from its text.
     """
 
     max_new_tokens: int = 32
     temperature: float = 0.0
     seed: int = 0
     tokens_per_batch: int = 4096
+    prompt: str = CHAT
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.tokens_per_batch < 1:
@@ -42,34 +45,29 @@ class Decoding:
             raise UserError(f"temperature {self.temperature} must be 0 (greedy) or a positive number")
 
     @property
-    def inputs(self) -> dict[str, float]:
+    def inputs(self) -> dict[str, float | str]:
         """What an answer depends on. Batches and seed matter to draws only: padding changes no greedy answer."""
         drawn = {"seed": self.seed, "tokens_per_batch": self.tokens_per_batch} if self.temperature else {}
-        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, **drawn}
-
-
-def chat_template(evaluated: Evaluated) -> str:
-    """The model's chat template. Raises UserError when it has none: what it would be asked would be our invention."""
-    template = evaluated.tokenizer.chat_template
-    if not template:
-        raise UserError(f"{evaluated.checkpoint.name} has no chat template, expected a chat model; put "
-                        "chat_template.jinja of its instruction-tuned version into its folder")  # fmt: skip
-    return template if isinstance(template, str) else template["default"]
+        date = {"date": DATE_STRING} if self.prompt == CHAT else {}
+        answer = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        return {**answer, "prompt": self.prompt, **date, **drawn}
 
 
 def answers(
     evaluated: Evaluated, prompts: Sequence[str], decoding: Decoding, advance: Callable[[int], object] = lambda n: None
 ) -> list[str]:
-    """The model's answer to each prompt (one turn of a user), in the order of the prompts.
+    """The model's answer to each prompt, in the order of the prompts.
 
     Args:
         advance: told the number of prompts of every finished batch.
     Raises:
         UserError: no chat template, or one that leaves the prompt out.
+        NotFiniteError: logits of which no token can be chosen.
     """
-    chat_template(evaluated)
+    if decoding.prompt == CHAT:
+        chat_template(evaluated)
     tokenizer = evaluated.tokenizer
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt, decoding.prompt) for prompt in prompts]
     model = evaluated.model
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and (long := sum(len(one) + decoding.max_new_tokens > window for one in ids)):
@@ -88,25 +86,12 @@ def answers(
     return out
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokens of `rendered`, whose template holds the special ones. Raises UserError as it does."""
-    return tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-
-
-def rendered(tokenizer: Any, prompt: str) -> str:
-    """One turn of a user in the chat template, up to where the answer begins.
-
-    Templates of vision-language models show parts of a message and silently drop plain text.
-
-    Raises:
-        UserError: the prompt is not in what the template gives.
-    """
-    for content in (prompt, [{"type": "text", "text": prompt}]):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                             add_generation_prompt=True)  # fmt: skip
-        if prompt.strip() in text:
-            return text
-    raise UserError("the chat template leaves out what the user says, as a string and as a list of parts; correct it")
+def prompt_ids(tokenizer: Any, prompt: str, policy: str) -> list[int]:
+    """Tokens of `rendered`, whose template holds the special ones, or of the prompt with the tokenizer's special
+    tokens. Raises UserError as `rendered`."""
+    if policy == CHAT:
+        return tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt)["input_ids"]
 
 
 @dataclass(frozen=True)
@@ -158,8 +143,10 @@ def continuations(model: Any, prompts: Sequence[list[int]], shared: Beginning = 
     cache = copy.deepcopy(shared.cache)
     if cache is not None:
         cache.batch_repeat_interleave(len(prompts))
-    out = model.generate(input_ids=torch.tensor(ids, device=model.device), past_key_values=cache,
-                         attention_mask=torch.tensor(mask, device=model.device))[:, longest:].tolist()  # fmt: skip
+    inputs = torch.tensor(ids, device=model.device)
+    seen = torch.tensor(mask, device=model.device)
+    made = model.generate(input_ids=inputs, past_key_values=cache, attention_mask=seen, logits_processor=[check_logits])
+    out = made[:, longest:].tolist()
     ends = set(settings.eos_token_id or ())
     return [new[: next((place for place, token in enumerate(new) if token in ends), len(new))] for new in out]
 

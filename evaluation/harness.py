@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import itertools
 import logging
+import os
 import random
 import re
 import shutil
@@ -28,11 +29,14 @@ import yaml
 from core.hub import HUB_TIMEOUT_S
 from core.runs import UserError, digest_of, first_line
 from evaluation.lm_eval_tasks.local_data import READERS
+from evaluation.scores import check_finite, check_logits
 
 log = logging.getLogger(__name__)
 
 # The harness's own, of solved items and of sampling.
 SEED = 1234
+# Variable of a folder with tasks in the harness's YAML form that the harness does not have (IndoMMLU is one).
+OWN_TASKS = "LM_EVAL_TASKS"
 TASKS_FILE = Path(__file__).parent / "lm_eval_tasks" / "tasks.yaml"
 
 
@@ -44,6 +48,7 @@ class LocalTask:
     include: str
     folder: str
     rows: str
+    metric: str
     files: Mapping[str, str]
     config: Mapping[str, Any]
     group: str | None
@@ -81,18 +86,21 @@ def local_tasks() -> dict[str, LocalTask]:
 
             name = fill(entry["task"])
             found[name] = LocalTask(
-                name, fill(entry.get("include", entry["task"])), fill(entry["folder"]), entry["rows"],
+                name, fill(entry.get("include", entry["task"])), fill(entry["folder"]), entry["rows"], entry["metric"],
                 {role: fill(pattern) for role, pattern in entry["files"].items()}, entry.get("config", {}),
                 entry.get("group"), fill(entry.get("note", "")))  # fmt: skip
     return found
 
 
-# Tasks of the experiments that have no local reader, and the harness's folder of each: its index need not be read.
-HUB_FOLDERS = {
-    "arc_id": "okapi/arc_multilingual", "truthfulqa_id_mc1": "okapi/truthfulqa_multilingual",
-    "truthfulqa_id_mc2": "okapi/truthfulqa_multilingual", "mmlu_prox_lite_th_other": "mmlu_prox/th",
-    "social_iqa": "siqa",
-}  # fmt: skip
+# Tasks of the experiments that have no local reader -> the harness's folder of each (its index need not be read), and
+# the metric that tables report.
+HUB_TASKS = {
+    "arc_id": ("okapi/arc_multilingual", "acc"),
+    "truthfulqa_id_mc1": ("okapi/truthfulqa_multilingual", "acc"),
+    "truthfulqa_id_mc2": ("okapi/truthfulqa_multilingual", "acc"),
+    "mmlu_prox_lite_th_other": ("mmlu_prox/th", "exact_match,custom-extract"),
+    "social_iqa": ("siqa", "acc"),
+}
 
 
 @functools.cache
@@ -111,11 +119,12 @@ def harness_version() -> str:
 
 @functools.cache
 def task_manager(folder: str | None = None) -> Any:
-    """The harness's index of tasks, or of one of its folders: reading all of its 14,000 files takes ten seconds."""
+    """The harness's index of tasks, or of one folder (of its own, or of the user): reading all of its 14,000 files
+    takes ten seconds."""
     import lm_eval.tasks
 
     if folder is None:
-        return lm_eval.tasks.TaskManager()
+        return lm_eval.tasks.TaskManager(include_path=os.environ.get(OWN_TASKS))
     place = Path(lm_eval.tasks.__file__).parent / folder
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(place))
 
@@ -142,21 +151,61 @@ def load_local(task: LocalTask, files: Mapping[str, Sequence[Path]]) -> Any:
     return built
 
 
+def manager_of(name: str) -> Any:
+    """The smallest index that has a task, group or tag: that of the harness's folder where it is known to be, that of
+    the user's own tasks (the folder in $LM_EVAL_TASKS), else that of all tasks.
+
+    Raises:
+        UserError: nothing has this name.
+    """
+    expected = local_tasks().get(name)
+    folder = HUB_TASKS[name][0] if name in HUB_TASKS else expected.folder if expected else None
+    for place in (folder, os.environ.get(OWN_TASKS)):
+        if place and name in (found := task_manager(place)).all_tasks:
+            return found
+    if name in (found := task_manager()).all_tasks:
+        return found
+    raise UserError(
+        f"{name} is no task of lm-evaluation-harness, nor a group or tag of it (`lm_eval ls tasks` lists them; local "
+        f"ones: {TASKS_FILE.name}; tasks of your own: their folder in ${OWN_TASKS}); correct the name"
+    )
+
+
+def members(name: str) -> list[str]:
+    """The tasks that a name stands for: those of a group or a tag of the harness, else the task itself.
+
+    Raises:
+        UserError: a name that the harness does not know, or a group that changes settings of its tasks.
+    """
+    if name in local_tasks() or name in HUB_TASKS:
+        return [name]
+    entry = manager_of(name).task_index[name]
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.kind.name != "GROUP":
+        return [name]
+    changed = set(entry.cfg) - {"group", "group_alias", "task", "tag", "aggregate_metric_list", "metadata", "version"}
+    found: list[str] = []
+    for child in entry.cfg["task"]:
+        given = {"task": child} if isinstance(child, str) else child
+        changed |= set(given) - {"task", "task_alias"}
+        found += members(given["task"]) if "task" in given else []
+    if changed:
+        raise UserError(
+            f"the group {name} changes settings of its tasks ({', '.join(sorted(changed))}), which is not supported; "
+            "give its tasks by name"
+        )
+    return list(dict.fromkeys(found))
+
+
 def load_hub(name: str) -> Any | str:
     """The harness's own task with the hub's rows, or why it cannot be had, in one line.
 
     Raises:
-        UserError: a name that the harness does not know, or that of a group.
+        UserError: a name that the harness does not know.
     """
+    manager = manager_of(name)
     expected = local_tasks().get(name)
-    folder = HUB_FOLDERS.get(name) or (expected.folder if expected else None)
-    manager = task_manager(folder) if folder else task_manager()
-    if folder and name not in manager.all_subtasks:  # another version has it elsewhere
-        manager = task_manager()
-    if name not in manager.all_subtasks:
-        group = name in manager.all_tasks
-        what = "is a group of tasks; give its tasks by name" if group else "is no task of lm-evaluation-harness"
-        raise UserError(f"{name} {what} (`lm_eval ls tasks` lists them; local ones: {TASKS_FILE.name})")
     files = f"put {next(iter(expected.files.values()))} below --data-dir, or " if expected else ""
     try:
         with hub_or_cache():
@@ -222,6 +271,7 @@ def _budgeted_class() -> type:
             for _, places in sorted(buckets.items(), reverse=True):
                 self.batch_size_per_gpu = self._rows(max(lengths[place] for place in places))
                 found = super()._loglikelihood_tokens([requests[place] for place in places], disable_tqdm, override_bs)
+                check_finite((likelihood for likelihood, _ in found), "the answers of its items")
                 for place, answer in zip(places, found, strict=True):
                     answers[place] = answer
             return answers
@@ -232,6 +282,9 @@ def _budgeted_class() -> type:
             self.truncated += sum(length + new > self.max_length for length in lengths)
             self.batch_size_per_gpu = self._rows(max(lengths) + new)
             return super().generate_until(requests, disable_tqdm)
+
+        def _model_generate(self, *given: Any, **options: Any) -> torch.Tensor:
+            return super()._model_generate(*given, logits_processor=[check_logits], **options)
 
         def _rows(self, longest: int) -> int:
             return max(1, self.tokens_per_batch // min(longest, self.max_length))
@@ -305,6 +358,26 @@ def item_scores(results: Mapping[str, Any]) -> tuple[list[int], dict[str, list[f
         elif isinstance(value, (int, float, np.number)):
             others[name] = float(value)
     return places, means, others
+
+
+def reported_metric(name: str, metrics: Sequence[str]) -> tuple[str, str]:
+    """(the metric of a task that tables report, note for the reader): the one declared in tasks.yaml or `HUB_TASKS`.
+
+    A task that the experiment names beyond those declares none: of several metrics `acc` is taken, which is what the
+    paper's tables hold, else the first in the order of the harness's own definition, and the note says so.
+
+    Raises:
+        UserError: the task does not have the metric that is declared.
+    """
+    local = local_tasks().get(name)
+    declared = local.metric if local else HUB_TASKS[name][1] if name in HUB_TASKS else None
+    if declared is None:
+        chosen = "acc" if "acc" in metrics else metrics[0]
+        return chosen, "" if len(metrics) == 1 else f"{chosen} of {', '.join(metrics)}: none is declared"
+    if declared not in metrics:
+        raise UserError(f"{name} is to be reported by {declared}, but this version of lm-evaluation-harness gives "
+                        f"{', '.join(metrics)}; install the version of requirements.txt")  # fmt: skip
+    return declared, ""
 
 
 def description(task: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from evaluation.harness import (
     load_hub,
     load_local,
     local_tasks,
+    members,
     plain,
+    reported_metric,
     set_shots,
 )
-from evaluation.scores import Evaluated, Score, data_folder, finished, runner_flags, write_score
+from evaluation.prompts import PLAIN, POLICY_NAMES
+from evaluation.scores import Evaluated, Score, data_folder, finished, finite, read_score, runner_flags, write_score
 
 log = logging.getLogger("lm_eval_runner")
 
@@ -56,7 +59,8 @@ def run(
     """Score each task and write `<output_dir>/<task>.json`; what is finished for the same inputs is not computed again.
 
     Args:
-        tasks: names of lm-evaluation-harness, or of lm_eval_tasks/tasks.yaml.
+        tasks: tasks, groups or tags of lm-evaluation-harness, or names of lm_eval_tasks/tasks.yaml. A group's file
+            has the items of all of its tasks, each of which also has its own.
         data_dir: folder of benchmark files; a task that it does not have is read from the hub, or its cache.
         limit: only the first N items of every task.
         tokens_per_batch: of one forward pass, padding included; no score depends on it.
@@ -76,7 +80,8 @@ def run(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: dict[str, Path | str] = {}
     loaded: dict[str, tuple[Any, str]] = {}
-    for name in dict.fromkeys(tasks):
+    asked = {name: members(name) for name in tasks}
+    for name in dict.fromkeys(member for found_in in asked.values() for member in found_in):
         local, files = local_tasks().get(name), local_files(name, data_dir)
         if local and files:
             task, source = load_local(local, files), "local"
@@ -93,7 +98,49 @@ def run(
             loaded[name] = task, source
     for name, (task, source) in tqdm(loaded.items(), desc="tasks", unit="task"):
         found[name] = score(evaluated, task, source, output_dir / f"{name}.json", limit, tokens_per_batch, num_fewshot)
-    return {name: found[name] for name in dict.fromkeys(tasks)}
+    for name, parts in asked.items():
+        if parts != [name]:
+            found[name] = combined(name, {part: found[part] for part in parts}, output_dir / f"{name}.json")
+    return {name: found[name] for name in asked}
+
+
+def combined(name: str, parts: Mapping[str, Path | str], path: Path) -> Path | str:
+    """Write the score of a group: all items of its tasks, by task; the path, or why there is none.
+
+    The group's value is a mean over items, so a task counts by its size.
+    """
+    if lost := [f"{part}: {reason}" for part, reason in parts.items() if isinstance(reason, str)]:
+        return f"{len(lost)} of its {len(parts)} tasks cannot be scored ({lost[0]})"
+    scores = {part: read_score(file) for part, file in parts.items() if isinstance(file, Path)}
+    reported = {part: score["metric"] for part, score in scores.items()}
+    if len(set(reported.values())) > 1:
+        told = ", ".join(f"{part} {metric}" for part, metric in reported.items())
+        return f"its tasks are reported by different metrics ({told}); give its tasks by name"
+    first = next(iter(scores.values()))
+    shared = [metric for metric in first["metrics"] if all(metric in score["metrics"] for score in scores.values())]
+    metrics = {metric: [value for score in scores.values() for value in score["items"][metric]] for metric in shared}
+    ids = {part: score["items"]["ids"] for part, score in scores.items()}
+    inputs = {
+        "model": first["inputs"]["model"],
+        "tasks": {part: {**score["inputs"], "model": None} for part, score in scores.items()},
+    }
+    details = {
+        "prompt_policy": first["details"]["prompt_policy"],
+        "metric_note": first["details"]["metric_note"],
+        "tasks": {part: score["details"] for part, score in scores.items()},
+        "note": f"mean over the items of {len(scores)} tasks",
+    }
+    score = Score(
+        name,
+        [f"{part}/{item}" for part, items in ids.items() for item in items],
+        metrics,
+        [part for part, items in ids.items() for _ in items],
+        details,
+        metric=first["metric"],
+    )
+    if not finished(path, inputs):
+        write_score(path, score, inputs)
+    return path
 
 
 def local_files(name: str, data_dir: Path | None) -> dict[str, list[Path]] | None:
@@ -127,6 +174,8 @@ def score(
     name = task.config.task
     shots = set_shots(task, num_fewshot)
     docs = list(task.eval_docs)
+    if not docs:
+        return "it has no items"
     shown = list(task.fewshot_docs() or []) if shots else []
     version = harness_version()
     inputs = {
@@ -140,18 +189,21 @@ def score(
     if finished(path, inputs):
         return path
     lm = language_model(evaluated.model, evaluated.tokenizer, tokens_per_batch)
-    places, metrics, others = item_scores(evaluate(lm, task, num_fewshot, limit))
+    with finite(evaluated, name):
+        places, metrics, others = item_scores(evaluate(lm, task, num_fewshot, limit))
     if not metrics:
         return f"its metrics ({', '.join(others) or 'none'}) are no means over items; use the harness's own command"
+    metric, metric_note = reported_metric(name, list(metrics))
     known = local_tasks().get(name)
     groups = [str(docs[place][known.group]) for place in places] if known and known.group in docs[0] else []
     details = {
         "task": name, "version": task.VERSION, "data": source, "n_shot": shots,
         "harness": f"lm_eval {version}", "harness_task": known.include if known else name,
         "note": known.note if known and source == "local" else "", "other_metrics": others,
-        "requests_cut_to_fit": lm.truncated,
+        "requests_cut_to_fit": lm.truncated, "metric_note": metric_note, "prompt_policy": POLICY_NAMES[PLAIN],
     }  # fmt: skip
-    write_score(path, Score(name, [str(place) for place in places], metrics, groups, details), inputs)
+    items = [str(place) for place in places]
+    write_score(path, Score(name, items, metrics, groups, details, metric=metric), inputs)
     return path
 
 

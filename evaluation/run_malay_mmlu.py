@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""MalayMMLU of a checkpoint: accuracy by the first token (the benchmark's own) and by the full answer."""
+"""MalayMMLU of a checkpoint, asked as its own evaluation asks: accuracy by first token and by full answer."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.activations import token_batches
-from core.runs import UserError, digest_of, read_json, run_command, setup_logging, write_json
-from evaluation.malay_questions import LETTERS, Question, data_file, read_questions
+from core.runs import digest_of, read_json, run_command, setup_logging, write_json
+from evaluation.malay_questions import LETTERS, Form, Question, data_file, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores
-from evaluation.scores import Evaluated, Score, finished, runner_flags, write_score
+from evaluation.prompts import CHAT, DATE_STRING, POLICY_NAMES, Asking, asking_flags, chat_template, is_llama
+from evaluation.scores import Evaluated, Score, check_finite, finished, finite, runner_flags, write_score
 
 log = logging.getLogger("malay_mmlu")
 # Questions between two writes of what is done; batches never cross them, so that a resumed run has the same ones.
@@ -32,11 +33,11 @@ def main(argv: list[str]) -> None:
     parser = runner_flags(__doc__ or "")
     parser.add_argument("--data-dir", type=Path, help="folder of MalayMMLU_<N>shot.json (default $MALAY_REPO/data)")
     parser.add_argument("--shots", type=int, default=0, help="examples in the prompt, 0 to 3 (default 0)")
-    parser.add_argument("--chat-template", action="store_true",
-                        help="the prompt is the user's message (default: read as it is)")  # fmt: skip
+    asking_flags(parser, llama_name=True)
     given = parser.parse(argv)
-    path = run(Evaluated.from_flags(given), given["data_dir"], given["output_dir"], given["limit"], given["shots"],
-               given["tokens_per_batch"], given["chat_template"])  # fmt: skip
+    asking = Asking(given["prompt"], given["llama_name"])
+    options = (given["limit"], given["shots"], given["tokens_per_batch"], asking)
+    path = run(Evaluated.from_flags(given), given["data_dir"], given["output_dir"], *options)
     print(table(read_json(path)))
 
 
@@ -47,7 +48,7 @@ def run(
     limit: int | None,
     shots: int = 0,
     tokens_per_batch: int = 4096,
-    chat_template: bool = False,
+    asking: Asking | None = None,
 ) -> Path:
     """Score a model on MalayMMLU. What is finished is not done again; a killed run continues with its next chunk.
 
@@ -56,51 +57,71 @@ def run(
         limit: only the first questions of the file; None: all.
         shots: examples in the prompt, 0 to 3.
         tokens_per_batch: of the questions with each of their options, padding included.
-        chat_template: whether the prompt is rendered as the user's message.
+        asking: how the model is asked; default in its chat template, "llama" by its name.
     Returns:
         the benchmark's file, `malay_mmlu.json` or `malay_mmlu_<shots>shot.json`.
     Raises:
         UserError: no data, data of another schema, a model without chat template, answers longer than
-            the model's positions.
+            the model's positions, log-probabilities that are not finite.
     """
+    asking = asking or Asking()
+    llama, why = is_llama(asking, evaluated)
+    form = Form(shots, asking.policy, llama)
     source = data_file(data_dir, shots)
-    questions = read_questions(source, shots, limit)
+    questions = read_questions(source, form.column, limit)
     benchmark = f"malay_mmlu_{shots}shot" if shots else "malay_mmlu"
-    settings = {"shots": shots, "chat_template": chat_template}
-    inputs = {"benchmark": benchmark, "model": evaluated.identity, "limit": limit, "settings": settings,
-              "data": hashlib.sha256(source.read_bytes()).hexdigest()}  # fmt: skip
+    date = DATE_STRING if form.policy == CHAT else None
+    settings = {"shots": shots, "prompt": form.policy, "llama_name": form.llama, "date": date}
+    data = hashlib.sha256(source.read_bytes()).hexdigest()
+    inputs = {"benchmark": benchmark, "model": evaluated.identity, "limit": limit, "settings": settings, "data": data}
     path = output_dir / f"{benchmark}.json"
     if finished(path, inputs):
         return path
-    if chat_template and not evaluated.tokenizer.chat_template:
-        raise UserError(f"{evaluated.checkpoint.name} has no chat template; leave out --chat-template, or give a model "
-                        f"that has one")  # fmt: skip
+    if form.policy == CHAT:
+        chat_template(evaluated)
     partial = output_dir / f"{benchmark}.partial.json"
-    # No score depends on the batches, but a killed run goes on with the same ones.
-    running = {**settings, "tokens_per_batch": tokens_per_batch}
-    done = _chunks(evaluated, questions, partial, digest_of({**inputs, "settings": running}), running)
-    cut = sum(chunk["cut"] for chunk in done)
-    if cut:
-        log.warning("%d of %d prompts are longer than the model's positions: their beginning was cut", cut,
-                    len(questions))  # fmt: skip
+    with finite(evaluated, benchmark):
+        # No score depends on the batches, but a killed run goes on with the same ones.
+        done = _chunks(evaluated, questions, form, partial, {**inputs, "tokens_per_batch": tokens_per_batch})
+    details = {**_details(evaluated, form, questions, done), "llama_name": why}
     ids = [str(number) for number in range(1, len(questions) + 1)]
     metrics = {metric: [value for chunk in done for value in chunk[metric]] for metric in METRICS}
-    details = {
-        "shots": shots,
-        "chat_template": chat_template,
-        "cut_prompts": cut,
-        "first_token": "letter with the most probable token after the prompt",
-        "full_answer": "answer without its letter with the highest sum of log-probabilities after the prompt",
-    }
-    write_score(path, Score(benchmark, ids, metrics, [q.category for q in questions], details), inputs)
+    categories = [question.category for question in questions]
+    write_score(path, Score(benchmark, ids, metrics, categories, details, metric="first_token"), inputs)
     partial.unlink()
     return path
 
 
+def _details(
+    evaluated: Evaluated, form: Form, questions: Sequence[Question], done: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """How the questions were asked, for the reader of the score; says in the log how many prompts were cut."""
+    cut = sum(chunk["cut"] for chunk in done)
+    if cut:
+        told = "%d of %d prompts are longer than the model's positions: their beginning was cut"
+        log.warning(told, cut, len(questions))
+    tokenizer = evaluated.tokenizer
+    prompt = form.prompt(tokenizer, questions[0])
+    first = tokenizer(prompt)["input_ids"][:2]
+    return {
+        "shots": form.shots,
+        "prompt_policy": POLICY_NAMES[form.policy],
+        "asked_as_llama": form.llama,
+        "template_date": DATE_STRING if form.policy == CHAT else None,
+        "prompt": prompt,
+        # As in the benchmark: the template has the special token, and the tokenizer adds its own.
+        "begins_with_two_special_tokens": first == [tokenizer.bos_token_id] * 2,
+        "cut_prompts": cut,
+        "first_token": "letter with the largest logit after the prompt",
+        "full_answer": "option with the highest mean log-probability over all tokens of prompt + option but the first",
+    }
+
+
 def _chunks(
-    evaluated: Evaluated, questions: list[Question], partial: Path, fingerprint: str, settings: Mapping[str, Any]
+    evaluated: Evaluated, questions: list[Question], form: Form, partial: Path, inputs: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Results of all chunks, in order; those in `partial` are taken from there when it has the same fingerprint."""
+    """Results of all chunks, in order; those in `partial` are taken from there when they were made from `inputs`."""
+    fingerprint = digest_of(inputs)
     record = read_json(partial) if partial.is_file() else {}
     if record.get("fingerprint") != fingerprint:
         record = {"fingerprint": fingerprint, "chunks": []}
@@ -111,23 +132,29 @@ def _chunks(
     partial.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(questions), initial=min(begin, len(questions)), desc="MalayMMLU", unit="question") as bar:
         for start in range(begin, len(questions), CHUNK):
-            done.append(_score(evaluated, questions[start : start + CHUNK], settings, bar))
+            chunk = dict(list(enumerate(questions, 1))[start : start + CHUNK])
+            done.append(_score(evaluated, chunk, form, inputs["tokens_per_batch"], bar))
             write_json(partial, record)
     return done
 
 
-def _score(evaluated: Evaluated, questions: list[Question], settings: Mapping[str, Any], bar: tqdm) -> dict[str, Any]:
-    """{metric: 0 or 1 for every question, "cut": prompts that were cut} of one chunk."""
+def _score(
+    evaluated: Evaluated, questions: Mapping[int, Question], form: Form, tokens_per_batch: int, bar: tqdm
+) -> dict[str, Any]:
+    """{metric: 0 or 1 for every question, "cut": prompts that were cut} of one chunk; `questions` by their number."""
     model, tokenizer = evaluated.model, evaluated.tokenizer
     letters = letter_ids(tokenizer, LETTERS)
     positions = model.config.get_text_config().max_position_embeddings
-    encoded = [encode(tokenizer, q.prompt, q.options, settings["chat_template"], positions) for q in questions]
+    numbers = list(questions)
+    encoded = [encode(tokenizer, form.prompt(tokenizer, q), q.options, positions) for q in questions.values()]
     out: dict[str, list[int]] = {metric: [0] * len(questions) for metric in METRICS}
-    for batch in token_batches([question.tokens for question in encoded], settings["tokens_per_batch"]):
+    for batch in token_batches([question.tokens for question in encoded], tokens_per_batch):
         found = option_scores(model, evaluated.checkpoint.layout, [encoded[n] for n in batch], letters)
         for n, scores in zip(batch, found, strict=True):
             for metric, values in zip(METRICS, scores, strict=True):
-                out[metric][n] = int(values.index(max(values)) == questions[n].key)
+                check_finite(values, f"question {numbers[n]}")
+                # Of equals the first, as the benchmark's arg max takes it.
+                out[metric][n] = int(values.index(max(values)) == questions[numbers[n]].key)
         bar.update(len(batch))
     return {**out, "cut": sum(question.cut for question in encoded)}
 
@@ -142,7 +169,8 @@ def table(record: Mapping[str, Any]) -> str:
     rows.append(("micro average", n_all, [record["metrics"][metric]["value"] for metric in METRICS]))
     rows.append(("mean of categories", n_all, means))
     width = max(len(name) for name, _, _ in rows)
-    lines = [f"{record['benchmark']}, accuracy in %", f"{'category':{width}} {'n':>6}  {'  '.join(METRICS)}"]
+    policy = record["details"]["prompt_policy"]
+    lines = [f"{record['benchmark']}, accuracy in %, {policy}", f"{'category':{width}} {'n':>6}  {'  '.join(METRICS)}"]
     for name, n, values in rows:
         lines.append(f"{name:{width}} {n:6}  {100 * values[0]:11.2f}  {100 * values[1]:11.2f}")
     return "\n".join(lines)

@@ -12,13 +12,14 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from core.runs import UserError, read_json, run_command, setup_logging, write_json
+from core.runs import UserError, run_command, setup_logging, write_json
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
 from evaluation.generation import Decoding
-from evaluation.harness import local_tasks
+from evaluation.harness import local_tasks, members
 from evaluation.lm_eval_tasks.local_data import READERS
 from evaluation.malay_questions import data_file, read_questions
-from evaluation.scores import Evaluated, data_folder, runner_flags
+from evaluation.prompts import Asking, asking_flags
+from evaluation.scores import Evaluated, data_folder, read_score, runner_flags
 from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
 from evaluation.yue_mmlu import question_folder
 
@@ -34,8 +35,12 @@ def main(argv: list[str]) -> None:
                         "harness's data (default $BENCHMARK_DATA; what is not there comes from the hub)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say where the items are, and read those that are here; "
                         "opens no model, writes nothing")  # fmt: skip
+    asking_flags(parser, llama_name=True)
     given = parser.parse(argv)
     task, benchmarks, data_dir = given["task"], task_benchmarks(given["task"]), data_folder(given["data_dir"])
+    for name in benchmarks:  # a name that nothing knows is told before hours of scoring
+        if name not in FILES:
+            members(name)
     if given["dry_run"]:
         told = places(benchmarks, data_dir)
         print("\n".join(f"{name}: {where}" for name, where in told.items()))
@@ -47,7 +52,9 @@ def main(argv: list[str]) -> None:
     evaluated = Evaluated.from_flags(given)
     place = given["model"].strip("/").replace("/", "-")
     folder = given["output_dir"] or Path("runs") / "benchmarks" / task / place
-    found = run_benchmarks(evaluated, benchmarks, folder, data_dir, given["limit"], given["tokens_per_batch"])
+    asking = Asking(given["prompt"], given["llama_name"])
+    numbers = (given["limit"], given["tokens_per_batch"])
+    found = run_benchmarks(evaluated, benchmarks, folder, data_dir, *numbers, asking)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"],
                                     "benchmarks": found})  # fmt: skip
@@ -62,6 +69,9 @@ def places(benchmarks: tuple[str, ...], data_dir: Path | None) -> dict[str, str]
     pending = list(benchmarks)
     while pending:
         name = pending.pop(0)
+        if name not in FILES and (parts := members(name)) != [name]:
+            pending = [*parts, *pending]
+            continue
         if name in FILES:
             try:
                 folder = FILES[name](data_dir)
@@ -103,14 +113,14 @@ def local_copy(data_dir: Path | None, name: str) -> Path | None:
 # Benchmarks with a runner of their own -> where their files are; all others are lm-evaluation-harness's.
 FILES = {"malay_mmlu": malay_files, "yue_mmlu": yue_files}
 READERS_OF: dict[str, Callable[[Path], Any]] = {
-    "malay_mmlu": lambda folder: read_questions(data_file(folder, 0), 0),
+    "malay_mmlu": lambda folder: read_questions(data_file(folder, 0)),
     "yue_mmlu": lambda folder: generate_cmmlu_predictions.questions(folder, None, 0),
 }
 
 
 def run_benchmarks(
     evaluated: Evaluated, benchmarks: tuple[str, ...], folder: Path, data_dir: Path | None, limit: int | None,
-    tokens_per_batch: int,
+    tokens_per_batch: int, asking: Asking,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Benchmark -> {"file"} in `folder`, or {"absent": why}; a stand-in also has {"stands_in_for"}."""
     found: dict[str, dict[str, Any]] = {}
@@ -129,10 +139,10 @@ def run_benchmarks(
             found |= {stand_in: {"stands_in_for": name} for stand_in in STAND_INS.get(name, ())}
             continue
         if name == "malay_mmlu":
-            path = run_malay_mmlu.run(evaluated, files, folder, limit, tokens_per_batch=tokens_per_batch)
+            path = run_malay_mmlu.run(evaluated, files, folder, limit, 0, tokens_per_batch, asking)
         else:
-            path = generate_cmmlu_predictions.run(evaluated, files, folder, limit,
-                                                  decoding=Decoding(tokens_per_batch=tokens_per_batch))  # fmt: skip
+            decoding = Decoding(tokens_per_batch=tokens_per_batch, prompt=asking.policy)
+            path = generate_cmmlu_predictions.run(evaluated, files, folder, limit, decoding=decoding)
         found[name] = {"file": path.name}
     done = run_lm_eval.run(evaluated, harness, folder, data_dir, limit, tokens_per_batch) if harness else {}
     for name in harness:
@@ -148,10 +158,12 @@ def table(folder: Path, found: dict[str, dict[str, Any]]) -> str:
         if "absent" in result:
             lines.append(f"{name:45} absent: {result['absent']}")
             continue
+        score = read_score(folder / result["file"])
         note = f"  (in place of {result['stands_in_for']})" if "stands_in_for" in result else ""
-        for metric, value in read_json(folder / result["file"])["metrics"].items():
-            lines.append(f"{name:45} {metric:>12} {100 * value['value']:8.2f} {100 * value['stderr']:7.2f} "
-                         f"{value['n']:6}{note}")  # fmt: skip
+        for metric, value in score["metrics"].items():
+            told = f"{score['details']['prompt_policy']}{note}" if metric == score["metric"] else "(not in tables)"
+            figures = f"{100 * value['value']:8.2f} {100 * value['stderr']:7.2f} {value['n']:6}"
+            lines.append(f"{name:45} {metric:>12} {figures}  {told}")
     return "\n".join(lines)
 
 

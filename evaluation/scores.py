@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import Parser
-from core.runs import MANIFEST, UserError, digest_of, provenance, read_json, write_json
+from core.runs import FORMAT_VERSION, MANIFEST, UserError, digest_of, provenance, read_json, write_json
 
 log = logging.getLogger(__name__)
 # Beside weights and config, what a score depends on: tokens, prompts, where an answer ends.
@@ -83,6 +86,34 @@ class Evaluated:
         return {**contents, **texts, "made": made, "written": written, "dtype": self.dtype, "device": device}
 
 
+class NotFiniteError(Exception):
+    """A model gave NaN or infinity where an answer is read: an arg max over them would be a score like any other."""
+
+
+@contextlib.contextmanager
+def finite(evaluated: Evaluated, benchmark: str) -> Iterator[None]:
+    """Inside, NotFiniteError is a UserError that names model and benchmark."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise UserError(f"{evaluated.checkpoint.name} on {benchmark}: {error}, so it has no score there; check the "
+                        "model's weights, or give a wider --dtype such as float32") from None  # fmt: skip
+
+
+def check_finite(values: Iterable[float], what: str) -> None:
+    """Raises NotFiniteError for log-probabilities or logits that are not finite. `what`: what they are of."""
+    if not all(map(math.isfinite, values)):
+        raise NotFiniteError(f"log-probabilities that are not finite (NaN or infinite) in {what}")
+
+
+def check_logits(ids: Tensor, logits: Tensor) -> Tensor:
+    """A logits processor of `generate` that changes nothing [B, V]. Raises NotFiniteError for a row whose largest logit
+    is not finite: `generate` would go on with an arbitrary token."""
+    if not logits.max(-1).values.isfinite().all():
+        raise NotFiniteError("logits that are not finite (NaN or infinite) in a generated answer")
+    return logits
+
+
 @dataclass(frozen=True)
 class Score:
     """One model on one benchmark.
@@ -90,7 +121,8 @@ class Score:
     Attributes:
         benchmark: as the table names it, e.g. `belebele_ind_Latn`.
         ids: of the items, unique, in the order of the file: two models are compared item by item.
-        metrics: metric -> score of every item (0 or 1 for accuracies); the first one is the benchmark's own.
+        metrics: metric -> score of every item (0 or 1 for accuracies).
+        metric: the one of them that tables and tests report; declared by the runner, never the first by chance.
         groups: category of every item, where the benchmark reports by category.
         details: what else the runner knows: task version, prompt, note on the data.
     """
@@ -98,6 +130,7 @@ class Score:
     benchmark: str
     ids: Sequence[str]
     metrics: Mapping[str, Sequence[float]]
+    metric: str = field(kw_only=True)
     groups: Sequence[str] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -111,11 +144,21 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float | int]:
 
 
 def finished(path: Path, inputs: Mapping[str, Any]) -> bool:
-    """Whether `path` holds the score for exactly these inputs; says so in the log."""
-    done = path.is_file() and read_json(path).get("fingerprint") == digest_of(inputs)
+    """Whether `path` holds the score for exactly these inputs, in the present format; says so in the log."""
+    record = read_json(path) if path.is_file() else {}
+    done = (record.get("format"), record.get("fingerprint")) == (FORMAT_VERSION, digest_of(inputs))
     if done:
         log.info("%s is finished already", path)
     return done
+
+
+def read_score(path: Path) -> dict[str, Any]:
+    """A benchmark's file. Raises UserError for one of an earlier version, which was scored by other rules."""
+    record = read_json(path)
+    if record.get("format") != FORMAT_VERSION:
+        raise UserError(f"{path} has format {record.get('format')}, expected {FORMAT_VERSION}; run the benchmark again "
+                        "(evaluation/run_task.py), with the same output folder")  # fmt: skip
+    return record
 
 
 def write_score(path: Path, score: Score, inputs: Mapping[str, Any]) -> None:
@@ -126,12 +169,15 @@ def write_score(path: Path, score: Score, inputs: Mapping[str, Any]) -> None:
     """
     n = len(score.ids)
     assert n and len(set(score.ids)) == n and all(len(values) == n for values in score.metrics.values())
+    assert score.metric in score.metrics
     groups: dict[str, list[int]] = {}
     for place, group in enumerate(score.groups):
         groups.setdefault(group, []).append(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {
+        "format": FORMAT_VERSION,
         "benchmark": score.benchmark,
+        "metric": score.metric,
         "metrics": {metric: mean_and_error(values) for metric, values in score.metrics.items()},
         "groups": {group: {metric: mean_and_error([values[place] for place in places])
                            for metric, values in score.metrics.items()} for group, places in sorted(groups.items())},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,16 @@ _CONCLUSION = "(?:因此|所以|综上所述|总之|故|結論是|結論)"
 _ANSWER = "(?:答案|選擇|选择|选项|字母|標准答案|正确答案)"
 _STATED = _ANSWER + r".{0,10}?[是为為:].{0,10}?([A-D])\b"
 _START = r"(?:^|。|\n)"
-_OPTION_LINE = re.compile(r"^([A-D])\.(.*)$", re.MULTILINE)
-# Rules 2 to 7, in the order in which they are tried; each finds the leftmost place, and the nearest words from there.
+# An option of the prompt: its text ends before the next line that begins with an option or with 答案, or at the end.
+_OPTION = re.compile(r"([A-D])\.\s*(.+?)(?=\n[A-D]\.|\n答案:|\Z)", re.DOTALL)
+_SHOWN = re.compile(r"[A-D]\. .")
+# Rules 2 to 6, in the order in which they are tried; each finds the leftmost place, and the nearest words from there.
 _PATTERNS = {
     2: re.compile(rf"{_CONCLUSION}.{{0,20}}?{_ANSWER}.{{0,10}}?是[^ABCD]*?([A-D])\b", re.IGNORECASE | re.DOTALL),
-    3: re.compile(rf"{_START}[A-Za-z\s]*{_STATED}", re.IGNORECASE),
-    4: re.compile(rf"{_START}([A-D])[是为為:。]"),
-    5: re.compile(_STATED),
+    3: re.compile(rf"{_START}[A-D\s]*{_STATED}", re.IGNORECASE),
+    4: re.compile(rf"{_START}\s*([A-D])\s*[是为為:。]"),
+    5: re.compile(_STATED, re.IGNORECASE),
     6: re.compile(r"\b([A-D])\b"),
-    7: re.compile(r"([A-D])\."),
 }
 
 
@@ -56,19 +56,23 @@ class Answer:
 def choose(prediction: str, prompt: str) -> tuple[str | None, int | None]:
     """(option, rule that found it) by the benchmark's published rules; (None, None) for no answer.
 
-    The first that fires on the stripped text wins:
+    An empty prediction is none; one of white space alone goes through all rules. The first that fires on the stripped
+    text wins:
     1. the whole text has exactly one character whose upper case is A to D (a full-width letter has none of them);
     2. a conclusion word, within 20 characters an answer word, within 10 是, then the first letter; lines do not matter;
-    3. at the start, after 。 or a line break, possibly after Latin letters and spaces: an answer word, within 10
+    3. at the start, after 。 or a line break, possibly after letters A to D and white space: an answer word, within 10
        characters 是, 为, 為 or an ASCII colon, within 10 a letter;
-    4. at the start, after 。 or a line break: a letter followed by 是, 为, 為, an ASCII colon or 。;
+    4. at the start, after 。 or a line break: a letter, with white space around it or not, then 是, 为, 為, an ASCII
+       colon or 。;
     5. as 3, anywhere;
     6. the first letter that is a word of its own (a Chinese character next to it makes it part of one);
-    7. a letter followed by a full stop;
-    8. the option of the prompt whose text is most like the prediction in lower case: Levenshtein ratio with a
-       substitution counted as two edits, the first of equals; none when no option has a character in common with it.
-    In 2, 3 and 5 the letter ends a word; 2 and 3 ignore case.
+    8. the option of the prompt whose text is most like the prediction, both in lower case: Levenshtein ratio with a
+       substitution counted as two edits, the first of equals, also when nothing is alike.
+    In 2, 3 and 5 the letter ends a word; 2, 3 and 5 ignore case. The benchmark's seventh rule (a letter and a full
+    stop) finds nothing that the sixth does not find before it.
     """
+    if not prediction:
+        return None, None
     text = prediction.strip()
     letters = [character.upper() for character in text if character.upper() in tuple(OPTIONS)]
     if len(letters) == 1:
@@ -76,19 +80,21 @@ def choose(prediction: str, prompt: str) -> tuple[str | None, int | None]:
     for rule, pattern in _PATTERNS.items():
         if match := pattern.search(text):
             return match[1].upper(), rule
-    likeness = {letter: Indel.normalized_similarity(option, text.lower())
-                for letter, option in options_shown(prompt).items()}  # fmt: skip
-    best = max(likeness, key=lambda letter: likeness[letter], default=None)
-    if not text or best is None or likeness[best] == 0:
+    options = options_shown(prompt)
+    if not options:
         return None, None
-    return best, 8
+    return max(options, key=lambda letter: Indel.normalized_similarity(text.lower(), options[letter].lower())), 8
 
 
 def options_shown(prompt: str) -> dict[str, str]:
-    """Letter -> text of the `A. ...` lines of a prompt, A first; of a prompt with examples, those of its last question,
-    which is the one asked."""
-    shown = {match[1]: match[2].strip() for match in _OPTION_LINE.finditer(prompt)}
-    return dict(sorted(shown.items()))
+    """Letter -> text of the options in a prompt, in the order in which the letters first stand there.
+
+    An option begins with its letter and a full stop, anywhere in the text. A letter that stands there again (as in a
+    prompt with examples) has its last text. Empty where no letter, full stop and space is followed by a text.
+    """
+    if not _SHOWN.search(prompt):
+        return {}
+    return {match[1]: match[2].strip() for match in _OPTION.finditer(prompt)}
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -108,7 +114,7 @@ def _answer(path: Path, key: str, item: Any) -> Answer:
         raise UserError(f"{path}, item {key}: expected {{origin_prompt, prediction, gold}}, got {item!r:.60}")
     prompt, prediction, gold = (item.get(name) for name in ("origin_prompt", "prediction", "gold"))
     if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
-        prompt = _joined(turn.get("prompt") for turn in prompt)
+        prompt = prompt[-1].get("prompt") if prompt else None
     if isinstance(prediction, list) and len(prediction) == 1:
         prediction = prediction[0]
     if not isinstance(prompt, str):
@@ -118,9 +124,3 @@ def _answer(path: Path, key: str, item: Any) -> Answer:
     if gold not in tuple(OPTIONS):
         raise UserError(f"{path}, item {key}: gold is {gold!r}, expected one of A, B, C, D; correct the file")
     return Answer(key, prompt, prediction, gold, *choose(prediction, prompt))
-
-
-def _joined(turns: Iterable[Any]) -> str | None:
-    """The turns of a prompt as one text; None when one of them has none."""
-    texts = list(turns)
-    return "\n".join(texts) if texts and all(isinstance(text, str) for text in texts) else None

@@ -22,6 +22,7 @@ import torch
 from core.checkpoints import open_checkpoint
 from core.runs import run_command
 from evaluation.generation import Decoding, answers, continuations, own_settings, prompt_ids
+from evaluation.prompts import CHAT
 from evaluation.scores import Evaluated
 from evaluation.yue_mmlu import prompt, question_folder, read_questions
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
 def one_by_one(evaluated: Evaluated, prompts: list[str], decoding: Decoding) -> list[str]:
     """What `answers` gives, every question on its own from its first token on."""
     tokenizer = evaluated.tokenizer
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt, CHAT) for prompt in prompts]
     with own_settings(evaluated.model, tokenizer, decoding):
         new = [continuations(evaluated.model, [one])[0] for one in ids]
     return tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -30,7 +30,7 @@ from evaluation.scores import Evaluated
 
 log = logging.getLogger("agreement")
 # Ours alone: the harness has no such task to agree with.
-OURS = ("xcopa_id_whole", "xcopa_th_whole", "yue_mmlu")
+OURS = ("xcopa_id_whole", "xcopa_th_whole", "yue_mmlu_likelihood")
 
 
 def main(argv: list[str]) -> None:

@@ -31,7 +31,7 @@ from core.experiment import Experiment
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.locate import CARD_FILES, HUB_FILES, model_folder, models_root
 from core.runs import TEMPORARY, UserError, first_line, run_command, setup_logging
-from evaluation.harness import task_manager
+from evaluation.harness import members, task_manager
 from evaluation.tasks import STAND_INS, task_benchmarks
 
 log = logging.getLogger("download")
@@ -110,6 +110,7 @@ def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
 def _harness_assets(names: list[str]) -> list[Asset]:
     """The data sets of tasks of the harness."""
     index = task_manager().task_index
+    names = [part for name in names for part in members(name)]
     sets = {(index[name].cfg["dataset_path"], index[name].cfg.get("dataset_name")) for name in names}
     return [Asset("benchmark", f"{path} {config or ''}".strip(), partial(_data_size, path),
                   partial(_fetch_data, path, config)) for path, config in sorted(sets, key=str)]  # fmt: skip

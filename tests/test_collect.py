@@ -56,7 +56,7 @@ def put(folder, task, benchmarks, limit=None, data="d", model="w"):
             found[name] = {"absent": items}
             continue
         groups = ["STEM" if n % 2 else "Humanities" for n in range(len(items))] if name == "malay_mmlu" else ()
-        score = Score(name, [str(n) for n in range(len(items))], {"first_token": items}, groups)
+        score = Score(name, [str(n) for n in range(len(items))], {"first_token": items}, groups, metric="first_token")
         write_score(folder / f"{name}.json", score, {"model": {"weights": model, "dtype": "auto"}, "data": data})
         found[name] = {"file": f"{name}.json"}
     record = {"task": task, "model": "m", "limit": limit, "benchmarks": found}
@@ -199,7 +199,7 @@ def test_a_benchmark_that_one_seed_lacks_has_no_mean(results):
 
 def test_a_score_file_is_finished_for_its_inputs_alone(tmp_path):
     path = tmp_path / "x/b.json"
-    write_score(path, Score("b", ["1", "2"], {"acc": [1, 0]}), {"limit": 2})
+    write_score(path, Score("b", ["1", "2"], {"acc": [1, 0]}, metric="acc"), {"limit": 2})
     assert finished(path, {"limit": 2}) and not finished(path, {"limit": 3})
     assert json.loads(path.read_text())["fingerprint"] == digest_of({"limit": 2})
     with pytest.raises(UserError, match="is not valid JSON"):

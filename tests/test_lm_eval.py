@@ -97,7 +97,7 @@ def test_global_mmlu_has_the_option_order_of_mmlu():
 def test_yue_mmlu_asks_in_the_benchmark_s_own_words():
     for subject, topic in NAMES.items():
         published = read(REAL / f"yue_benchmark_predictions/ChatGPT/cmmlu-yue-{subject}-0shot.json")["0"]
-        asked = requests(f"yue_mmlu_{subject}", REAL, 1)[0][0]
+        asked = requests(f"yue_mmlu_likelihood_{subject}", REAL, 1)[0][0]
         assert topic in asked
         # Three subjects repeat four times, as published, that no reason is wanted.
         reason = asked.partition("\n")[0][-8:-1]
@@ -115,7 +115,7 @@ def test_xcopa_loses_a_letter_only_in_the_harness_s_own_variant(data):
 
 
 def test_scores_are_the_harness_s_figures(data, pico, tmp_path):
-    names = ["belebele_eng_Latn", "xcopa_id", "yue_mmlu", "mgsm_direct_en", "global_mmlu_full_ms_anatomy"]
+    names = ["belebele_eng_Latn", "xcopa_id", "yue_mmlu_likelihood", "mgsm_direct_en", "global_mmlu_full_ms_anatomy"]
     written = run_lm_eval.run(pico, names, tmp_path, data)
     assert list(written) == names
     lm = language_model(pico.model, pico.tokenizer, 512)
@@ -132,7 +132,7 @@ def test_scores_are_the_harness_s_figures(data, pico, tmp_path):
     assert list(read(written["belebele_eng_Latn"])["metrics"]) == ["acc", "acc_norm"]
     assert set(read(written["mgsm_direct_en"])["metrics"]) == {
         "exact_match,remove_whitespace", "exact_match,flexible-extract"}  # fmt: skip
-    yue = read(written["yue_mmlu"])
+    yue = read(written["yue_mmlu_likelihood"])
     assert {group: found["acc"]["n"] for group, found in yue["groups"].items()} == {"arts": 4, "security_study": 3}
     assert "left out" in yue["details"]["note"] and yue["details"]["harness_task"] == "cmmlu_arts"
 
@@ -223,7 +223,6 @@ def test_bad_input_is_one_line(data, models, tmp_path, fails, monkeypatch):
                      "--data_dir", folder, *flags)  # fmt: skip
 
     assert "no_such_task is no task of lm-evaluation-harness" in line("piqa,no_such_task")
-    assert "mmlu_stem is a group of tasks" in line("mmlu_stem")
     assert f"data folder {tmp_path / 'none'} does not exist" in line("piqa", tmp_path / "none")
     assert "limit is 0; expected at least 1" in line("piqa", data, "--limit", 0)
     assert "no tasks were given" in line(",")
@@ -246,7 +245,7 @@ def test_bad_input_is_one_line(data, models, tmp_path, fails, monkeypatch):
     (folder / "mmlu/dev/anatomy_dev.csv").write_text("q,a,b,c,d,E\n")
     assert "anatomy_dev.csv, row 1 does not fit (the answer is 'E'" in line("mmlu_anatomy", folder)
     # Absent, with no other place to have it from.
-    assert "no task was scored" in line("yue_mmlu", folder)
+    assert "no task was scored" in line("yue_mmlu_likelihood", folder)
     assert not (tmp_path / "out").exists()
 
 

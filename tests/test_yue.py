@@ -9,7 +9,7 @@ from conftest import SHARED_DATA, run_main
 
 from core.runs import UserError
 from evaluation import evaluate_cmmlu_yue as evaluate
-from evaluation.yue_answers import choose, options_shown
+from evaluation.yue_answers import choose, options_shown, read_answers
 from evaluation.yue_mmlu import CATEGORIES, NAMES, Question, prompt, read_questions
 
 PREDICTIONS = SHARED_DATA / "eval/yue_benchmark_predictions"
@@ -25,8 +25,11 @@ PROMPT = "問題：邊個\nA. 蔡元培\nB. 黃遵憲\nC. 胡適\nD. 梁啟超\n
     (" b ", ("B", 1)),
     ("答案係B", ("B", 1)),
     ("", (None, None)),
-    (" \n", (None, None)),
+    (" \n", ("A", 8)),  # white space alone is an answer like no option
     ("因此A錯\n答案\n是 C", ("C", 2)),
+    ("因此A錯答案是 \n 甲 d", ("D", 2)),  # white space and other text between 是 and the letter
+    ("結論係B，A錯", ("A", 8)),  # 結論 alone is a conclusion, but no answer word follows
+    ("結論是字母是C，唔係A", ("C", 2)),
     ("所以答案是 c，唔係 d", ("C", 2)),
     ("A唔啱。所以" + "一" * 20 + "答案是 B 唔係 C", ("B", 2)),
     ("A唔啱。所以" + "一" * 21 + "答案, B 唔係 C", ("B", 6)),
@@ -34,21 +37,24 @@ PROMPT = "問題：邊個\nA. 蔡元培\nB. 黃遵憲\nC. 胡適\nD. 梁啟超\n
     ("我揀字母為BA, C", ("A", 5)),  # the first letter that ends a word
     ("我揀選項為" + "BA, C", ("C", 6)),  # 選項 is not among the words, 选项 is
     ("所以答案是C類，即是 B", ("B", 2)),  # C does not end a word; the next 是 is within reach
-    ("The correct 答案: d, not a", ("D", 3)),
-    ("x\nThe 答案为b。 a", ("B", 3)),
+    ("a B\tc答案: d, not a", ("D", 3)),
+    ("x\n答案为b。 a", ("B", 3)),
+    ("The correct 答案: d, not a", ("D", 5)),  # letters other than A to D are no beginning
     ("A: x。選擇是 C", ("C", 3)),
     ("B是 x C", ("B", 4)),
     ("x。A。 C", ("A", 4)),
+    ("x。 \tA \n。 C", ("A", 4)),
+    ("x。a。 C d", ("C", 6)),  # case matters in rules 4 and 6
     ("我話答案: C, A", ("C", 5)),
     ("我話答案：C, A", ("C", 6)),  # a full-width colon is none of the words
-    ("我話答案: c, A", ("A", 5)),  # case matters in rule 5
+    ("我話答案: c, A", ("C", 5)),
     ("AB, C", ("C", 6)),
-    ("選A. 唔選B。", ("A", 7)),
+    ("選A. 唔選B。", ("A", 8)),  # a letter and a full stop, but within a word: nothing is alike, so the first
     ("胡適, Abba", ("C", 8)),
     ("胡適", ("C", 8)),
     ("\uff22\uff22梁", ("D", 8)),
-    ("\uff22", (None, None)),  # a full-width B
-    ("I refuse, as this is beyond me", (None, None)),
+    ("\uff22", ("A", 8)),  # a full-width B is no letter of an option
+    ("I refuse, as this is beyond me", ("A", 8)),  # nothing is alike: the first option all the same
 ])  # fmt: skip
 def test_rules_in_their_order(text, expected):
     assert choose(text, PROMPT) == expected
@@ -68,12 +74,45 @@ def test_likeness_is_that_of_matches_and_of_the_first_of_equals():
     assert choose("甲乙丙", "A. 甲\nB. 甲乙丁戊\nC. 乙丙\nD. 丁\n") == ("C", 8)  # 2/4, 4/7, 4/5, 0
     assert choose("甲乙", "A. 丙\nB. 甲\nC. 乙\nD. 丁\n") == ("B", 8)
     assert choose("甲乙", "no options") == (None, None)
-    assert choose("VV", "A. V\nB. vv\nC. VV\nD. w\n") == ("B", 8)  # only the prediction is lowered
+    assert choose("VV", "A. V\nB. W\nC. VV\nD. vv\n") == ("C", 8)  # both are lowered, the first of equals wins
+    assert choose("VV", "D. wv\nA. xv\n") == ("D", 8)  # the first as it stands in the prompt
 
 
-def test_options_are_those_of_the_question_asked():
-    examples = "樣例：\n問題：x\nA. 一\nB. 二\nC. 三\nD. 四\n回應：A\n\n\n" + PROMPT + "答案："
-    assert options_shown(examples) == {"A": "蔡元培", "B": "黃遵憲", "C": "胡適", "D": "梁啟超"}
+@pytest.mark.parametrize(("shown", "options"), [
+    ("A. 一\nB. 二\nC. 三\nD. 四\n回應：A\n\n\n" + PROMPT + "答案:\n",
+     {"A": "蔡元培", "B": "黃遵憲", "C": "胡適", "D": "梁啟超"}),
+    ("C. x\nA. y\nC. z", {"C": "z", "A": "y"}),  # the last text, the first place
+    ("D. 一\n 二\n\n答案：", {"D": "一\n 二\n\n答案："}),  # through line breaks, to 答案 with an ASCII colon alone
+    ("D. 一\n答案:A. 二\nB.三", {"D": "一", "A": "二", "B": "三"}),
+    ("問X A. 一 B. 二\nE. 三", {"A": "一 B. 二\nE. 三"}),  # anywhere in a line, ended by the beginning of one
+    ("A.\nB. 二\nC. 三", {"A": "B. 二", "C": "三"}),  # white space after the full stop is not text
+    ("A.一\nB.二", {}),  # a space and a text must follow one letter at least
+    ("A.一\nB. 二", {"A": "一", "B": "二"}),
+    ("a. x", {}),
+])  # fmt: skip
+def test_options_are_read_as_the_benchmark_reads_them(shown, options):
+    assert list(options_shown(shown).items()) == list(options.items())
+
+
+def test_an_option_may_be_empty_and_is_then_like_white_space():
+    assert options_shown("A. x\nB. ") == {"A": "x", "B": ""} and choose(" ", "A. x\nB. ") == ("B", 8)
+
+
+def test_options_stand_in_the_last_turn_alone(tmp_path):
+    turns = [{"role": "HUMAN", "prompt": "A. 胡適\nB. x"}, {"role": "HUMAN", "prompt": "A. y\nB. 胡適"}]
+    assert read_answers(predictions(tmp_path, origin_prompt=turns, prediction="胡適"))[0].choice == "B"
+    silent = [*turns, {"role": "HUMAN", "prompt": "A.y\nB.胡適"}]
+    assert read_answers(predictions(tmp_path, origin_prompt=silent, prediction="胡適"))[0].choice is None
+
+
+@published
+def test_the_benchmark_s_own_answers_come_out(tmp_path):
+    with open(PREDICTIONS / "answer_cases.jsonl", encoding="utf-8") as lines:
+        cases = [json.loads(line) for line in lines]
+    path = tmp_path / "cmmlu-yue-all-0shot.json"
+    path.write_text(json.dumps({str(n): {**case, "gold": "A"} for n, case in enumerate(cases)}), encoding="utf-8")
+    found = [item.choice or "" for item in read_answers(path)]
+    assert len(found) == 332 and found == [case["benchmark_answer"] for case in cases]
 
 
 @published
@@ -116,7 +155,7 @@ def predictions(folder, **changes):
     """One file with two items, the first of them changed."""
     turn = {"role": "HUMAN", "prompt": PROMPT}
     items = {"0": {"origin_prompt": PROMPT, "prediction": "A", "gold": "A"},
-             "7": {"origin_prompt": [turn], "prediction": ["冇"], "gold": "B"}}  # fmt: skip
+             "7": {"origin_prompt": [turn], "prediction": [""], "gold": "B"}}  # fmt: skip
     items["0"].update(changes)
     path = folder / "m" / "cmmlu-yue-logical-0shot.json"
     path.parent.mkdir(parents=True, exist_ok=True)

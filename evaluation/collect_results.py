@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import yaml
 
 from core.command import Parser
-from core.runs import MANIFEST, UserError, digest_of, read_json, run_command, setup_logging, write_json, write_text
+from core.runs import (
+    FORMAT_VERSION,
+    MANIFEST,
+    UserError,
+    digest_of,
+    read_json,
+    run_command,
+    setup_logging,
+    write_json,
+    write_text,
+)
 from evaluation.scores import read_score
-from evaluation.significance import normalised, paired
+from evaluation.tables import ARMS, benchmark_rows, markdown
 from evaluation.tasks import EXPERIMENTS, TASK_FILE, TRAINED
 
 log = logging.getLogger("collect")
 PAPER = Path(__file__).with_name("paper_results.json")
-PAPER_COLUMNS = ("base", "fused", "fused + adapted")
-# In the order of the columns; `no_hot` and `distill` are controls that the paper's tables do not have.
-ARMS = ("base", "fused", "no_hot", "distill", "fused_adapted")
 
 
 def main(argv: list[str]) -> None:
@@ -96,14 +102,17 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
             if held_out_is_current(place, record):
                 run["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
             else:
-                run["held_out"] = {"absent": f"{path} is of earlier models; run evaluation/compare_arms.py again"}
+                told = f"{path} is of earlier models, or of an earlier version; run evaluation/compare_arms.py again"
+                run["held_out"] = {"absent": told}
                 log.warning("%s: %s", name, run["held_out"]["absent"])
         found["runs"][name] = run
     return found
 
 
 def held_out_is_current(place: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the losses on held-out texts are those of the models that are there now."""
+    """Whether the losses on held-out texts are those of the models that are there now, in the present format."""
+    if record.get("format") != FORMAT_VERSION:
+        return False
     if record.get("inputs", {}).get("fused") != manifest(place / "fused").get("fingerprint"):
         return False
     made_from = record.get("made_from", {})
@@ -120,16 +129,20 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def models(place: Path) -> dict[str, Any]:
-    """Target, source, feature map and alpha of a run."""
+    """Target, source, feature map and alpha of a run; `train_alpha`: the strengths of its trainings with a residual."""
     path = place / "fused" / "resolved.yaml"
     used = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-    return {key: used.get(key) for key in ("target_model", "source_model", "feature_map", "alpha", "top_k")}
+    trainings = sorted((place / TRAINED["fused_adapted"]).glob(f"seed*[0-9]/{MANIFEST}"))
+    chosen = {read_json(path).get("chosen", {}).get("alpha") for path in trainings} - {None}
+    named = {key: used.get(key) for key in ("target_model", "source_model", "feature_map", "alpha", "top_k")}
+    return {**named, "train_alpha": sorted(chosen)}
 
 
 def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]:
-    """Benchmark -> {"metric", "ids", "items" (mean over trainings), "groups", "note"}, or {"absent"}; {}: not run.
+    """Benchmark -> {"metric", "ids", "runs": scores of every item, one list per seed, "categories" of the items, "n",
+    "note", "prompt", "in_place_of", and what is needed to see that two arms can be compared}, or {"absent"}.
 
-    Trainings of several seeds are averaged item by item; all of them have to be there.
+    Of several seeds all have to be there. Empty where the arm was not run.
     """
     folder = place / "benchmarks" / kind / arm
     if arm == "base" and not folder.is_dir():
@@ -153,14 +166,13 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
             one = out.setdefault(name, {"metric": metric, "ids": score["items"]["ids"], "runs": [], "note": note,
                                         "prompt": score["details"].get("prompt_policy"),
                                         "in_place_of": result.get("stands_in_for", name),
-                                        "groups": score["groups"], "n": score["metrics"][metric]["n"],
+                                        "categories": score["item_groups"], "n": score["metrics"][metric]["n"],
                                         "model": score["inputs"]["model"], "made": {},
                                         "inputs": comparable(score["inputs"])})  # fmt: skip
             if (one["ids"], one["inputs"]) != (score["items"]["ids"], comparable(score["inputs"])):
                 raise UserError(f"{file.parent / result['file']} has other items than another seed's; run it again")
             one["made"][file.parent.name] = score["inputs"]["model"].get("made")
             one["runs"].append(score["items"][metric])
-            one.setdefault("by_group", []).append({g: v[metric]["value"] for g, v in score["groups"].items()})
     return out
 
 
@@ -191,154 +203,6 @@ def comparable(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What two models have to share for their scores to be compared: everything but the model itself."""
     computed = {key: inputs["model"].get(key) for key in ("dtype", "device")}
     return {**{key: value for key, value in inputs.items() if key != "model"}, **computed}
-
-
-def benchmark_rows(arms: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) -> dict[str, Any]:
-    """Per benchmark and category the score of every arm (%), its difference to base with interval and p-value; the
-    mean over benchmarks.
-
-    Args:
-        paper: of the task, in paper_results.json: `benchmarks`, of which the paper's mean is (a benchmark that is not
-            among them is `extra` and in no mean; without a list, all are), and `counted_once`, groups that share one
-            place in it.
-    Raises:
-        UserError: arms whose items differ (another limit, another copy of the data).
-    """
-    base = arms.get("base", {})
-    rows: dict[str, dict[str, Any]] = {}
-    absent: dict[str, dict[str, str]] = {}
-    for name in dict.fromkeys(name for scores in arms.values() for name in scores):
-        for arm, scores in arms.items():
-            result = scores.get(name, {"absent": "not run"})
-            if "absent" in result:
-                absent.setdefault(name, {})[arm] = result["absent"]
-                continue
-            items = np.mean(result["runs"], axis=0)
-            row = rows.setdefault(name, {"metric": result["metric"], "n": result["n"], "note": result["note"],
-                                         "prompt": result["prompt"], "extra": is_extra(result, paper),
-                                         "arms": {}, "groups": {}})  # fmt: skip
-            row["arms"][arm] = {"value": 100 * float(items.mean())}
-            for group in result["groups"]:
-                value = 100 * float(np.mean([each[group] for each in result["by_group"]]))
-                row["groups"].setdefault(group, {})[arm] = value
-            if arm != "base" and "runs" in base.get(name, {}):
-                reference = base[name]
-                if (reference["ids"], reference["inputs"]) != (result["ids"], result["inputs"]):
-                    raise UserError(f"{name}: {arm} and base were scored on other items or with other settings; run "
-                                    "evaluation/run_task.py again for both")  # fmt: skip
-                versus = paired(items.tolist(), np.mean(reference["runs"], axis=0).tolist())
-                versus |= {key: (100 * np.array(versus[key])).tolist() for key in ("diff", "ci95")}
-                row["arms"][arm] |= versus
-    reasons: dict[str, str] = {}
-    for name, by_arm in absent.items():
-        if name in rows:
-            reasons |= {f"{name} ({arm})": why for arm, why in by_arm.items()}
-        else:
-            reasons[name] = next(iter(by_arm.values()))
-    counted = {name: row["arms"] for name, row in rows.items() if not row["extra"]}
-    complete = [arm for arm in arms if counted and all(arm in row for row in counted.values())]
-    once = paper.get("counted_once", [])
-    mean = {arm: mean_score({name: row[arm]["value"] for name, row in counted.items()}, once) for arm in complete}
-    return {"rows": rows, "mean": mean, "normalised": normalised(mean) if len(mean) > 1 else {}, "absent": reasons}
-
-
-def is_extra(result: Mapping[str, Any], paper: Mapping[str, Any]) -> bool:
-    """Whether a benchmark was named beyond those that the paper's mean of the task is of."""
-    return "benchmarks" in paper and result["in_place_of"] not in paper["benchmarks"]
-
-
-def mean_score(values: Mapping[str, float], counted_once: Sequence[Sequence[str]]) -> float:
-    """Mean over benchmarks; those of one group of `counted_once` are averaged first."""
-    together = {name: group[0] for group in counted_once for name in group}
-    places: dict[str, list[float]] = {}
-    for name, value in values.items():
-        places.setdefault(together.get(name, name), []).append(value)
-    return float(np.mean([np.mean(found) for found in places.values()]))
-
-
-def markdown(found: Mapping[str, Any]) -> str:
-    """The tables of one task."""
-    paper = found["paper"]
-    lines = [f"## {found['task']}", ""]
-    for name, run in found["runs"].items():
-        used = run["models"]
-        lines += [f"### {name}", "", f"{used['target_model']} <- {used['source_model']}, {used['feature_map']}, alpha "
-                  f"{used['alpha']}, k {used['top_k'] or 'all'}", ""]  # fmt: skip
-        for kind, rows in run["sets"].items():
-            title = paper.get("title", kind) if kind == found["task"] else "General abilities (Figure 6), accuracy (%)"
-            lines += [f"{title}; intervals and p over items; the paper's figures are of its own models", "",
-                      *benchmark_table(rows, paper.get("rows", {}) if kind == found["task"] else {}), ""]  # fmt: skip
-    lines += held_out_table({name: run["held_out"] for name, run in found["runs"].items() if "held_out" in run})
-    return "\n".join(lines) + "\n"
-
-
-def benchmark_table(found: Mapping[str, Any], paper: Mapping[str, Sequence[float]]) -> list[str]:
-    """Rows: benchmarks, their categories, the mean. Columns: the paper's, then ours with differences to base."""
-    arms = [arm for arm in ARMS if any(arm in row["arms"] for row in found["rows"].values())]
-    columns = ["benchmark", *(f"paper: {column}" for column in PAPER_COLUMNS), *arms, "n"]
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    used = set()
-
-    def line(name: str, cells: Sequence[str], n: Any) -> None:
-        key = next((row for row in paper if row.lower() == name.strip().lower()), None)
-        used.add(key)
-        theirs = [f"{value:.2f}" for value in paper[key]] if key else [""] * len(PAPER_COLUMNS)
-        lines.append("| " + " | ".join([name, *theirs, *cells, str(n)]) + " |")
-
-    for name, row in found["rows"].items():
-        note = f" ({row['note']})" if row["note"] else ""
-        prompt = f", {row['prompt']}" if row["prompt"] else ""
-        line(f"{name}, {row['metric']}{prompt}{note}", [cell(row["arms"].get(arm)) for arm in arms], row["n"])
-        for group, values in row["groups"].items():
-            line(group, [f"{values[arm]:.2f}" if arm in values else "" for arm in arms], "")
-    if found["mean"]:  # the paper's mean is over all benchmarks
-        part = found["absent"] or any(row["note"] for row in found["rows"].values() if not row["extra"])
-        label = "mean of those above" if part else "mean"
-        line(label, [f"{found['mean'][arm]:.2f}" if arm in found["mean"] else "" for arm in arms], "")
-    for key in paper:
-        if key not in used:
-            line(key, [""] * len(arms), "")
-    if extra := [name for name, row in found["rows"].items() if row["extra"]]:
-        lines += ["", f"Not among the paper's benchmarks, and in no mean: {', '.join(extra)}."]
-    if found["normalised"]:
-        told = ", ".join(f"{arm} {each['z']:+.2f} / {each['min_max']:.2f}" for arm, each in found["normalised"].items())
-        lines += ["", f"Arms on a common scale (z-score / min-max, as in Figure 1): {told}."]
-    lines += ["", *(f"Absent: {name}: {why}" for name, why in found["absent"].items())] if found["absent"] else []
-    return lines
-
-
-def cell(score: Mapping[str, Any] | None) -> str:
-    """`46.10 (+1.20, p 0.034)`."""
-    if score is None:
-        return ""
-    p = "" if "p" not in score else "p < 0.001" if score["p"] < 0.001 else f"p {score['p']:.3f}"
-    versus = f" ({score['diff']:+.2f}, {p})" if "diff" in score else ""
-    return f"{score['value']:.2f}{versus}"
-
-
-def held_out_table(runs: Mapping[str, Any]) -> list[str]:
-    """Loss on held-out rows, all arms and controls, the runs side by side."""
-    told = [f"Absent: {name}: {run['absent']}" for name, run in runs.items() if "absent" in run]
-    runs = {name: run for name, run in runs.items() if "absent" not in run}
-    if not runs:
-        return told
-    arms = list(dict.fromkeys(arm for run in runs.values() for arm in run["arms"]))
-    lines = ["Loss on held-out texts, nats per token: base, then minus base [95 % over texts]; negative is better", "",
-             f"| arm | {' | '.join(runs)} |", "|" + " --- |" * (len(runs) + 1)]  # fmt: skip
-    for arm in arms:
-        cells = []
-        for run in runs.values():
-            found = run["arms"].get(arm)
-            if found is None:
-                cells.append("")
-            elif arm == "base":
-                cells.append(f"{found['nll']:.4f}")
-            else:
-                cells.append(f"{found['diff']:+.4f} [{found['ci95'][0]:+.4f}, {found['ci95'][1]:+.4f}]")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    counts = ", ".join(f"{name} {run['texts']['texts']} texts, {run['texts']['tokens']} tokens"
-                       for name, run in runs.items())  # fmt: skip
-    return [*lines, "", f"Held out: {counts}.", *told, ""]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from core.heldout import text_nll, trained_tokens
 from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
 from core.plans import PlanDirectory
 from core.runs import (
+    FORMAT_VERSION,
     Manifest,
     UserError,
     digest_of,
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
     }  # fmt: skip
     path = run / "results.json"
     record = read_json(path) if path.is_file() else {}
-    if record.get("inputs") != inputs:
+    if (record.get("format"), record.get("inputs")) != (FORMAT_VERSION, inputs):
         record = {"metric": "negative log-likelihood per token (nats)", "inputs": inputs, "per_text": {}}
     folders = {"fused": run / "fused",
                **{f"{arm}/{place.name}": place for arm, found in adapted.items() for place in found}}  # fmt: skip
@@ -99,7 +100,13 @@ def main(argv: list[str]) -> None:
     kept = {arm: sums for arm, sums in record["per_text"].items()
             if arm in made_from and before.get(arm) == made_from[arm]}  # fmt: skip
     # No figures until all of them are there: those of an earlier run would stand beside new losses.
-    record = {"metric": record["metric"], "inputs": inputs, "made_from": made_from, "per_text": kept}
+    record = {
+        "format": FORMAT_VERSION,
+        "metric": record["metric"],
+        "inputs": inputs,
+        "made_from": made_from,
+        "per_text": kept,
+    }
     record["near_duplicates"] = division.near_duplicates
     settings = FusionSettings(**fused_manifest.inputs["settings"])
     missing = [arm for arm in made_from if arm not in record["per_text"]]

@@ -181,6 +181,7 @@ def write_score(path: Path, score: Score, inputs: Mapping[str, Any]) -> None:
         "metrics": {metric: mean_and_error(values) for metric, values in score.metrics.items()},
         "groups": {group: {metric: mean_and_error([values[place] for place in places])
                            for metric, values in score.metrics.items()} for group, places in sorted(groups.items())},
+        "item_groups": list(score.groups),
         "details": dict(score.details),
         "fingerprint": digest_of(inputs),
         "inputs": dict(inputs),

@@ -92,12 +92,12 @@ def difference(
     """The difference (ours - other) of two ratios sum(values) / sum(weights) over the same n items.
 
     With g a group, pi_g its share of the weights and r_g its own difference minus the overall one, the variance is the
-    sum of pi_g^2 r_g^2 / (1 - 2 pi_g + sum pi^2). The denominator is what makes it unbiased when groups vary by the
-    same amount around the mean, whatever their sizes (the CR2 estimator of Bell and McCaffrey, 2002); with groups of
-    one size it is the usual variance of a mean. Degrees of freedom: Satterthwaite's for this quadratic form, G - 1
-    for groups of one size, far fewer where one group outweighs the rest. A group in which the two do not differ tells
-    nothing of how differences vary, so there are never more than the groups that differ, less one: with right or wrong
-    answers and few that changed, this keeps the t close to the exact test.
+    sum of pi_g^2 r_g^2 / (1 - 2 pi_g + sum pi^2). The denominator makes it unbiased where all groups vary by the same
+    amount, whatever their sizes (the CR2 estimator of Bell and McCaffrey, 2002). Its degrees of freedom are the
+    effective number of groups, 1 / sum pi^2, less one. With groups of one size both are those of a plain mean over
+    groups. A group in which the two models do not differ tells nothing of how differences vary, so there are never more
+    degrees of freedom than groups that differ, less one: with right or wrong answers of which few changed, this keeps
+    the t close to the exact test.
 
     Args:
         ours, other: values of every item, [S, n] each, one row per seed; one row for a model that was not trained.
@@ -129,19 +129,11 @@ def difference(
     if len(numbers) == 1:
         return Estimate(diff, 0.0, 0.0, tuple(by_seed.tolist()), 1)
     spread = float(share @ share)
-    expected = 1 - 2 * share + spread  # of a squared residual, in units of the variance between groups
-    factor = share**2 / expected
     residual = sums.mean(0) / of_group - diff
-    variance = float(factor @ residual**2)
-    # tr((A V)^2) of the quadratic form, with cov(residual_g, residual_h) = spread - share_g - share_h for g != h.
-    first, second = float(factor @ share), float(factor @ share**2)
-    crossed = (
-        (spread * factor.sum()) ** 2 + 2 * factor.sum() * second - 4 * spread * factor.sum() * first + 2 * first**2
-    )
-    crossed += float(((factor * expected) ** 2 - factor**2 * (spread - 2 * share) ** 2).sum())
+    variance = float((share**2 / (1 - 2 * share + spread)) @ residual**2)
     changed = int((sums != 0).any(0).sum())
-    dof = max(1.0, min(spread**2 / crossed, changed - 1.0))
-    return Estimate(diff, variance, float(dof), tuple(by_seed.tolist()), len(numbers))
+    dof = max(1.0, min(1 / spread, changed) - 1)
+    return Estimate(diff, variance, dof, tuple(by_seed.tolist()), len(numbers))
 
 
 def combined(estimates: Mapping[str, Estimate], weights: Mapping[str, float]) -> Estimate:
@@ -201,7 +193,7 @@ def paired(ours: Sequence[Sequence[float]], base: Sequence[float]) -> tuple[dict
     n = len(base)
     if any(len(row) != n for row in ours) or not n or not ours:
         raise ValueError(f"{[len(row) for row in ours]} and {n} items cannot be paired")
-    estimate = difference(ours, [base], np.ones(n), range(n))
+    estimate = difference(ours, [base], [1.0] * n, range(n))
     binary = {float(value) for value in np.unique(np.concatenate([np.ravel(ours), base]))} <= {0.0, 1.0}
     if len(ours) == 1 and binary:
         return {**mcnemar(ours[0], base), "test": "McNemar, exact"}, estimate

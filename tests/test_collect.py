@@ -1,50 +1,23 @@
 """Score files, significance on the same items, and the tables of the paper's layout."""
 
 import json
-import math
 import shutil
 
-import numpy as np
 import pytest
 from conftest import run_main
 
-from core.runs import UserError, digest_of
+from core.runs import FORMAT_VERSION, UserError, digest_of
 from evaluation import collect_results
-from evaluation.collect_results import mean_score
 from evaluation.scores import Score, finished, mean_and_error, write_score
-from evaluation.significance import normalised, paired
+from evaluation.significance import holm, mcnemar, paired
+from evaluation.tables import heading, mean_weights
 
 
-def test_mcnemar_is_the_exact_binomial_of_the_discordant_items():
-    a, b = [1.0] * 9 + [0.0] * 3 + [1.0] * 20, [0.0] * 9 + [1.0] * 3 + [1.0] * 20
-    found = paired(a, b)
-    by_hand = 2 * sum(math.comb(12, k) for k in range(4)) / 2**12
-    assert found["p"] == pytest.approx(by_hand) and (found["won"], found["lost"]) == (9, 3)
-    assert found["diff"] == pytest.approx(6 / 32) and found["ci95"][0] < 6 / 32 < found["ci95"][1]
-    assert paired(a, a) | {"test": ""} == {"diff": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "test": "", "won": 0, "lost": 0}
-    assert paired(b, a)["diff"] == -found["diff"] and paired(b, a)["p"] == found["p"]
-    with pytest.raises(ValueError, match="32 and 31 items"):
-        paired(a, a[1:])
-
-
-def test_bootstrap_of_real_scores_covers_the_known_error():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(0.3, 1, 400), rng.normal(0, 1, 400)
-    found = paired(a.tolist(), b.tolist())
-    half_width = 1.96 * (a - b).std(ddof=1) / 20
-    assert found["test"] == "paired bootstrap" and found["diff"] == pytest.approx((a - b).mean())
-    assert (found["ci95"][1] - found["ci95"][0]) / 2 == pytest.approx(half_width, rel=0.05)
-    assert found["p"] < 0.01 and paired(b.tolist(), b[::-1].tolist())["p"] > 0.05
-
-
-def test_common_scale_and_means():
-    found = normalised({"base": 10.0, "fused": 20.0, "no_hot": 30.0})
-    assert [each["min_max"] for each in found.values()] == [0, 0.5, 1]
-    assert found["no_hot"]["z"] == pytest.approx(10 / math.sqrt(200 / 3)) and found["fused"]["z"] == 0
-    assert normalised({"a": 1.0, "b": 1.0})["a"] == {"z": 0.0, "min_max": 0.0}
-    values = {"arc_id": 10.0, "truthfulqa_id_mc1": 20.0, "truthfulqa_id_mc2": 40.0}
-    assert mean_score(values, [["truthfulqa_id_mc1", "truthfulqa_id_mc2"]]) == 20
-    assert mean_score(values, []) == pytest.approx(70 / 3)
+def test_means_over_benchmarks():
+    weights = mean_weights(["arc_id", "truthfulqa_id_mc1", "truthfulqa_id_mc2"],
+                           [["truthfulqa_id_mc1", "truthfulqa_id_mc2"]])  # fmt: skip
+    assert weights == {"arc_id": 0.5, "truthfulqa_id_mc1": 0.25, "truthfulqa_id_mc2": 0.25}
+    assert mean_weights(["a", "b"], []) == {"a": 0.5, "b": 0.5}
     assert mean_and_error([1.0, 0.0, 1.0, 1.0]) == {"value": 0.75, "stderr": 0.25, "n": 4}
 
 
@@ -73,8 +46,10 @@ def results(tmp_path):
     for seed, items in enumerate((better, right)):
         put(place / f"fused_adapted/seed{seed}", "malay", {"malay_mmlu": items})
     put(runs / "malay-regression/benchmarks/malay/fused", "malay", {"malay_mmlu": [1.0] * 20})
-    interval = {"diff": -0.1, "ci95": [-0.2, -0.05]}
-    arms = {"base": {"nll": 3.0, "diff": 0.0, "ci95": [0.0, 0.0]}, "fused": {"nll": 2.9, **interval}}
+    gain = {"diff": -0.1, "ci95": [-0.2, -0.05]}
+    arms = {"base": {"nll": 3.0, "diff": 0.0, "ci95": [0.0, 0.0], "fused_minus_arm": gain},
+            "fused": {"nll": 2.9, **gain}}  # fmt: skip
+    held_out = {"texts": 64, "tokens": 900, "groups": 12}
     for name in ("malay", "malay-regression"):
         (runs / name / "fused").mkdir()
         (runs / name / "fused/manifest.json").write_text("{}")
@@ -82,7 +57,7 @@ def results(tmp_path):
             "{target_model: small, source_model: big, feature_map: coupling, alpha: 0.1, top_k: 0}"
         )
         (runs / name / "results.json").write_text(
-            json.dumps({"arms": arms, "held_out": {"texts": 64, "tokens": 900}}))  # fmt: skip
+            json.dumps({"format": FORMAT_VERSION, "arms": arms, "held_out": held_out}))  # fmt: skip
     return runs
 
 
@@ -95,21 +70,58 @@ def test_tables_stand_beside_the_papers_figures(results, capsys):
     rows = found["runs"]["malay"]["sets"]["malay"]
     arms = rows["rows"]["malay_mmlu"]["arms"]
     assert [arms[arm]["value"] for arm in ("base", "fused", "fused_adapted")] == [50.0, 75.0, 62.5]
-    assert arms["fused"]["diff"] == 25 and arms["fused"]["p"] == paired([1.0] * 5, [0.0] * 5)["p"]
-    assert arms["fused_adapted"]["diff"] == 12.5 and arms["fused_adapted"]["test"] == "paired bootstrap"
-    assert rows["rows"]["malay_mmlu"]["groups"]["Humanities"] == {"base": 0, "fused": 50, "fused_adapted": 25}
-    assert rows["mean"] == {"base": 50.0, "fused": 75.0, "fused_adapted": 62.5}
+    exact = mcnemar([1.0] * 5 + [0.0] * 15, [0.0] * 20)
+    assert arms["fused"]["diff"] == 25 and arms["fused"]["p"] == exact["p"]
+    assert arms["fused"]["ci95"] == pytest.approx([100 * end for end in exact["ci95"]])
+    # Two seeds, of which one gained as much and one nothing: the spread of the seeds is in the interval.
+    right, better = [0.0, 1.0] * 10, [0.0, 1.0] * 5 + [1.0] * 10
+    seeds, estimate = paired([better, right], right)
+    adapted = arms["fused_adapted"]
+    assert adapted["diff"] == 12.5 and adapted["p"] == seeds["p"] and adapted["seeds"] == 2
+    assert adapted["ci95"][0] < -50 and estimate.seed_variance > estimate.variance
+    groups = rows["rows"]["malay_mmlu"]["groups"]
+    values = {arm: score["value"] for arm, score in groups["Humanities"].items()}
+    assert values == {"base": 0, "fused": 50, "fused_adapted": 25}
+    assert groups["Humanities"]["fused"]["ci95"] == pytest.approx(
+        [100 * end for end in mcnemar([1.0] * 5 + [0.0] * 5, [0.0] * 10)["ci95"]]
+    )
+    assert {arm: score["value"] for arm, score in rows["mean"].items()} == {
+        "base": 50,
+        "fused": 75,
+        "fused_adapted": 62.5,
+    }
+    assert rows["mean"]["fused"]["p"] == arms["fused"]["p"]  # one benchmark is its own mean
+    tested = {(place, arm): score["p"] for place, scores in (("all", arms), *groups.items())
+              for arm, score in scores.items() if arm != "base"}  # fmt: skip
+    assert arms["fused"]["p_holm"] == holm(tested)["all", "fused"] and len(tested) == 6
+    assert "Holm's correction over the 6 differences of this table" in told
     assert rows["normalised"]["fused"]["min_max"] == 1 and rows["absent"] == {"arc_id": "no network"}
-    assert "| Humanities | 42.30 | 46.19 | 48.81 | 0.00 | 50.00 | 25.00 |  |" in told
+    assert "| Humanities | 42.30 | 46.19 | 48.81 | 0.00 | 50.00 (+50.00 [" in told
     assert "| Language | 38.37 | 40.52 | 41.68 |  |  |  |  |" in told
     assert "Absent: arc_id: no network" in told and "small <- big, coupling, alpha 0.1, k all" in told
-    shared = found["runs"]["malay-regression"]["sets"]["malay"]["rows"]["malay_mmlu"]["arms"]
-    assert shared["base"]["value"] == 50 and shared["fused"]["diff"] == 50
+    shared = found["runs"]["malay-regression"]["sets"]["malay"]
+    assert shared["rows"]["malay_mmlu"]["arms"]["base"]["value"] == 50
+    assert shared["rows"]["malay_mmlu"]["arms"]["fused"]["diff"] == 50
+    assert shared["normalised"] == {}  # of two arms one is 0 and one is 1, whatever they scored
     assert "| fused | -0.1000 [-0.2000, -0.0500] | -0.1000 [-0.2000, -0.0500] |" in told
-    assert "medical" not in told and "| mean of those above |  |  |  | 50.00 | 75.00 | 62.50 |  |" in told
+    assert "malay: 64 texts of 12 groups, 900 tokens. The intervals rest on 12 groups only and are rough." in told
+    assert "| mean of those above |  |  |  | 50.00 | 75.00 (+25.00 [" in told
+    assert "medical" not in told
     before = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
     run_main(collect_results, "--results-dir", results)
     assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == before
+
+
+def test_both_strengths_are_in_the_heading_where_they_differ(results, capsys):
+    for seed in (0, 1):
+        folder = results / f"malay/adapted/hot/seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"fingerprint": None, "chosen": {"alpha": 0.005}}))
+    run_main(collect_results, "--results-dir", results)
+    told = capsys.readouterr().out
+    assert "small <- big, coupling, alpha 0.1 (0.005 while training), k all" in told
+    used = {"target_model": "a", "source_model": "b", "feature_map": "m", "alpha": 0.1, "top_k": 8}
+    assert heading({**used, "train_alpha": [0.1]}) == "a <- b, m, alpha 0.1, k 8"
 
 
 def told_of_malay(results) -> str:
@@ -168,12 +180,12 @@ def test_losses_of_earlier_models_are_told_in_their_place(results):
     current = {**whole, "inputs": {"fused": None}, "made_from": {"fused_adapted/seed0": digest_of(manifest)}}
     for record, shown in ((current, True), ({**current, "inputs": {"fused": "old"}}, False),
                           ({**current, "made_from": {"fused_adapted/seed0": "old"}}, False),
-                          ({**current, "made_from": {}}, False)):  # fmt: skip
+                          ({**current, "made_from": {}}, False), ({**current, "format": 2}, False)):  # fmt: skip
         path.write_text(json.dumps(record))
         run_main(collect_results, "--results-dir", results)
         found = json.loads((results / "tables/malay.json").read_text())["runs"]
         assert ("arms" in found["malay"]["held_out"]) == shown and "arms" in found["malay-regression"]["held_out"]
-        told = f"Absent: malay: {path} is of earlier models; run evaluation/compare_arms.py again"
+        told = f"Absent: malay: {path} is of earlier models, or of an earlier version; run evaluation/compare_arms.py"
         assert (told in (results / "tables/malay.md").read_text()) == (not shown)
 
 

@@ -43,16 +43,22 @@ class Estimate:
 
     @property
     def total(self) -> tuple[float, float]:
-        """(variance, degrees of freedom) of groups and seeds together, the latter by Satterthwaite's rule.
+        """(variance, degrees of freedom) of groups and seeds together.
 
         The seeds' differences also contain how seeds differ on these very texts, which the groups' variance contains
-        too: the sum errs on the side of a wider interval.
+        too: the sum errs on the side of a wider interval. The degrees of freedom are Satterthwaite's, but for one
+        change: the variance of S seeds counts (S + 2) / (S - 1) times. Where seeds are what varies most, their few
+        differences often come out too much alike by chance, and his own rule then takes the many degrees of freedom of
+        the groups: with three seeds its 95 % intervals hold the truth in 91 % of experiments, these in 94 to 97 %
+        (tests/test_significance.py).
         """
-        seeds = self.seed_variance
+        count, seeds = len(self.by_seed), self.seed_variance
         variance = self.variance + seeds
         if not seeds or not self.dof:
             return variance, self.dof
-        return variance, variance**2 / (self.variance**2 / self.dof + seeds**2 / (len(self.by_seed) - 1))
+        counted = seeds * (count + 2) / (count - 1)
+        squares = self.variance**2 / self.dof + counted**2 / (count - 1)
+        return variance, (self.variance + counted) ** 2 / squares
 
     @property
     def ci95(self) -> list[float] | None:

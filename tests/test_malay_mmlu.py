@@ -30,12 +30,19 @@ def rows(count: int = 20, shots: int = 0) -> list[dict]:
         lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
         prompt = question * (1 + n % 4) + "\n" + "\n".join(lettered)
         key = rng.choice(LETTERS[: len(texts)])
-        row = {"prompt": prompt, "subject": f"subjek {n % 3}", "category": CATEGORIES[n % 5], "key": key,
-               "options": (lettered, texts, "\n".join(lettered), "\n\n".join(lettered))[n % 4]}  # fmt: skip
+        row = {
+            "prompt": prompt,
+            "subject": f"subjek {n % 3}",
+            "category": CATEGORIES[n % 5],
+            "key": key,
+            "options": (lettered, texts, "\n".join(lettered), "\n\n".join(lettered))[n % 4],
+        }
         if shots:
             examples = "contoh Jawapan: A\n\n" * shots + prompt
-            row |= {f"full_question_{shots}shot": f"{examples}\nJawapan:",
-                    f"full_question_{shots}shot_llama": f"{examples} (llama)"}  # fmt: skip
+            row |= {
+                f"full_question_{shots}shot": f"{examples}\nJawapan:",
+                f"full_question_{shots}shot_llama": f"{examples} (llama)",
+            }
         out.append(row)
     return out
 
@@ -144,20 +151,37 @@ def test_answers_do_not_depend_on_the_padding_side(models, data, tmp_path, side)
         assert correct == int(int(row[letters[: len(q.options)]].argmax()) == q.key)
 
 
-FORMS = [(0, "chat", False), (0, "chat", True), (2, "chat", False), (2, "chat", True), (0, "plain", False),
-         (3, "plain", False)]  # fmt: skip
+FORMS = [
+    (0, "chat", False),
+    (0, "chat", True),
+    (2, "chat", False),
+    (2, "chat", True),
+    (0, "plain", False),
+    (3, "plain", False),
+]
 
 
 @pytest.mark.parametrize(("shots", "policy", "llama"), FORMS)
-def test_the_command_asks_and_scores_as_the_table_says(
-    models, tmp_path, monkeypatch, capsys, shots, policy, llama
-):  # fmt: skip
+def test_the_command_asks_and_scores_as_the_table_says(models, tmp_path, monkeypatch, capsys, shots, policy, llama):
     (tmp_path / "data").mkdir()
     monkeypatch.setenv("MALAY_REPO", str(tmp_path))
     given = rows(shots=shots)
     write(tmp_path / "data", *given, shots=shots)
-    run_main(run_malay_mmlu, "--model", models["target"], "--output-dir", tmp_path / "out", "--shots", shots,
-             "--prompt", policy, "--llama-name", "yes" if llama else "no", "--tokens-per-batch", 1500)  # fmt: skip
+    run_main(
+        run_malay_mmlu,
+        "--model",
+        models["target"],
+        "--output-dir",
+        tmp_path / "out",
+        "--shots",
+        shots,
+        "--prompt",
+        policy,
+        "--llama-name",
+        "yes" if llama else "no",
+        "--tokens-per-batch",
+        1500,
+    )
     name = f"malay_mmlu_{shots}shot" if shots else "malay_mmlu"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{name}.json"]
     record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
@@ -170,8 +194,10 @@ def test_the_command_asks_and_scores_as_the_table_says(
     assert details["prompt_policy"] in table.splitlines()[0]
     keys = [LETTERS.index(row["key"]) for row in given]
     for number, metric in enumerate(("first_token", "full_answer")):
-        right = [float(max(range(len(scores[number])), key=scores[number].__getitem__) == key)
-                 for key, scores in zip(keys, expected, strict=True)]  # fmt: skip
+        right = [
+            float(max(range(len(scores[number])), key=scores[number].__getitem__) == key)
+            for key, scores in zip(keys, expected, strict=True)
+        ]
         assert record["items"][metric] == right and 0 < sum(right) < 20
         assert record["metrics"][metric]["value"] == pytest.approx(sum(right) / 20)
         groups = {c: [r for r, row in zip(right, given, strict=True) if row["category"] == c] for c in CATEGORIES}
@@ -217,8 +243,9 @@ def test_a_letter_is_the_last_token_of_its_text_with_special_tokens(tmp_path, da
     end = [("<|end|>", tokenizer.convert_tokens_to_ids("<|end|>"))]
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=end)
     model = save(llama(), tokenizer, tmp_path / "m")
-    line = fails(run_malay_mmlu, "--model", model, "--output-dir", tmp_path / "out", "--data-dir", data,
-                 "--prompt", "plain")  # fmt: skip
+    line = fails(
+        run_malay_mmlu, "--model", model, "--output-dir", tmp_path / "out", "--data-dir", data, "--prompt", "plain"
+    )
     assert "expected different ones, so it cannot be scored by letter" in line
 
 
@@ -264,8 +291,11 @@ def test_real_manifests_say_what_the_target_is(fused, models):
 
 
 def test_equal_scores_take_the_first_option(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_malay_mmlu, "option_scores",
-                        lambda model, layout, batch, letters: [([1.0] * 4, [0.0, 2.0, 2.0])] * len(batch))  # fmt: skip
+    monkeypatch.setattr(
+        run_malay_mmlu,
+        "option_scores",
+        lambda model, layout, batch, letters: [([1.0] * 4, [0.0, 2.0, 2.0])] * len(batch),
+    )
     run_main(run_malay_mmlu, "--model", models["target"], "--output-dir", tmp_path, "--data-dir", data)
     items = json.loads((tmp_path / "malay_mmlu.json").read_text())["items"]
     assert items["first_token"] == [float(row["key"] == "A") for row in rows()]
@@ -286,8 +316,12 @@ def test_mean_of_categories_weighs_them_equally():
     def found(*values):
         return {metric: {"value": value, "n": 3} for metric, value in zip(run_malay_mmlu.METRICS, values, strict=True)}
 
-    record = {"benchmark": "malay_mmlu", "groups": {"a": found(0.5, 1.0), "b": found(1.0, 0.0)},
-              "metrics": found(0.6, 0.9), "details": {"prompt_policy": "plain prompt"}}  # fmt: skip
+    record = {
+        "benchmark": "malay_mmlu",
+        "groups": {"a": found(0.5, 1.0), "b": found(1.0, 0.0)},
+        "metrics": found(0.6, 0.9),
+        "details": {"prompt_policy": "plain prompt"},
+    }
     micro, mean = run_malay_mmlu.table(record).splitlines()[-2:]
     assert micro.split()[-2:] == ["60.00", "90.00"] and mean.split()[-2:] == ["75.00", "50.00"]
 
@@ -347,8 +381,10 @@ def test_texts_may_hold_separators_that_json_allows(tmp_path):
     given = rows(3)
     given[0] |= {"prompt": "so\u2028alan\x85 satu", "options": "A. sa\u2028tu\nB. du\x0ba\x85", "key": "B"}
     path = tmp_path / "MalayMMLU_0shot.json"
-    for text in ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given),
-                 json.dumps(given, ensure_ascii=False)):  # fmt: skip
+    for text in (
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given),
+        json.dumps(given, ensure_ascii=False),
+    ):
         path.write_text(text, encoding="utf-8")
         questions = read_questions(path)
         assert [q.text for q in questions] == [row["prompt"] for row in given]

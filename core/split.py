@@ -34,8 +34,8 @@ def group_names(rows: Sequence[Row], given: Sequence[str | None]) -> list[str]:
     """The group of each row: the one given, else one that it shares with every row that has a question, a passage or
     a whole text in common with it, directly or through other rows.
 
-    A found group is named after the smallest of these values, passages first, because a row that is added to the data
-    later and shares the passage then rarely changes the name, and with it the part.
+    A found group is named after the first of these values in alphabetical order, which begins with single passages:
+    a row that is added later and shares the passage brings no other one, so the group keeps its name and its part.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -64,28 +64,25 @@ def group_names(rows: Sequence[Row], given: Sequence[str | None]) -> list[str]:
 
 def _values(row: Row) -> set[str]:
     """What a row may share with others of its group: its whole text, its question (the first thing that the user
-    says), and every passage of what the user says. Answers and system prompts do not count."""
+    says), and the passages of what the user says: each paragraph or line, and several of them. Answers and system
+    prompts do not count."""
     asked = [content for role, content in row.messages if role in (None, "user")]
     found = {f"text {row.digest}"}
     if asked and row.has_roles:
         found.add(f"question {digest_of_text(normalised(asked[0]))}")
     for content in asked:
-        for passage in _passages(content):
-            if len(text := normalised(passage)) >= PASSAGE_CHARACTERS:
-                found.add(f"passage {digest_of_text(text)}")
+        for pieces in (re.split(r"\n\s*\n", content.strip()), content.strip().split("\n")):
+            # A passage of several paragraphs or lines stands before its question or after it.
+            several = (pieces, pieces[1:], pieces[:-1])
+            found |= {f"passage {digest}" for digest in _long(pieces)}
+            found |= {f"passages {digest}" for digest in _long([*pieces, *map("\n".join, several)])}
     return found
 
 
-def _passages(content: str) -> set[str]:
-    """The text, its paragraphs, its lines, and all of it but the first or the last paragraph or line: a passage stands
-    before its question or after it."""
-    if len(content) < PASSAGE_CHARACTERS:
-        return set()
-    found = {content}
-    for pieces in (re.split(r"\n\s*\n", content.strip()), content.strip().split("\n")):
-        if len(pieces) > 1:
-            found.update((*pieces, "\n".join(pieces[1:]), "\n".join(pieces[:-1])))
-    return found
+def _long(texts: Iterable[str]) -> set[str]:
+    """Digests of the texts that are long enough to be passages."""
+    found = {normalised(text) for text in texts if len(text) >= PASSAGE_CHARACTERS}
+    return {digest_of_text(text) for text in found if len(text) >= PASSAGE_CHARACTERS}
 
 
 def _too_many(rows: int) -> float:

@@ -13,7 +13,8 @@ import torch
 
 from core.activations import token_batches
 from core.runs import UserError
-from evaluation.prompts import CHAT, DATE_STRING, chat_template, rendered
+from core.templates import DATE_STRING
+from evaluation.prompts import CHAT, chat_template, rendered
 from evaluation.scores import Evaluated, check_logits
 
 log = logging.getLogger(__name__)

@@ -364,7 +364,7 @@ def reported_metric(name: str, metrics: Sequence[str]) -> tuple[str, str]:
     """(the metric of a task that tables report, note for the reader): the one declared in tasks.yaml or `HUB_TASKS`.
 
     A task that the experiment names beyond those declares none: of several metrics `acc` is taken, which is what the
-    paper's tables hold, else the first in the order of the harness's own definition, and the note says so.
+    paper's tables hold, else the first that the harness reports; the note says so.
 
     Raises:
         UserError: the task does not have the metric that is declared.
@@ -375,8 +375,10 @@ def reported_metric(name: str, metrics: Sequence[str]) -> tuple[str, str]:
         chosen = "acc" if "acc" in metrics else metrics[0]
         return chosen, "" if len(metrics) == 1 else f"{chosen} of {', '.join(metrics)}: none is declared"
     if declared not in metrics:
-        raise UserError(f"{name} is to be reported by {declared}, but this version of lm-evaluation-harness gives "
-                        f"{', '.join(metrics)}; install the version of requirements.txt")  # fmt: skip
+        raise UserError(
+            f"{name} is to be reported by {declared}, but this version of lm-evaluation-harness gives "
+            f"{', '.join(metrics)}; install the version of requirements.txt"
+        )
     return declared, ""
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from core.command import Parser
 from core.runs import MANIFEST, UserError, first_line, read_json
+from core.templates import render
 from evaluation.scores import Evaluated
 
 CHAT, PLAIN = "chat", "plain"
 # What score files and tables call the two.
 POLICY_NAMES = {CHAT: "chat template", PLAIN: "plain prompt"}
-# Templates of the Llama 3 family write today's date into the prompt, so that a score would depend on the day. This is
-# the date that they take themselves where they cannot ask for one.
-DATE = datetime(2024, 7, 26)
-DATE_STRING = DATE.strftime("%d %b %Y")
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def chat_template(evaluated: Evaluated) -> str:
 
 
 def rendered(tokenizer: Any, prompt: str) -> str:
-    """One turn of a user in the chat template, up to where the answer begins; it is always `DATE`.
+    """One turn of a user in the chat template, up to where the answer begins; always at the same date.
 
     Templates of vision-language models show parts of a message and silently drop plain text.
 
@@ -73,9 +69,7 @@ def rendered(tokenizer: Any, prompt: str) -> str:
     for content in (prompt, [{"type": "text", "text": prompt}]):
         turn = [{"role": "user", "content": content}]
         try:
-            text = tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True, date_string=DATE_STRING, strftime_now=DATE.strftime
-            )
+            text = render(tokenizer, turn, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # what a template raises is open-ended
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} refuses {prompt!r:.60} "

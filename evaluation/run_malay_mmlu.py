@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from core.activations import token_batches
 from core.runs import digest_of, read_json, run_command, setup_logging, write_json
+from core.templates import DATE_STRING
 from evaluation.malay_questions import LETTERS, Form, Question, data_file, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores
-from evaluation.prompts import CHAT, DATE_STRING, POLICY_NAMES, Asking, asking_flags, chat_template, is_llama
+from evaluation.prompts import CHAT, POLICY_NAMES, Asking, asking_flags, chat_template, is_llama
 from evaluation.scores import Evaluated, Score, check_finite, finished, finite, runner_flags, write_score
 
 log = logging.getLogger("malay_mmlu")

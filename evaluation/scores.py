@@ -96,8 +96,10 @@ def finite(evaluated: Evaluated, benchmark: str) -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
-        raise UserError(f"{evaluated.checkpoint.name} on {benchmark}: {error}, so it has no score there; check the "
-                        "model's weights, or give a wider --dtype such as float32") from None  # fmt: skip
+        raise UserError(
+            f"{evaluated.checkpoint.name} on {benchmark}: {error}, so it has no score there; check the "
+            "model's weights, or give a wider --dtype such as float32"
+        ) from None
 
 
 def check_finite(values: Iterable[float], what: str) -> None:
@@ -156,8 +158,10 @@ def read_score(path: Path) -> dict[str, Any]:
     """A benchmark's file. Raises UserError for one of an earlier version, which was scored by other rules."""
     record = read_json(path)
     if record.get("format") != FORMAT_VERSION:
-        raise UserError(f"{path} has format {record.get('format')}, expected {FORMAT_VERSION}; run the benchmark again "
-                        "(evaluation/run_task.py), with the same output folder")  # fmt: skip
+        raise UserError(
+            f"{path} has format {record.get('format')}, expected {FORMAT_VERSION}; run the benchmark again "
+            "(evaluation/run_task.py), with the same output folder"
+        )
     return record
 
 

@@ -1,23 +1,29 @@
 """Texts by name, the split, and that datasets/ never shadows the installed package."""
 
+import difflib
+import inspect
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from itertools import combinations
 
 import pytest
 from conftest import ROOT, SHARED_DATA
 
-from core.data import SOURCES, check_same_split, data_identity, load_rows
+from core.data import SOURCES, DataSpec, divide, load_rows
 from core.runs import UserError
-
-PARTS = ("calibration", "sft", "validation", "held_out")
 
 
 def write(path, records):
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
     return str(path)
+
+
+def all_rows(*data):
+    """The rows of all parts of the data set that `DataSpec(*data)` names."""
+    return [row for rows in divide(DataSpec(*data)).parts.values() for row in rows]
 
 
 SHOWN = "import core.data, datasets; print(datasets.__file__)"
@@ -42,48 +48,51 @@ def test_installed_datasets_is_not_shadowed_under_pytest():
     assert not datasets.__file__.startswith(str(ROOT / "datasets")) and datasets.Dataset
 
 
-def test_python_reference_is_split_by_topic():
-    from dataset_general_texts import python_reference
-
-    records = python_reference()
-    texts = [record["text"] for record in records]
-    assert len(texts) == len(set(texts)) > 400 and min(map(len, texts)) >= 200
-    topics = {record["text"]: record["group"] for record in records}
-    parts = {part: load_rows("python_reference", part, 10**6, 0) for part in PARTS}
-    groups = {part: {topics[row.plain] for row in rows} for part, rows in parts.items()}
-    assert all(not groups[a] & groups[b] for a, b in combinations(PARTS, 2))
-    assert not groups["sft"] & groups["held_out"]
-    assert sum(map(len, parts.values())) == len(texts)
-    for part, least in (("calibration", 160), ("sft", 96), ("held_out", 64)):
-        assert len(parts[part]) >= least  # the demo's counts
+@pytest.fixture(scope="module")
+def reference():
+    return divide(DataSpec("python_reference"))
 
 
-def test_python_reference_topics_that_share_a_paragraph_stay_together():
+def test_python_reference_is_split_by_topic_and_module(reference):
+    parts = reference.parts
+    groups = {part: {row.group for row in rows} for part, rows in parts.items()}
+    assert all(not groups[a] & groups[b] for a, b in combinations(parts, 2))
+    everything = [row.plain for rows in parts.values() for row in rows]
+    assert len(everything) == len(set(everything)) > 1500 and min(map(len, everything)) >= 200
+    kinds = Counter(name.split()[0] for found in groups.values() for name in found)
+    assert kinds["topic"] > 40 and kinds["module"] > 100
+    for part, wanted, least in (
+        ("calibration", 160, 40),
+        ("sft", 96, 30),
+        ("validation", 32, 20),
+        ("held_out", 64, 25),
+    ):
+        rows = reference.rows(part, wanted)  # the demo's counts
+        assert len(rows) == wanted and len({row.group for row in rows}) >= least
+
+
+def test_python_reference_texts_that_share_a_paragraph_stay_together(reference):
     from pydoc_data.topics import topics
 
-    from dataset_general_texts import python_reference
-
-    group = {record["text"]: record["group"] for record in python_reference()}
+    group = {row.plain: row.group for rows in reference.parts.values() for row in rows}
     for content in topics.values():
         found = {group[p.strip()] for p in content.split("\n\n") if p.strip() in group}
         assert len(found) <= 1
+    paragraphs = [p.strip() for p in inspect.getdoc(difflib.SequenceMatcher).split("\n\n")]
+    assert {group[p] for p in paragraphs if p in group} == {"module difflib"}
 
 
-def test_split_is_seeded_and_does_not_move_with_the_counts(tmp_path):
-    path = write(tmp_path / "t.jsonl", [{"text": f"text {n}"} for n in range(100)])
-    few, many = (load_rows("file", "calibration", n, 0, path) for n in (10, 40))
-    assert few == many[:10]
-    assert load_rows("file", "calibration", 40, 1, path) != many
-    parts = [set(load_rows("file", part, 100, 0, path)) for part in PARTS]
-    assert [len(part) for part in parts] == [50, 25, 5, 20] and len(set.union(*parts)) == 100
-    few = write(tmp_path / "few.jsonl", [{"text": f"text {n}", "group": n % 3} for n in range(30)])
-    with pytest.raises(UserError, match=r"none of them in the validation part; .* --validation-samples 0"):
-        load_rows("file", "validation", 1, 0, few)
+def test_a_python_without_its_sources_is_told(monkeypatch, tmp_path):
+    import dataset_general_texts
+
+    monkeypatch.setattr(dataset_general_texts.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(UserError, match="no source files of the standard library in "):
+        divide(DataSpec("python_reference"))
 
 
 def test_duplicates_are_left_out(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"text": f"text {n % 50}"} for n in range(100)])
-    assert sum(len(load_rows("file", part, 100, 0, path)) for part in PARTS) == 50
+    assert len(all_rows("file", path)) == 50
 
 
 @pytest.mark.parametrize(
@@ -100,16 +109,16 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        load_rows("file", "calibration", 10, 0, str(path))
+        divide(DataSpec("file", str(path)))
 
 
 def test_missing_and_unknown_data(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        load_rows("file", "calibration", 10, 0, str(tmp_path / "none.jsonl"))
+        divide(DataSpec("file", str(tmp_path / "none.jsonl")))
     with pytest.raises(UserError, match="needs --data-file"):
-        load_rows("file", "calibration", 10, 0)
+        divide(DataSpec("file"))
     with pytest.raises(UserError, match="expected one of python_reference, medical, finance"):
-        load_rows("gsm9k", "calibration", 10, 0)
+        divide(DataSpec("gsm9k"))
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
@@ -119,7 +128,7 @@ def test_without_a_hub_every_source_says_what_to_do(name, monkeypatch, tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(UserError, match=rf"{name} \({SOURCES[name].hub_id}\) cannot be read: .*hf auth login.*"
                        r"--data-file"):  # fmt: skip
-        load_rows(name, "calibration", 10, 0)
+        divide(DataSpec(name))
 
 
 ROLES = [
@@ -139,16 +148,16 @@ ROLES = [
 @pytest.mark.parametrize(("record", "messages"), ROLES)
 def test_columns_become_messages(tmp_path, record, messages):
     path = write(tmp_path / "r.jsonl", [record])
-    assert load_rows("file", "calibration", 10, 0, path)[0].messages == messages
+    assert [row.messages for row in all_rows("file", path)] == [messages]
 
 
 def test_unknown_roles_are_refused_in_a_file_and_left_out_of_a_hub_data_set(tmp_path, monkeypatch):
     odd = {"messages": [{"role": "narrator", "content": "x"}]}
     path = write(tmp_path / "r.jsonl", [odd])
     with pytest.raises(UserError, match="row 1 has the role 'narrator'; expected one of human"):
-        load_rows("file", "calibration", 10, 0, path)
+        divide(DataSpec("file", path))
     fake_hub(monkeypatch, [odd, *({"messages": [{"role": "user", "content": f"x {n}"}]} for n in range(20))])
-    assert sum(len(load_rows("indonesian", part, 99, 0)) for part in PARTS) == 20
+    assert len(all_rows("indonesian")) == 20
 
 
 def test_files_may_mix_columns_and_odd_turns_are_told(tmp_path):
@@ -157,17 +166,18 @@ def test_files_may_mix_columns_and_odd_turns_are_told(tmp_path):
         records += [{"text": f"t{n}", "group": None}, {"instruction": f"q{n}", "output": "a", "system": " "},
                     {"conversations": [{"from": "human", "value": f"c{n}"}]}]  # fmt: skip
     path = write(tmp_path / "m.jsonl", records)
-    found = [row.messages for part in PARTS for row in load_rows("file", part, 99, 0, path)]
+    rows = all_rows("file", path)
+    found = [row.messages for row in rows]
     expected = {((None, f"t{n}"),) for n in range(20)} | {(("user", f"c{n}"),) for n in range(20)}
     assert set(found) == expected | {(("user", f"q{n}"), ("assistant", "a")) for n in range(20)} and len(found) == 60
-    assert len(load_rows("file", "calibration", 99, 0, path)) == 30  # no group is no group in common
+    assert len({row.group for row in rows}) == 60  # no group is no group in common
     path = write(tmp_path / "s.jsonl", [{"conversations": ["hi", "there"]}])
     with pytest.raises(UserError, match="row 1 has the columns conversations; expected messages"):
-        load_rows("file", "calibration", 10, 0, path)
+        divide(DataSpec("file", path))
 
 
-def texts_of(path, parts=PARTS):
-    return {row.plain for part in parts for row in load_rows("file", part, 1000, 0, str(path))}
+def texts_of(path):
+    return {row.plain for row in all_rows("file", str(path))}
 
 
 def test_folders_and_saved_data_sets_are_read(tmp_path, monkeypatch):
@@ -194,27 +204,29 @@ def test_folders_and_saved_data_sets_are_read(tmp_path, monkeypatch):
 def test_at_most_so_many_rows_are_read_in_a_seeded_order(tmp_path, caplog):
     caplog.set_level("INFO")
     path = write(tmp_path / "t.jsonl", [{"text": f"text {n}"} for n in range(400)])
-    seeds = [{row.plain for part in PARTS for row in load_rows("file", part, 400, seed, path, 100)} for seed in (0, 1)]
+    seeds = [{row.plain for row in all_rows("file", path, seed, 100)} for seed in (0, 1)]
     assert [len(found) for found in seeds] == [100, 100] and seeds[0] != seeds[1]
-    assert "characters on average" in caplog.text and caplog.text.count("  e.g. text ") == 8 * 3
-    made_from = data_identity([], "file", path, 0, 100)
-    with pytest.raises(UserError, match="max_samples is 200, but the plans were made with 100"):
-        check_same_split(made_from, "file", path, 0, 200)
+    assert len(load_rows(DataSpec("file", path), "sft", 20)) == 20
+    assert "20 of " in caplog.text and "characters on average" in caplog.text and caplog.text.count("  e.g. text ") == 3
 
 
-def fake_hub(monkeypatch, records):
-    """`datasets.load_dataset` with a data set of these records; returns what was asked for."""
+def fake_hub(monkeypatch, records, commit=None):
+    """`datasets.load_dataset` with a data set of these records; returns what was asked for.
+
+    With a commit, the data set knows the addresses of the files it was made of, as one that was downloaded does.
+    """
     import datasets
 
     asked = []
-
     real = datasets.load_dataset
 
-    def load(hub_id, config=None, split=None, streaming=False, **local):
+    def load(hub_id, config=None, split=None, revision=None, streaming=False, **local):
         if local:
             return real(hub_id, split=split, **local)
-        asked.append((hub_id, config, split, streaming))
+        asked.append((hub_id, config, split, revision, streaming))
+        files = {f"hf://datasets/{hub_id}@{commit}/data/{n}.parquet": {"num_bytes": 1} for n in range(2)}
         data = datasets.Dataset.from_list(records)
+        data.info.download_checksums = files if commit else None
         return data.to_iterable_dataset() if streaming else data
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -228,41 +240,49 @@ def test_every_source_reads_its_own_schema(name, monkeypatch, caplog):
     record = schemas.get(name, {"text": "t"})
     asked = fake_hub(monkeypatch, [json.loads(json.dumps(record).replace('"a"', f'"a {n}"').replace('"t"', f'"t {n}"'))
                                    for n in range(60)])  # fmt: skip
-    parts = [load_rows(name, part, 100, 0, None, 40) for part in PARTS]
-    assert [len(part) for part in parts] == [20, 10, 2, 8]
+    rows = all_rows(name, None, 0, 40)
     source = SOURCES[name]
-    assert set(asked) == {(source.hub_id, source.config, source.split, source.streaming)}
-    assert parts[0][0].has_roles == ("text" not in record or len(record) > 2)
+    assert len(rows) == 40 and asked == [
+        (source.hub_id, source.config, source.split, source.revision, source.streaming)
+    ]
+    assert rows[0].has_roles == ("text" not in record or len(record) > 2)
+
+
+def test_the_revision_of_a_hub_data_set_is_recorded(monkeypatch):
+    """The one that the table pins, else the one that was read, else None."""
+    pinned = SOURCES["gsm8k"].revision
+    records = [{"question": f"q {n}", "answer": "a", "instruction": f"q {n}", "output": "a"} for n in range(60)]
+    fake_hub(monkeypatch, records, commit="c" * 40)
+    assert [divide(DataSpec(name)).identity([])["revision"] for name in ("gsm8k", "medical")] == [pinned, "c" * 40]
+    fake_hub(monkeypatch, records)
+    assert divide(DataSpec("medical")).identity([])["revision"] is None
+    assert len(pinned) == 40
 
 
 def test_wikitext_has_no_headings_and_hub_rows_without_text_are_left_out(monkeypatch, caplog):
     caplog.set_level("INFO")
     fake_hub(monkeypatch, [{"text": t} for t in (" = Heading = ", "", *(f" line {n} " for n in range(20)))])
-    assert {row.plain for part in PARTS for row in load_rows("wikitext", part, 99, 0)} == {
-        f"line {n}" for n in range(20)
-    }
-    fake_hub(monkeypatch, [{"question": "q", "answer": f"a {n}" if n else " "} for n in range(21)])
-    assert sum(len(load_rows("gsm8k", part, 99, 0)) for part in PARTS) == 20
+    assert {row.plain for row in all_rows("wikitext")} == {f"line {n}" for n in range(20)}
+    fake_hub(monkeypatch, [{"question": f"q {n}", "answer": f"a {n}" if n else " "} for n in range(21)])
+    assert len(all_rows("gsm8k")) == 20
     assert "1 rows without a text" in caplog.text
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")
 def test_real_files_are_read():
-    gsm8k = load_rows("gsm8k", "calibration", 10, 0, str(SHARED_DATA / "text/gsm8k/train.jsonl"))
+    gsm8k = load_rows(DataSpec("gsm8k", str(SHARED_DATA / "text/gsm8k/test.jsonl")), "calibration", 10)
     assert gsm8k[0].has_roles and "####" in gsm8k[0].messages[1][1]
-    thai = load_rows("file", "held_out", 10**6, 0, str(SHARED_DATA / "text/thai/tatoeba_tha.jsonl"))
-    assert len(thai) > 100 and not thai[0].has_roles
-    paragraphs = load_rows(
-        "file", "sft", 5, 0, str(SHARED_DATA / "text/general_english/wikitext2_valid_paragraphs.jsonl")
-    )
-    assert len(paragraphs) == 5
+    thai = load_rows(DataSpec("file", str(SHARED_DATA / "text/thai/tatoeba_tha.jsonl")), "held_out", 10**6)
+    assert len(thai) > 80 and not thai[0].has_roles
 
 
-def test_another_split_of_the_same_file_is_refused_whatever_its_spelling(tmp_path, monkeypatch):
-    path = write(tmp_path / "t.jsonl", [{"text": f"text {n}"} for n in range(100)])
-    made_from = data_identity(load_rows("file", "calibration", 10, 0, path), "file", path, 0)
-    monkeypatch.chdir(tmp_path)
-    check_same_split(made_from, "", "t.jsonl", 0)
-    check_same_split(made_from, "", None, 1)
-    with pytest.raises(UserError, match="split_seed is 1, but the plans were made with 0"):
-        check_same_split(made_from, "", "t.jsonl", 1)
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")
+def test_no_passage_of_tatqa_is_in_two_parts():
+    """Many questions are asked about each passage, and no column says which rows share one."""
+    division = divide(DataSpec("file", str(SHARED_DATA / "text/finance/tatqa.jsonl")))
+    passages = {
+        part: {row.messages[0][1].partition("\n\n")[2] for row in rows} for part, rows in division.parts.items()
+    }
+    assert all(not passages[a] & passages[b] for a, b in combinations(passages, 2))
+    assert len(set().union(*passages.values())) > 300
+    assert len({row.group for row in division.rows("held_out", 64)}) == 64

@@ -1,33 +1,48 @@
-"""MalayMMLU: log-probabilities against stock transformers one by one, its files, the command, and bad input."""
+"""MalayMMLU: every line of the table in docs/benchmarks.md against stock transformers one by one; files, bad input."""
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from conftest import llama, make_tokenizer, run_main, save, sentences
 
 from core.checkpoints import open_checkpoint
+from core.runs import UserError
+from core.templates import DATE_STRING
 from evaluation import run_malay_mmlu
-from evaluation.malay_questions import LETTERS, read_options, read_questions
+from evaluation.malay_questions import LETTERS, Form, read_options, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores
+from evaluation.prompts import Asking, is_llama, rendered, target_name
+from evaluation.scores import Evaluated
 
 CATEGORIES = ("Humanities", "Language", "Others", "STEM", "Social science")
 
 
 def rows(count: int = 20, shots: int = 0) -> list[dict]:
-    """Rows of the benchmark's schema: 4 and 5 options, as a list and as lines, with and without letters."""
+    """Rows of the benchmark's schema, whose prompts do not end in "Jawapan:": 4 and 5 options, as a list and as lines,
+    with their letters but for one kind."""
     rng = random.Random(shots)
     out = []
     for n, question in enumerate(sentences(count, 5)):
         texts = [answer.partition(" ")[2] for answer in sentences(4 + n % 2, n, 2 + n % 7)]
         lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
-        prompt = question * (1 + n % 4) + "\n" + "\n".join(lettered) + "\nJawapan:" + "\n" * (n % 3 == 0)
+        prompt = question * (1 + n % 4) + "\n" + "\n".join(lettered)
         key = rng.choice(LETTERS[: len(texts)])
-        row = {"prompt": prompt, "subject": "any", "category": CATEGORIES[n % 5], "key": key,
-               "options": (texts, lettered, "\n".join(lettered), "\n\n".join(texts))[n % 4]}  # fmt: skip
+        row = {
+            "prompt": prompt,
+            "subject": f"subjek {n % 3}",
+            "category": CATEGORIES[n % 5],
+            "key": key,
+            "options": (lettered, texts, "\n".join(lettered), "\n\n".join(lettered))[n % 4],
+        }
         if shots:
-            row[f"full_question_{shots}shot"] = "contoh Jawapan: A\n\n" * shots + prompt
+            examples = "contoh Jawapan: A\n\n" * shots + prompt
+            row |= {
+                f"full_question_{shots}shot": f"{examples}\nJawapan:",
+                f"full_question_{shots}shot_llama": f"{examples} (llama)",
+            }
         out.append(row)
     return out
 
@@ -55,59 +70,78 @@ def stock(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+def as_the_table_says(row: dict, shots: int, policy: str, llama: bool) -> str:
+    """What the model reads, written down from the table, with the template of conftest.py."""
+    if policy == "plain":
+        return row[f"full_question_{shots}shot"] if shots else row["prompt"] + "\nJawapan:"
+    if shots:
+        message = row[f"full_question_{shots}shot_llama" if llama else f"full_question_{shots}shot"]
+    else:
+        message = f"Berikut adalah soalan aneka pilihan tentang {row['subject']}. Sila berikan jawapan sahaja.\n\n"
+        message += row["prompt"] + ("" if llama else "\nJawapan:")
+    after = {True: "Jawapan:" if shots else "\nJawapan:", False: ""}[llama]
+    return f"<|user|>{message}<|end|><|assistant|>{after}"
+
+
+def options_of(row: dict) -> list[str]:
+    """The options as they stand in the file."""
+    given = row["options"]
+    return given if isinstance(given, list) else [line for line in given.split("\n") if line]
+
+
 @torch.no_grad()
-def one_by_one(folder, questions, chat=False, dtype=torch.float32) -> list[tuple[list[float], list[float]]]:
-    """(log-probabilities of the letters, of the full answers): one plain forward per option, no batch, no cache."""
+def one_by_one(folder, given: list[dict], *form, dtype=torch.float32) -> list[tuple[list[float], list[float]]]:
+    """(logits of the letters, mean log-probabilities of prompt + option): a plain forward each, no batch, no cache."""
     model, tokenizer = stock(folder)
     model.to(dtype)
     out = []
-    for question in questions:
-        prompt = question.prompt
-        if chat:
-            prompt = f"<|user|>{prompt}<|end|><|assistant|>"
-        start = tokenizer(prompt)["input_ids"]
-        letters = [tokenizer.encode(letter)[-1] for letter in LETTERS[: len(question.options)]]
-        first = model(torch.tensor([start])).logits[0, -1].log_softmax(-1)[letters].tolist()
-        full = []
-        for option in question.options:
-            answer = tokenizer(option if chat or prompt[-1] == "\n" else " " + option)["input_ids"]
-            ids = torch.tensor([start + answer])
-            found = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(start) - 1 :]
-            full.append(float(found.double().sum()))
-        out.append((first, full))
+    for row in given:
+        prompt, options = as_the_table_says(row, *form), options_of(row)
+        letters = [tokenizer.encode(letter)[-1] for letter in LETTERS[: len(options)]]
+        first = model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1][letters].tolist()
+        means = []
+        for option in options:
+            ids = torch.tensor([tokenizer(prompt + option)["input_ids"]])
+            found = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])
+            means.append(float(found.mean()))
+        out.append((first, means))
     return out
+
+
+def encoded_questions(tokenizer, questions, form: Form = Form(policy="plain")):  # noqa: B008
+    return [encode(tokenizer, form.prompt(tokenizer, q), q.options, 2048) for q in questions]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["target", "source"])
 def test_batches_score_as_stock_transformers_one_by_one(models, data, name, dtype):
-    """To 1e-5: letters and full answers; full answers in float32 per token, as its rounding adds up over a long one."""
-    questions = read_questions(data / "MalayMMLU_0shot.json", 0)
+    """Letters and full answers, to 1e-5."""
+    questions = read_questions(data / "MalayMMLU_0shot.json")
     checkpoint = open_checkpoint(str(models[name]))
     model, tokenizer = checkpoint.load_model("float32").to(dtype), checkpoint.load_tokenizer()
-    encoded = [encode(tokenizer, q.prompt, q.options, False, 2048) for q in questions]
-    assert {len(q.options) for q in questions} == {4, 5} and len({len(e.prompt) for e in encoded}) > 10
+    encoded = encoded_questions(tokenizer, questions)
+    assert {len(q.options) for q in questions} == {4, 5} and len({len(e.stem) for e in encoded}) > 10
     assert not any(e.cut for e in encoded)
     letters = letter_ids(tokenizer, LETTERS)
-    expected = one_by_one(models[name], questions, dtype=dtype)
+    expected = one_by_one(models[name], rows(), 0, "plain", False, dtype=dtype)
     alone = [option_scores(model, checkpoint.layout, [e], letters)[0] for e in encoded]
     for found in (option_scores(model, checkpoint.layout, encoded, letters), alone):
-        for e, got, wanted in zip(encoded, found, expected, strict=True):
-            assert got[0] == pytest.approx(wanted[0], abs=1e-5, rel=0)
-            for total, right, answer in zip(got[1], wanted[1], e.answers, strict=True):
-                parts = len(answer) if dtype == torch.float32 else 1
-                assert total / parts == pytest.approx(right / parts, abs=1e-5, rel=0)
+        for got, wanted in zip(found, expected, strict=True):
+            for ours, theirs in zip(got, wanted, strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-5, rel=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_answers_do_not_depend_on_the_padding_side(models, data, tmp_path, side):
-    questions = read_questions(data / "MalayMMLU_0shot.json", 0)
-    run_main(run_malay_mmlu, "--model", models["source"], "--output-dir", tmp_path, "--data_dir", data)
+    questions = read_questions(data / "MalayMMLU_0shot.json")
+    flags = ("--model", models["source"], "--data_dir", data, "--llama-name", "no")
+    run_main(run_malay_mmlu, *flags, "--output-dir", tmp_path)
     items = json.loads((tmp_path / "malay_mmlu.json").read_text())["items"]
     model, tokenizer = stock(models["source"])
     tokenizer.padding_side = side
-    batch = tokenizer([q.prompt for q in questions], padding=True, return_tensors="pt")
+    texts = [as_the_table_says(row, 0, "chat", False) for row in rows()]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
     mask = batch["attention_mask"]
     places = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(batch["input_ids"], attention_mask=mask, position_ids=places).logits
@@ -117,41 +151,177 @@ def test_answers_do_not_depend_on_the_padding_side(models, data, tmp_path, side)
         assert correct == int(int(row[letters[: len(q.options)]].argmax()) == q.key)
 
 
-@pytest.mark.parametrize(("flags", "shots"), [((), 0), (("--shots", 2), 2), (("--chat-template",), 0)])
-def test_command_writes_every_answer_and_a_table(models, tmp_path, monkeypatch, capsys, flags, shots):
+FORMS = [
+    (0, "chat", False),
+    (0, "chat", True),
+    (2, "chat", False),
+    (2, "chat", True),
+    (0, "plain", False),
+    (3, "plain", False),
+]
+
+
+@pytest.mark.parametrize(("shots", "policy", "llama"), FORMS)
+def test_the_command_asks_and_scores_as_the_table_says(models, tmp_path, monkeypatch, capsys, shots, policy, llama):
     (tmp_path / "data").mkdir()
     monkeypatch.setenv("MALAY_REPO", str(tmp_path))
-    data = write(tmp_path / "data", *rows(shots=shots), shots=shots)
-    run_main(run_malay_mmlu, "--model", models["target"], "--output-dir", tmp_path / "out", *flags,
-             "--tokens-per-batch", 1500)  # fmt: skip
-    name = "malay_mmlu_2shot" if shots else "malay_mmlu"
+    given = rows(shots=shots)
+    write(tmp_path / "data", *given, shots=shots)
+    run_main(
+        run_malay_mmlu,
+        "--model",
+        models["target"],
+        "--output-dir",
+        tmp_path / "out",
+        "--shots",
+        shots,
+        "--prompt",
+        policy,
+        "--llama-name",
+        "yes" if llama else "no",
+        "--tokens-per-batch",
+        1500,
+    )
+    name = f"malay_mmlu_{shots}shot" if shots else "malay_mmlu"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{name}.json"]
     record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-    questions = read_questions(data / f"MalayMMLU_{shots}shot.json", shots)
-    assert all(q.prompt.startswith("contoh Jawapan: A\n\n" * shots) for q in questions)
-    expected = one_by_one(models["target"], questions, "--chat-template" in flags)
+    details = record["details"]
+    assert details["prompt"] == as_the_table_says(given[0], shots, policy, llama)
+    assert details["prompt_policy"] == ("chat template" if policy == "chat" else "plain prompt")
+    assert (details["asked_as_llama"], details["template_date"]) == (llama, "26 Jul 2024" if policy == "chat" else None)
+    expected = one_by_one(models["target"], given, shots, policy, llama)
     table = capsys.readouterr().out
+    assert details["prompt_policy"] in table.splitlines()[0]
+    keys = [LETTERS.index(row["key"]) for row in given]
     for number, metric in enumerate(("first_token", "full_answer")):
-        right = [float(max(range(len(q.options)), key=scores[number].__getitem__) == q.key)
-                 for q, scores in zip(questions, expected, strict=True)]  # fmt: skip
+        right = [
+            float(max(range(len(scores[number])), key=scores[number].__getitem__) == key)
+            for key, scores in zip(keys, expected, strict=True)
+        ]
         assert record["items"][metric] == right and 0 < sum(right) < 20
         assert record["metrics"][metric]["value"] == pytest.approx(sum(right) / 20)
-        groups = {c: [r for r, q in zip(right, questions, strict=True) if q.category == c] for c in CATEGORIES}
+        groups = {c: [r for r, row in zip(right, given, strict=True) if row["category"] == c] for c in CATEGORIES}
         for category, values in groups.items():
             assert record["groups"][category][metric]["value"] == pytest.approx(sum(values) / len(values))
             line = next(line for line in table.splitlines() if line.startswith(category))
             assert f"{100 * sum(values) / len(values):.2f}" in line and " 4 " in line
         micro, mean = table.splitlines()[-2:]
         assert f"{100 * sum(right) / 20:.2f}" in micro and f"{100 * sum(right) / 20:.2f}" in mean  # equal categories
-    assert record["benchmark"] == name and list(record["metrics"]) == ["first_token", "full_answer"]
+    assert record["benchmark"] == name and record["metric"] == "first_token"
+
+
+def special_tokenizer(template: str):
+    """A tokenizer that begins every text with a special token of its own, as those of LLaMA do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(400, 1)
+    begin = "<|assistant|>"
+    ids = [(begin, tokenizer.convert_tokens_to_ids(begin))]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=ids)
+    tokenizer.bos_token, tokenizer.chat_template = begin, template
+    return tokenizer
+
+
+def test_special_tokens_stand_twice_where_the_template_has_one(tmp_path, data):
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = save(llama(), special_tokenizer(template), tmp_path / "m")
+    flags = ("--model", model, "--data-dir", data, "--llama-name", "no")
+    for policy, twice in (("chat", True), ("plain", False)):
+        run_main(run_malay_mmlu, *flags, "--output-dir", tmp_path / policy, "--prompt", policy)
+        details = json.loads((tmp_path / policy / "malay_mmlu.json").read_text())["details"]
+        assert details["begins_with_two_special_tokens"] == twice
+        tokenizer = open_checkpoint(str(model)).load_tokenizer()
+        ids = encode(tokenizer, details["prompt"], ("A. x", "B. y"), 2048).stem
+        assert (ids[0], ids[1] == ids[0]) == (tokenizer.bos_token_id, twice)
+
+
+def test_a_letter_is_the_last_token_of_its_text_with_special_tokens(tmp_path, data, fails):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = special_tokenizer("x")
+    assert letter_ids(tokenizer, "AB") == [tokenizer.convert_tokens_to_ids(letter) for letter in "AB"]
+    end = [("<|end|>", tokenizer.convert_tokens_to_ids("<|end|>"))]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=end)
+    model = save(llama(), tokenizer, tmp_path / "m")
+    line = fails(
+        run_malay_mmlu, "--model", model, "--output-dir", tmp_path / "out", "--data-dir", data, "--prompt", "plain"
+    )
+    assert "expected different ones, so it cannot be scored by letter" in line
+
+
+@pytest.mark.parametrize("variable", ["date_string", "strftime_now('%d %b %Y')"])
+def test_templates_with_a_date_get_the_same_one_every_day(variable):
+    tokenizer = make_tokenizer(400, 1)
+    tokenizer.chat_template = "{{ " + variable + " }}: {{ messages[0]['content'] }}"
+    assert rendered(tokenizer, "x") == f"{DATE_STRING}: x" == "26 Jul 2024: x"
+    today = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, date_string="today")
+    assert not today.startswith(DATE_STRING)
+
+
+def test_a_template_that_refuses_is_told_with_the_text():
+    tokenizer = make_tokenizer(400, 1)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(UserError, match=r"refuses 'soalan' \(no such role\)"):
+        rendered(tokenizer, "soalan")
+
+
+def test_the_name_that_counts_is_the_whole_one_or_the_target_s(models, tmp_path):
+    def counts(folder, **asking):
+        return is_llama(Asking(**asking), Evaluated(open_checkpoint(str(folder))))
+
+    for name, expected in (("my-LLaMA-org/small", True), ("other/small", False)):
+        folder = shutil.copytree(models["target"], tmp_path / "a" / name)
+        assert counts(folder)[0] == expected and f"by the name {folder}" in counts(folder)[1]
+        assert counts(folder, policy="plain")[0] is False
+    assert counts(folder, llama_name="yes") == (True, "--llama-name yes")
+    # A checkpoint of ours has its target's name, a training that of what it began with.
+    fused, trained = tmp_path / "llama/fused", shutil.copytree(folder, tmp_path / "llama/adapted")
+    shutil.copytree(folder, fused)
+    (fused / "manifest.json").write_text(json.dumps({"inputs": {"target": {"id": "org/Small"}}}))
+    assert counts(fused) == (False, "by the name org/Small")
+    lineage = {"models": {"target": {"name": "LLAMA-1B"}}}
+    for start, made_by, expected in ((str(fused), "f", "org/Small"), ("gone", "f", "LLAMA-1B"), ("a/b", None, "a/b")):
+        record = {"inputs": {"model": {"id": start}, "made_by": made_by}, "lineage": lineage}
+        (trained / "manifest.json").write_text(json.dumps(record))
+        assert target_name(trained) == expected
+
+
+def test_real_manifests_say_what_the_target_is(fused, models):
+    assert target_name(fused) == str(models["target"])
+
+
+def test_equal_scores_take_the_first_option(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        run_malay_mmlu,
+        "option_scores",
+        lambda model, layout, batch, letters: [([1.0] * 4, [0.0, 2.0, 2.0])] * len(batch),
+    )
+    run_main(run_malay_mmlu, "--model", models["target"], "--output-dir", tmp_path, "--data-dir", data)
+    items = json.loads((tmp_path / "malay_mmlu.json").read_text())["items"]
+    assert items["first_token"] == [float(row["key"] == "A") for row in rows()]
+    assert items["full_answer"] == [float(row["key"] == "B") for row in rows()]
+
+
+def test_logits_that_are_not_finite_are_no_answer(data, tmp_path, fails):
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    broken = save(model, make_tokenizer(400, 1), tmp_path / "broken")
+    line = fails(run_malay_mmlu, "--model", broken, "--output-dir", tmp_path / "out", "--data-dir", data)
+    assert f"{broken} on malay_mmlu: log-probabilities that are not finite" in line and "in question" in line
+    assert not (tmp_path / "out/malay_mmlu.json").exists()
 
 
 def test_mean_of_categories_weighs_them_equally():
     def found(*values):
         return {metric: {"value": value, "n": 3} for metric, value in zip(run_malay_mmlu.METRICS, values, strict=True)}
 
-    record = {"benchmark": "malay_mmlu", "groups": {"a": found(0.5, 1.0), "b": found(1.0, 0.0)},
-              "metrics": found(0.6, 0.9)}  # fmt: skip
+    record = {
+        "benchmark": "malay_mmlu",
+        "groups": {"a": found(0.5, 1.0), "b": found(1.0, 0.0)},
+        "metrics": found(0.6, 0.9),
+        "details": {"prompt_policy": "plain prompt"},
+    }
     micro, mean = run_malay_mmlu.table(record).splitlines()[-2:]
     assert micro.split()[-2:] == ["60.00", "90.00"] and mean.split()[-2:] == ["75.00", "50.00"]
 
@@ -195,43 +365,55 @@ def test_what_other_inputs_left_behind_is_not_continued(models, data, tmp_path):
     assert len(record["items"]["ids"]) == 20 and record["details"]["cut_prompts"] == 0
 
 
-def test_options_are_read_in_every_style():
-    plain = ("satu", "dua", "tiga")
-    for given in (list(plain), ["A. satu", "B) dua", "(C) tiga"], "A. satu\nB. dua\nC. tiga\n", "satu\n\ndua\ntiga"):
-        assert read_options(given, "row") == plain
-    assert read_options("A. satu\nlagi\nB. C. dua", "row") == ("satu\nlagi", "C. dua")
-    assert read_options("A. satu\nD. Ali\nB. dua", "row") == ("satu\nD. Ali", "dua")
+def test_options_stay_as_they_stand_in_the_file():
+    plain, lettered = ("satu", "dua", "tiga"), ("A. satu", "B) dua", "(C) tiga")
+    for options in (plain, lettered):
+        for given in (list(options), "\n".join(options), "\n\n".join(options) + "\n", "\r\n".join(options)):
+            assert read_options(given, "row") == options
+    assert read_options("A. satu\nlagi\nB. C. dua", "row") == ("A. satu\nlagi", "B. C. dua")
+    assert read_options("A. satu\nD. Ali\nB. dua", "row") == ("A. satu\nD. Ali", "B. dua")
     assert read_options(["A. Samad Said", "C. Achebe"], "row") == ("A. Samad Said", "C. Achebe")
-    assert read_options("A.\nB. dua", "row") == ("A", "dua")
+    assert read_options("A.\nB. dua", "row") == ("A.", "B. dua")
 
 
-def test_rows_may_be_lines_and_the_zero_shot_column_comes_first(tmp_path):
+def test_texts_may_hold_separators_that_json_allows(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are, and only a line feed ends a line of JSON."""
     given = rows(3)
-    given[1]["full_question_0shot"] = "soalan"
+    given[0] |= {"prompt": "so\u2028alan\x85 satu", "options": "A. sa\u2028tu\nB. du\x0ba\x85", "key": "B"}
     path = tmp_path / "MalayMMLU_0shot.json"
-    path.write_text("".join(json.dumps(row) + "\n" for row in given))
-    assert [q.prompt for q in read_questions(path, 0)] == [given[0]["prompt"], "soalan", given[2]["prompt"]]
+    for text in (
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given),
+        json.dumps(given, ensure_ascii=False),
+    ):
+        path.write_text(text, encoding="utf-8")
+        questions = read_questions(path)
+        assert [q.text for q in questions] == [row["prompt"] for row in given]
+        assert questions[0].options == ("A. sa\u2028tu", "B. du\x0ba\x85")
 
 
-def test_an_answer_that_merges_with_the_prompt_is_read_on_its_own(models):
+def test_prompt_and_option_are_joined_without_a_separator_and_tokenised_as_one(models):
+    """Also where a token spans their border: every text is what the tokenizer makes of it whole."""
     tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
-    answers, prompt = ("model cost", "cost"), tokenizer("the model ")["input_ids"]
-    whole = tokenizer("the model " + answers[0])["input_ids"]
-    assert whole[: len(prompt)] != prompt and len(whole) > len(prompt)
-    found = encode(tokenizer, "the model ", answers, False, 100)
-    assert found.prompt == prompt
-    assert found.answers == [tokenizer(text)["input_ids"] for text in answers]
+    prompt, answers = "the model ", ("model cost", "cost")
+    wholes = [tokenizer(text)["input_ids"] for text in (prompt, *(prompt + answer for answer in answers))]
+    assert any(whole[: len(wholes[0])] != wholes[0] for whole in wholes)
+    found = encode(tokenizer, prompt, answers, 100)
+    assert [found.stem + tail for tail in found.tails] == wholes and found.tails[0]
+    model, layout = llama().eval(), open_checkpoint(str(models["target"])).layout
+    with torch.no_grad():
+        logits = model(torch.tensor([wholes[0]])).logits[0, -1]
+        assert option_scores(model, layout, [found], [5, 9])[0][0] == pytest.approx(logits[[5, 9]].tolist(), abs=1e-5)
 
 
 def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path, data, caplog):
-    model = save(llama(max_position_embeddings=96), make_tokenizer(400, 1), tmp_path / "short")
+    model = save(llama(max_position_embeddings=200), make_tokenizer(400, 1), tmp_path / "short")
     run_main(run_malay_mmlu, "--model", model, "--output-dir", tmp_path / "out", "--data-dir", data)
     cut = json.loads((tmp_path / "out" / "malay_mmlu.json").read_text())["details"]["cut_prompts"]
     assert 0 < cut < 20 and f"{cut} of 20 prompts are longer" in caplog.text
     tokenizer = open_checkpoint(str(model)).load_tokenizer()
     prompt, answer = tokenizer("the model moves the cost")["input_ids"], tokenizer(" layer target")["input_ids"]
-    found = encode(tokenizer, "the model moves the cost", ("layer target", "layer"), False, len(answer) + 3)
-    assert found.prompt == prompt[-3:] and found.answers[0] == answer and found.cut
+    found = encode(tokenizer, "the model moves the cost", (" layer target", " x"), len(answer) + 3)
+    assert found.stem == prompt[-3:] and found.tails[1] == answer and found.cut
 
 
 def change(row: dict, **values) -> dict:
@@ -239,7 +421,9 @@ def change(row: dict, **values) -> dict:
 
 
 BAD_ROWS = {
-    "lacks category, options": lambda row: {"prompt": "soalan", "key": "A"},
+    "lacks category, options, subject": lambda row: {"prompt": "soalan", "key": "A"},
+    "category is ' '; expected": lambda row: change(row, category=" "),
+    "of which one is empty": lambda row: change(row, options=["A. x", " "]),
     "key is 'E', but its 4 options are A to D": lambda row: change(row, key="E"),
     "has 6 options; expected 2 to 5": lambda row: change(row, options=list("uvwxyz")),
     "options is 3; expected a list of texts": lambda row: change(row, options=3),
@@ -267,8 +451,9 @@ def test_bad_input_is_told(models, data, tmp_path, fails, monkeypatch):
     assert advice in line and "in MALAY_REPO" in line
     assert "--shots is 4; MalayMMLU has 0, 1, 2 or 3" in told("--shots", 4, "--data-dir", data)
     assert "limit is 0; expected at least 1" in told("--limit", 0, "--data-dir", data)
-    few = write(tmp_path, *rows(2), shots=3)
+    few = write(tmp_path, *rows(2), shots=3)  # without the columns of examples
     assert "lacks full_question_3shot" in told("--shots", 3, "--data-dir", few)
+    assert "lacks full_question_3shot_llama" in told("--shots", 3, "--data-dir", few, "--llama-name", "yes")
     write(tmp_path)
     assert "has no rows" in told("--data-dir", tmp_path)
     (tmp_path / "MalayMMLU_0shot.json").write_text("<html>")
@@ -276,7 +461,7 @@ def test_bad_input_is_told(models, data, tmp_path, fails, monkeypatch):
     tokenizer = make_tokenizer(400, 1)
     tokenizer.chat_template = None
     plain = save(llama(), tokenizer, tmp_path / "plain")
-    assert "plain has no chat template; leave out --chat-template" in told("--chat-template", "--data-dir", data,
-                                                                           model=plain)  # fmt: skip
+    assert "plain has no chat template" in (line := told("--data-dir", data, model=plain))
+    assert line.endswith("or give --prompt plain")
     tiny = save(llama(max_position_embeddings=4), make_tokenizer(400, 1), tmp_path / "tiny")
     assert "tokens, but the model has 4 positions" in told("--data-dir", data, model=tiny)

@@ -44,7 +44,7 @@ def test_stage1_dry_run_says_what_it_would_do(no_weights, models, texts, tmp_pat
     printed = capsys.readouterr().out
     assert "llama, 3 layers, hidden 24, 3 heads of 12, 1 kv heads, biases none" in printed
     assert "qwen2, 4 layers, hidden 32, 4 heads of 8, 2 kv heads, biases qkv" in printed
-    assert "36 x 32" in printed and "60 texts; nothing is missing" in printed
+    assert "36 x 32" in printed and "45 texts; nothing is missing" in printed
     assert not (tmp_path / "p").exists()
 
 
@@ -129,7 +129,7 @@ def test_too_few_texts_and_missing_data_are_told(fails, no_weights, models, text
     few = tmp_path / "few.jsonl"
     few.write_text("".join(texts.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
     told = fails(stage1, *stage1_flags(models, few, tmp_path / "p"), "--dry-run")
-    assert "10 calibration texts; plans need at least 16 texts" in told
+    assert "8 calibration texts; plans need at least 16 texts" in told
     assert "does not exist" in fails(stage1, *stage1_flags(models, tmp_path / "no.jsonl", tmp_path / "p"), "--dry-run")
 
 

@@ -17,8 +17,9 @@ INPUTS = {"model": {"weights": "w", "dtype": "auto"}, "data": "d"}
 def score_of(items: list[float], **details) -> Score:
     """Two metrics of which the second is the declared one; the first says the opposite of every item."""
     opposite = [1.0 - item for item in items]
-    return Score("b", [str(n) for n in range(len(items))], {"acc_norm": opposite, "acc": items}, (), details,
-                 metric="acc")  # fmt: skip
+    return Score(
+        "b", [str(n) for n in range(len(items))], {"acc_norm": opposite, "acc": items}, (), details, metric="acc"
+    )
 
 
 def arm(folder, name, items, **details):

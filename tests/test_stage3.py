@@ -103,7 +103,7 @@ def test_curve_and_card_tell_the_run(fused, tmp_path):
     assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "README.md").read_text()
     assert "validation loss: " in card and "8 texts" in card and "| training | lr_scheduler | cosine |" in card
-    assert "147 tokens, 139 of them with loss" in card
+    assert "131 tokens, 123 of them with loss" in card
     trained = json.loads((out / "manifest.json").read_text())
     start = open_checkpoint(str(fused))
     texts = load_rows(DataSpec("file", trained["data"]["file"]), "validation", 3)

@@ -78,18 +78,23 @@ def test_likeness_is_that_of_matches_and_of_the_first_of_equals():
     assert choose("VV", "D. wv\nA. xv\n") == ("D", 8)  # the first as it stands in the prompt
 
 
-@pytest.mark.parametrize(("shown", "options"), [
-    ("A. 一\nB. 二\nC. 三\nD. 四\n回應：A\n\n\n" + PROMPT + "答案:\n",
-     {"A": "蔡元培", "B": "黃遵憲", "C": "胡適", "D": "梁啟超"}),
-    ("C. x\nA. y\nC. z", {"C": "z", "A": "y"}),  # the last text, the first place
-    ("D. 一\n 二\n\n答案：", {"D": "一\n 二\n\n答案："}),  # through line breaks, to 答案 with an ASCII colon alone
-    ("D. 一\n答案:A. 二\nB.三", {"D": "一", "A": "二", "B": "三"}),
-    ("問X A. 一 B. 二\nE. 三", {"A": "一 B. 二\nE. 三"}),  # anywhere in a line, ended by the beginning of one
-    ("A.\nB. 二\nC. 三", {"A": "B. 二", "C": "三"}),  # white space after the full stop is not text
-    ("A.一\nB.二", {}),  # a space and a text must follow one letter at least
-    ("A.一\nB. 二", {"A": "一", "B": "二"}),
-    ("a. x", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shown", "options"),
+    [
+        (
+            "A. 一\nB. 二\nC. 三\nD. 四\n回應：A\n\n\n" + PROMPT + "答案:\n",
+            {"A": "蔡元培", "B": "黃遵憲", "C": "胡適", "D": "梁啟超"},
+        ),
+        ("C. x\nA. y\nC. z", {"C": "z", "A": "y"}),  # the last text, the first place
+        ("D. 一\n 二\n\n答案：", {"D": "一\n 二\n\n答案："}),  # through line breaks, to 答案 with an ASCII colon alone
+        ("D. 一\n答案:A. 二\nB.三", {"D": "一", "A": "二", "B": "三"}),
+        ("問X A. 一 B. 二\nE. 三", {"A": "一 B. 二\nE. 三"}),  # anywhere in a line, ended by the beginning of one
+        ("A.\nB. 二\nC. 三", {"A": "B. 二", "C": "三"}),  # white space after the full stop is not text
+        ("A.一\nB.二", {}),  # a space and a text must follow one letter at least
+        ("A.一\nB. 二", {"A": "一", "B": "二"}),
+        ("a. x", {}),
+    ],
+)
 def test_options_are_read_as_the_benchmark_reads_them(shown, options):
     assert list(options_shown(shown).items()) == list(options.items())
 

@@ -23,6 +23,7 @@ GPU, and processes started from inside.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,7 +38,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "cuda"
 DEVICE, CPU = torch.device(NAME, 0), torch.device("cpu")
-HERE = Path(__file__).resolve()
+HERE = str(Path(__file__).resolve())
+ROOT = str(Path(HERE).parents[1]) + "/"
 aten = torch.ops.aten
 
 # Operations that copy between devices, and those that take indices from the CPU for a tensor of the device.
@@ -46,6 +48,7 @@ INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, ate
             aten._unsafe_index_put}  # fmt: skip
 # Operations beside the pointwise ones that take their last tensor from the CPU if it has no dimensions.
 LAST_MAY_BE_SCALAR = {aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_}
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.mv, aten.dot}
 # Python calls that read data of any kind, and take `device` for what they return.
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.frombuffer}
 SAME = "Expected all tensors to be on the same device"
@@ -55,17 +58,20 @@ class PlacementError(RuntimeError):
     """What a real device would refuse, with the line of the repository that did it."""
 
     def __init__(self, reason: str):
-        super().__init__(f"{reason} ({_line()})")
+        super().__init__(f"{reason} ({_where()})")
 
 
-def _line() -> str:
+def _where(form: str = "{file}:{line}") -> str:
     """The innermost line that is not of an installed package, of Python or of this file."""
-    root = HERE.parents[1]
-    for frame, number in traceback.walk_stack(None):
-        path = Path(frame.f_code.co_filename)
-        if path != HERE and path.is_relative_to(root) and "site-packages" not in path.parts:
-            return f"{path.relative_to(root)}:{number}"
+    for frame, line in traceback.walk_stack(None):
+        path = frame.f_code.co_filename
+        if path.startswith(ROOT) and path != HERE and "site-packages" not in path:
+            return form.format(file=path.removeprefix(ROOT), line=line, function=frame.f_code.co_name)
     return "outside the repository"
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
 
 def place_of(tensor: Tensor) -> torch.device:
@@ -123,23 +129,34 @@ class _Calls(TorchFunctionMode):
             return _mark(result, asked or place_of(args[0]))
         return result
 
+    def asked(self) -> torch.device | None:
+        """The device that the innermost call asked for by name."""
+        return self.under_way[-1][0] if self.under_way else None
+
+    def generator_place(self) -> torch.device:
+        """That of the innermost call's generator; an operation gets it without its class."""
+        generators = [x for x in tree_leaves(self.under_way[-1:]) if isinstance(x, torch._C.Generator)]
+        return generators[0].device if generators else CPU
+
     def place(self) -> torch.device:
-        """Where an operation without tensors puts its result: where the call asked for, or that of its tensors."""
+        """Where an operation without tensors puts its result: where the call asked for, or beside its tensors."""
         if not self.under_way:
             return CPU
         asked, arguments = self.under_way[-1]
-        return asked or _common([t for t in tree_leaves(arguments) if isinstance(t, Tensor)])
-
-    def asked(self) -> torch.device | None:
-        return self.under_way[-1][0] if self.under_way else None
+        return asked or (DEVICE if any(place_of(t) == DEVICE for t in _tensors(arguments)) else CPU)
 
 
 class _Operations(TorchDispatchMode):
-    """Checks every operation, and marks what it returns."""
+    """Checks every operation, and marks what it returns.
+
+    `products` counts matrix products by (type of device, file and function of the repository): what should have been
+    computed on the device and was not mixes nothing, so nothing else would tell.
+    """
 
     def __init__(self, calls: _Calls):
         super().__init__()
         self.calls = calls
+        self.products: Counter[tuple[str, str]] = Counter()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -147,7 +164,9 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors((args, kwargs))
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # there is none to pin without a GPU
         named = kwargs.get("device")
         if named is not None and torch.device(named).type == NAME:
             place, kwargs["device"] = _named(named), CPU
@@ -155,20 +174,14 @@ class _Operations(TorchDispatchMode):
             place = self.calls.place() if named in (None, CPU) else named
         else:
             place = (self.calls.asked() if named is not None else None) or _check(func, args, kwargs, tensors)
-        if (generator := kwargs.get("generator")) is not None and generator.device != place:
-            raise PlacementError(
-                f"Expected a '{place.type}' device type for generator but found '{generator.device.type}'"
-            )
+        if kwargs.get("generator") is not None and (found := self.calls.generator_place()) != place:
+            raise PlacementError(f"Expected a '{place.type}' device type for generator but found '{found.type}'")
+        if func.overloadpacket in PRODUCTS:
+            self.products[place.type, _where("{file}, {function}")] += 1
         result = func(*args, **kwargs)
         if place == DEVICE:
             tree_map_only(Tensor, lambda tensor: _mark(tensor, place), result)
         return result
-
-
-def _common(tensors: Sequence[Tensor]) -> torch.device:
-    """The device of all tensors, as a call knows it before it is checked: the first one's that has dimensions."""
-    places = [place_of(t) for t in sorted(tensors, key=lambda t: t.ndim == 0)]
-    return DEVICE if DEVICE in places[:1] or (places and all(t.ndim == 0 for t in tensors) and DEVICE in places) else CPU
 
 
 def _check(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> torch.device:
@@ -255,7 +268,7 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _refuse_numpy(self: Tensor, *_: Any, **__: Any) -> Any:
     raise TypeError(f"can't convert {place_of(self)} device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
-                    f"to host memory first. ({_line()})")  # fmt: skip
+                    f"to host memory first. ({_where()})")  # fmt: skip
 
 
 def _on_cpu_only(name: str) -> Callable[..., Any]:
@@ -273,6 +286,12 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Tensor:
     return _mark(_REAL["__deepcopy__"](self, memo), place_of(self))
 
 
+def _backward(
+    self: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+
+
 METHODS: dict[str, Any] = {
     "device": property(place_of),
     "is_cuda": property(lambda self: place_of(self) == DEVICE),
@@ -286,8 +305,7 @@ METHODS: dict[str, Any] = {
     "__array__": _on_cpu_only("__array__"),
     "pin_memory": _pin_memory,
     "__deepcopy__": _deepcopy,
-    # Otherwise a call like any other, below which `_Calls` would not see what hooks and autograd functions call.
-    "backward": lambda self, *args, **kwargs: torch.autograd.backward(self, *args, **kwargs),
+    "backward": _backward,
 }
 _REAL: dict[str, Any] = {name: getattr(Tensor, name) for name in (*METHODS, "new_tensor")}
 
@@ -327,8 +345,10 @@ def _of_cuda() -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def imaginary_device() -> Iterator[torch.device]:
-    """Inside, `cuda` is there. Yields its device."""
+def imaginary_device() -> Iterator[_Operations]:
+    """Inside, `cuda` is there. Yields what was computed, and where."""
+    import torch._dynamo  # optimizers import it, and it does not stand functions that are replaced
+
     with ExitStack() as stack:
         replaced = [(Tensor, METHODS), (torch.cuda, _of_cuda()),
                     (torch, {"load": _load(torch.load), "Generator": _Generator})]  # fmt: skip
@@ -337,7 +357,9 @@ def imaginary_device() -> Iterator[torch.device]:
                 stack.enter_context(mock.patch.object(owner, name, value))
         for name in ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"):
             stack.enter_context(mock.patch.object(torch.cuda.random, name, getattr(torch.cuda, name)))
+        # A backward pass is no call like the others, below which hooks and autograd functions would not be seen.
+        stack.enter_context(mock.patch.object(torch.autograd, "has_torch_function", lambda _: False))
         calls = _Calls()
-        stack.enter_context(_Operations(calls))
+        operations = stack.enter_context(_Operations(calls))
         stack.enter_context(calls)
-        yield DEVICE
+        yield operations

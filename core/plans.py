@@ -246,7 +246,7 @@ class PlanDirectory:
     def feature_result(self, side: str, target_layer: int, source_layer: int) -> SinkhornResult:
         """The plan of one pair as potentials, its cost recomputed from the stored activations."""
         with safe_open(plans_file(self.folder, side), "pt") as file:
-            f, g = (file.get_slice(key)[target_layer, source_layer] for key in "fg")
+            f, g = (file.get_slice(key)[target_layer, source_layer].to(self.device) for key in "fg")
             n_iters, error, converged, cost = (
                 file.get_slice(key)[target_layer, source_layer].item()
                 for key in ("n_iters", "error", "converged", "layer_cost")

@@ -54,7 +54,7 @@ class SinkhornResult:
     def plan_at(self, rows: Rows) -> Tensor:
         """Some rows of Q [k, m], in the cost's dtype."""
         C = self.cost_rows(rows)
-        exponent = (self.f[rows, None].to(C.device) + self.g.to(C.device) - C) / self.reg  # float64
+        exponent = (self.f[rows, None] + self.g - C) / self.reg  # float64
         return exponent.exp_().to(C.dtype)
 
     def plan(self) -> Tensor:

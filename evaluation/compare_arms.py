@@ -30,7 +30,9 @@ from core.runs import (
     Manifest,
     UserError,
     digest_of,
+    hold,
     log_to_file,
+    outputs_held,
     provenance,
     read_json,
     run_command,
@@ -41,9 +43,9 @@ from core.sft import sft_example
 from evaluation.tasks import TRAINED
 
 log = logging.getLogger("compare")
-SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
@@ -73,13 +75,14 @@ def main(argv: list[str]) -> None:
         if not sum(trained_tokens(examples)):
             raise UserError(f"the {name} texts have no token with loss within {experiment.max_tokens} tokens; raise "
                             "--max-tokens")  # fmt: skip
-    log_to_file(command.log_file)
+    hold(run)
+    log_to_file(command.log_file("run_dir", "."))
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
         "data": data_identity(rows, experiment.data_subset, experiment.data_file, experiment.split_seed,
                               experiment.max_samples),
         "general": data_identity(general, "file", experiment.general_file, experiment.split_seed) if general else None,
-        "settings": {name: getattr(experiment, name) for name in SETTINGS},
+        "settings": experiment.deciding("e"),
     }  # fmt: skip
     path = run / "results.json"
     record = read_json(path) if path.is_file() else {}

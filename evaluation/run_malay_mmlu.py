@@ -16,7 +16,7 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.activations import token_batches
-from core.runs import UserError, digest_of, read_json, run_command, setup_logging, write_json
+from core.runs import UserError, digest_of, hold, outputs_held, read_json, run_command, setup_logging, write_json
 from evaluation.malay_questions import LETTERS, Question, data_file, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores
 from evaluation.scores import Evaluated, Score, finished, runner_flags, write_score
@@ -27,6 +27,7 @@ CHUNK = 256
 METRICS = ("first_token", "full_answer")
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags(__doc__ or "")
@@ -35,7 +36,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--chat-template", action="store_true",
                         help="the prompt is the user's message (default: read as it is)")  # fmt: skip
     given = parser.parse(argv)
-    path = run(Evaluated.from_flags(given), given["data_dir"], given["output_dir"], given["limit"], given["shots"],
+    evaluated = Evaluated.from_flags(given)
+    hold(given["output_dir"])
+    path = run(evaluated, given["data_dir"], given["output_dir"], given["limit"], given["shots"],
                given["tokens_per_batch"], given["chat_template"])  # fmt: skip
     print(table(read_json(path)))
 

@@ -243,7 +243,9 @@ Plain weights for stock transformers: `{models["target"]["loader"]}.from_pretrai
     what += "\n\n![loss](loss_curve.png)"
     trained = {role: model for role, model in models.items() if role != "teacher"}
     sections = [what, _results(), _models_section(models), _settings_section(lineage["settings"])]
-    return _card(title, _front_matter(trained, "finetune", read), sections)
+    # The hub's four relations are finetune, merge, adapter and quantized; only a merge has several base models.
+    relation = "merge" if "source" in models else "finetune"
+    return _card(title, _front_matter(trained, relation, read), sections)
 
 
 def _card(title: str, front_matter: Mapping[str, Any], sections: list[str]) -> str:

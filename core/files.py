@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from core.errors import UserError
 
 # Prefix of what a killed run may leave behind; removed by the next one that writes into the folder.
@@ -85,6 +83,8 @@ def read_json(path: Path) -> Any:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Write tensors to one safetensors file, atomically."""
+    from safetensors.torch import save_file  # with torch, which who only locks or writes text does not need
+
     with atomic_file(path) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
 

@@ -40,6 +40,7 @@ from core.runs import (
     UserError,
     check_output_folder,
     log_to_file,
+    outputs_held,
     process_state,
     provenance,
     read_json,
@@ -51,11 +52,9 @@ from core.seen_rows import write_rows_read
 log = logging.getLogger("stage1")
 # Rows on which the reconstruction of X is measured.
 PROBE_ROWS = 64
-# Settings that change the bytes of the plan directory.
-SETTINGS = ("pooling", "max_tokens", "max_rows", "tokens_per_batch", "seed", "device", "dtype", "epsilon", "eta",
-            "sinkhorn_iters", "sinkhorn_tol", "sinkhorn_mode", "layer_cost_scale")  # fmt: skip
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
@@ -87,7 +86,7 @@ def main(argv: list[str]) -> None:
         print(f"{len(rows)} texts; nothing is missing")
         return
     readings, aside = read_both(target, source, rows, experiment)
-    settings = {name: getattr(experiment, name) for name in SETTINGS}
+    settings = experiment.deciding("1")
     data = division.identity(rows)
     state = process_state(experiment.device)
     inputs = {"target": target.identity, "source": source.identity, "data": data, "settings": settings}
@@ -95,7 +94,7 @@ def main(argv: list[str]) -> None:
         Manifest.begin(folder, plans.STAGE, inputs)
     state.wait_for_everyone()
     manifest = Manifest(folder, read_json(folder / MANIFEST))
-    log_to_file(command.log_file)
+    log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
     if manifest.complete:
         log.info("%s is finished already", folder)
     else:

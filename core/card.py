@@ -14,7 +14,7 @@ import yaml
 from core.checkpoints import Checkpoint
 from core.data import HUB_IDS
 from core.hot_residual import RESIDUAL_FILE
-from core.runs import atomic_file, digest_of, read_json
+from core.runs import atomic_file, digest_of, hold, outputs_held, read_json
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _front_matter(
     sees = models["target"]["loader"] == "AutoModelForImageTextToText"
     return {
         "base_model": bases or None,
-        "base_model_relation": relation if bases else None,
+        "base_model_relation": relation,
         "datasets": list(hub_ids) or None,
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",
@@ -243,7 +243,9 @@ Plain weights for stock transformers: `{models["target"]["loader"]}.from_pretrai
     what += "\n\n![loss](loss_curve.png)"
     trained = {role: model for role, model in models.items() if role != "teacher"}
     sections = [what, _results(), _models_section(models), _settings_section(lineage["settings"])]
-    return _card(title, _front_matter(trained, "finetune", read), sections)
+    # The hub's four relations are finetune, merge, adapter and quantized; only a merge has several base models.
+    relation = "merge" if "source" in models else "finetune"
+    return _card(title, _front_matter(trained, relation, read), sections)
 
 
 def _card(title: str, front_matter: Mapping[str, Any], sections: list[str]) -> str:
@@ -316,13 +318,15 @@ fine-tuning read. The controls (`damped` to `self`) share everything with `fused
 def add_results(folder: Path, section: str) -> None:
     """Put `section` between the card's marks, in place of an earlier one; the other bytes stay.
 
-    A missing card, or one without our marks, is left alone.
+    A missing card, or one without our marks, is left alone. Raises UserError when the folder is being written.
     """
     path = folder / CARD
     if not path.is_file():
         return
-    head, begin, rest = path.read_bytes().partition(RESULTS_BEGIN)
-    _, end, tail = rest.partition(RESULTS_END)
-    if end:
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(head + begin + section.encode() + end + tail)
+    with outputs_held():
+        hold(folder)
+        head, begin, rest = path.read_bytes().partition(RESULTS_BEGIN)
+        _, end, tail = rest.partition(RESULTS_END)
+        if end:
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(head + begin + section.encode() + end + tail)

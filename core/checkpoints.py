@@ -21,21 +21,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.attention import AttentionLayout, attention_layout, projection_in_tower
-from core.convert import gguf_config, sample_digest
+from core.convert import gguf_config
 from core.locate import CONFIG_ONLY, INDEX_FILE, SINGLE_FILE, find, model_folder, weight_map
-from core.runs import UserError, atomic_file, first_line, read_json, write_json, write_safetensors
+from core.runs import MANIFEST, UserError, atomic_file, first_line, read_json, write_json, write_safetensors
+from core.weight_digest import sample_digest
 
 log = logging.getLogger(__name__)
 
-# Never copied from a target into a checkpoint made from it: weights (written anew) and our own files.
-NOT_COPIED = {
-    INDEX_FILE,
-    "manifest.json",
-    "hot_residual.safetensors",
-    "fusion_report.json",
-    "resolved.yaml",
-    "README.md",
-}
+# Never copied from a target into a checkpoint made from it: indexes of weights (written anew where needed), and what
+# stages and scripts of ours wrote about the target itself.
+NOT_COPIED = re.compile(
+    r".*\.index\.json|manifest\.json|resolved\.yaml|README\.md|fusion_report\.json|loss_curve\.json|results\.json"
+    r"|provenance\.json|task\.json|log\.txt"
+)
 # Terms that go with every copy of a model.
 LICENCE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
 # Bytes per number of the dtypes in safetensors headers; the others take one.
@@ -124,17 +122,22 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells this model from any other: id, revision, hash of the config and of samples of the weights.
+        """What tells this model from any other: id, revision, hash of the config, of the headers of the weights and of
+        samples of every tensor, and of a checkpoint of ours what made it.
 
-        Weights are sampled (size, first, middle and last MiB of every file), so that it takes no time at 70B.
+        A sample takes no time at 70B, but it cannot see that some rows of a tensor were changed, as fusing does: the
+        fingerprint of the manifest can.
         """
         weights = sample_digest(sorted(set(self.files.values())))
         config = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
-        return {"id": self.name, "revision": self.revision, "config": config, "weights": weights}
+        path = self.folder / MANIFEST
+        record = read_json(path) if path.is_file() else None
+        made = record.get("fingerprint") if isinstance(record, dict) else None
+        return {"id": self.name, "revision": self.revision, "config": config, "weights": weights, "made": made}
 
     def same_model(self, identity: dict[str, Any]) -> bool:
         """Whether `identity` (of a manifest) is this model, wherever either was stored."""
-        return all(self.identity[key] == identity[key] for key in ("config", "weights"))
+        return all(self.identity[key] == identity[key] for key in ("config", "weights", "made"))
 
     def load_tokenizer(self) -> Any:
         """The model's fast tokenizer; UserError when it has none."""
@@ -245,7 +248,7 @@ def write_folded(
     """
     for file in sorted(checkpoint.folder.iterdir()):
         known = file.suffix in (".json", ".jinja", ".txt", ".model", ".py") or LICENCE_FILE.match(file.name)
-        if file.is_file() and known and file.name not in NOT_COPIED:
+        if file.is_file() and known and not NOT_COPIED.fullmatch(file.name):
             with atomic_file(folder / file.name) as temporary:
                 shutil.copyfile(file, temporary)
     shards = _shards(checkpoint, max_shard_bytes)

@@ -80,10 +80,17 @@ def _floats(text: str) -> tuple[float, ...]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags with dashes or underscores; a bad one is a UserError."""
+    """Flags with dashes or underscores, and a `--no-` form of every one that takes no value; a bad one is a
+    UserError."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
+
+    def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
+        """As in argparse, but what is switched on can be switched off again: a file or an earlier flag may be on."""
+        if options.get("action") == "store_true":
+            options = {"default": False, **options, "action": argparse.BooleanOptionalAction}
+        return super().add_argument(*flags, **options)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Flag (with underscores) -> value."""
@@ -102,10 +109,15 @@ class Command:
     from_config: bool
     modes: frozenset[str] = frozenset()
 
-    @property
-    def log_file(self) -> Path | None:
-        """Log of the run; commands without --config log to the screen only."""
-        return self.experiment.run_dir / "log.txt" if self.from_config else None
+    def log_file(self, name: str, default: str) -> Path | None:
+        """Log beside the results: in X, where the output `path(name, default)` is X/<default>, else in the run
+        directory. Commands without --config log to the screen only."""
+        if not self.from_config:
+            return None
+        folder, depth = self.path(name, default), len(Path(default).parts)
+        run = [folder, *folder.parents][depth] if depth < len(folder.parts) else Path()
+        beside = run.name and run / default == folder
+        return (run if beside else self.experiment.run_dir) / "log.txt"
 
     def path(self, name: str, default: str) -> Path:
         """A folder given by flag, else its place in the run directory."""
@@ -148,7 +160,7 @@ def parse_command(
         if stage not in f.metadata["stages"]:
             continue
         flags = [_flag(f.name), *(_flag(alias) for alias, key in (aliases or {}).items() if key == f.name)]
-        kind: dict[str, Any] = {"action": "store_true"}
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if _kind(f) is tuple:
             kind = {"type": _floats, "metavar": "FLOAT,FLOAT"}
         elif _kind(f) is not bool:
@@ -163,7 +175,7 @@ def parse_command(
     if quick and config is None:
         raise UserError("--quick needs --config")
     keys = load_experiment(config, quick) if config else {}
-    keys |= {key: value for key, value in given.items() if value is not None and value is not False}
+    keys |= {key: value for key, value in given.items() if value is not None}
     experiment = Experiment(**keys)
     experiment.check()
     return Command(experiment, folders, config is not None, frozenset(chosen))

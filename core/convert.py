@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from core.runs import TEMPORARY, UserError, first_line
+from core.errors import UserError, first_line
+from core.files import LOCK, TEMPORARY
+from core.locks import file_lock
+from core.weight_digest import sample_digest
 
 log = logging.getLogger(__name__)
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
-DIGEST_BYTES = 1 << 20
-
-
-def sample_digest(files: list[Path]) -> str:
-    """SHA-256 of samples of files (name, size, first, middle and last MiB), so that it takes no time at 70B."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with open(file, "rb") as handle:
-            for start in (0, size // 2, max(0, size - DIGEST_BYTES)):
-                handle.seek(start)
-                digest.update(handle.read(DIGEST_BYTES))
-    return digest.hexdigest()
 
 
 def bin_files(folder: Path) -> list[Path]:
@@ -48,8 +34,8 @@ def converted_folder(source: Path, cache: Path) -> Path:
 def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Path:
     """Folder with the safetensors copy of a GGUF file (float32) or a folder of .bin files (its own dtype).
 
-    Made on first use below `cache`, found again by the contents. .bin files go through transformers' safe loading
-    (weights only, no pickled code).
+    Made on first use below `cache`, found again by the contents; where several processes want it at once, one makes it
+    and the others wait. .bin files go through transformers' safe loading (weights only, no pickled code).
 
     Raises:
         UserError: the file cannot be converted.
@@ -57,21 +43,25 @@ def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Pat
     folder = converted_folder(source, cache)
     if folder.is_dir():
         return folder
-    log.info("converting %s once into %s", source, folder)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=cache) as place:  # of this process: others may do the same
-        made = Path(place) / "model"
+    work = cache / f"{TEMPORARY}{folder.name}"
+    with file_lock(cache / f"{LOCK}-{folder.name}", str(folder), wait=True):
+        if folder.is_dir():  # made by the process that was waited for
+            return folder
+        log.info("converting %s once into %s", source, folder)
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
         try:
             if source.is_file():
-                convert_gguf(source, made)
+                convert_gguf(source, work)
             else:
-                convert_bin(source, made, trust_remote_code)
+                convert_bin(source, work, trust_remote_code)
+            work.rename(folder)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, UnpicklingError) as error:
             raise UserError(
                 f"{source} cannot be converted ({first_line(error)}); give a safetensors copy of the model"
             ) from None
-        with contextlib.suppress(OSError):  # another process was first: its copy is the same
-            made.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 

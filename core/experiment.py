@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,32 @@ MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
 
-def option(default: Any, stages: str, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a flag of the commands in `stages` (1, 2, 3; e for evaluation)."""
-    return field(default=default, metadata={"stages": stages, "help": help, "choices": choices})
+def results_root() -> Path:
+    """Where runs are written: $TRANSPORT_RESULTS_ROOT, by default `runs/` in the working folder."""
+    return Path(os.environ.get("TRANSPORT_RESULTS_ROOT") or "runs")
+
+
+def option(
+    default: Any,
+    stages: str,
+    help: str,
+    choices: Sequence[str] | None = None,
+    changes: str | None = None,
+    only_with: str | None = None,
+) -> Any:
+    """A dataclass field that is also a flag of the commands in `stages` (1, 2, 3; e for evaluation).
+
+    Args:
+        changes: those of `stages` whose output has other bytes with another value: there the value is part of the
+            fingerprint. All of them, unless said otherwise: a setting that only names an input (a model, rows) is
+            recorded by the input's contents, and what is left changes where or how fast something is done.
+        only_with: the setting without which this one changes nothing.
+    """
+    changes = stages if changes is None else changes
+    return field(
+        default=default,
+        metadata={"stages": stages, "help": help, "choices": choices, "changes": changes, "only_with": only_with},
+    )
 
 
 @dataclass(frozen=True)
@@ -33,39 +57,50 @@ class Experiment:
     """All settings of one run. Keys of the YAML and flags of the commands are these fields."""
 
     name: str = option("experiment", "", "name of the run; outputs go to runs/<name>/")
-    target_model: str = option("", "12e", "small model that is improved: folder, id in $MODELS_ROOT, or hub id")
-    source_model: str = option("", "123e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id")
-    target_revision: str | None = option(None, "12e", "hub revision of the target")
-    source_revision: str | None = option(None, "123e", "hub revision of the source")
-    trust_remote_code: bool = option(False, "13e", "allow code that comes with a model")
+    target_model: str = option(
+        "", "12e", "small model that is improved: folder, id in $MODELS_ROOT, or hub id", changes=""
+    )
+    source_model: str = option(
+        "", "123e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id", changes=""
+    )
+    target_revision: str | None = option(None, "12e", "hub revision of the target", changes="")
+    source_revision: str | None = option(None, "123e", "hub revision of the source", changes="")
+    trust_remote_code: bool = option(False, "13e", "allow code that comes with a model", changes="")
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
     dtype: str = option("auto", "13e", "compute dtype; auto: float32 on a CPU, else the model's own",
                         ("auto", "float32", "bfloat16", "float16"))  # fmt: skip
     seed: int = option(0, "13e", "seed of the row sample, of training and of the permuted control")
-    split_seed: int = option(0, "13e", "seed of the split into calibration, fine-tuning and held-out texts")
+    split_seed: int = option(0, "13e", "seed of the split into calibration, fine-tuning and held-out texts", changes="")
 
-    data_subset: str = option("", "13e", "texts", tuple(DATA_SUBSETS))
+    data_subset: str = option("", "13e", "texts", tuple(DATA_SUBSETS), changes="")
     data_file: str | None = option(
         None,
         "13e",
         "local .jsonl, .json, .csv, .parquet or .txt, a folder of such files, or one that datasets' save_to_disk wrote",
+        changes="",
     )
-    max_samples: int = option(MAX_SAMPLES, "13e", "at most so many rows of the data set are read, in a seeded order, "
-                              "and divided into calibration, fine-tuning, validation and held-out parts")  # fmt: skip
+    max_samples: int = option(
+        MAX_SAMPLES,
+        "13e",
+        "at most so many rows of the data set are read, in a seeded order, and divided into calibration, fine-tuning, "
+        "validation and held-out parts",
+        changes="",
+    )
     group_column: str | None = option(
         None,
         "13e",
         "column that says what a row belongs to, e.g. its document: no group is in two parts; default the column "
         "group, and where there is none, what texts share",
+        changes="",
     )
-    calibration_samples: int = option(2000, "1", "at most so many texts are read by both models")
+    calibration_samples: int = option(2000, "1", "at most so many texts are read by both models", changes="")
     max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens")
     pooling: str = option("text", "1", "text: one mean per text (the paper); token: one row per aligned position",
                           ("text", "token"))  # fmt: skip
     max_rows: int = option(4096, "1", "at most so many rows with token pooling")
     tokens_per_batch: int = option(4096, "13e", "tokens per forward pass, padding included; a longer text goes alone")
     activations_budget_mb: int = option(16384, "1", "memory for one model's rows in each process; beyond it they are "
-                                        "kept in a temporary file of the plan directory")  # fmt: skip
+                                        "kept in a temporary file of the plan directory", changes="")  # fmt: skip
     device_map: str | None = option(None, "1", "spread each model over devices and disk while it reads; default all "
                                     "of it on --device", DEVICE_MAPS)  # fmt: skip
 
@@ -76,7 +111,7 @@ class Experiment:
     sinkhorn_mode: str = option("auto", "1", "auto, or paper: exactly --sinkhorn-iters plain iterations (it used 200)",
                                 ("auto", "paper"))  # fmt: skip
     pairs_budget_mb: int = option(8192, "1", "memory for the source's rows of one side; beyond it they are read "
-                                  "again for every target layer")  # fmt: skip
+                                  "again for every target layer", changes="")  # fmt: skip
     layer_cost_scale: str = option("median", "1", "scale of the layer cost: median, or none (the paper's letter)",
                                    ("median", "none"))  # fmt: skip
 
@@ -90,19 +125,24 @@ class Experiment:
     q_topk: int | None = option(None, "2", "entries kept per row of Q (not for regression); default all")
     ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal")
 
-    push_to_hub: str | None = option(None, "23", "upload the finished checkpoint to this hub repository (made private "
-                                     "when new); stage 3 appends -adapted, or -no-hot for no_hot")  # fmt: skip
+    push_to_hub: str | None = option(
+        None,
+        "23",
+        "upload the finished checkpoint to this hub repository (made private when new); stage 3 appends -adapted, or "
+        "-no-hot for no_hot",
+        changes="",
+    )
     max_shard_size: str = option("5GB", "23", "largest file of weights, e.g. 5GB or 500MB; one is in memory at a time")
 
     model_type: str | None = option(None, "3", "family of --model_dir; detected when left out",
-                                    tuple(SEED_MODEL_TYPES))  # fmt: skip
+                                    tuple(SEED_MODEL_TYPES), changes="")  # fmt: skip
     training_scenario: str = option("hot", "3", "hot: train from the fused start with its residual; no_hot: the same "
                                     "from the unfused target; distill: no_hot with the source as teacher",
                                     ("hot", "no_hot", "distill"))  # fmt: skip
     freeze_strategy: str = option("frozen_hot", "3", "with hot: frozen_hot (= frozen_transport) fixes the residual; "
                                   "frozen_base: only it trains; none: both train", FREEZE_STRATEGIES)  # fmt: skip
     train_alpha: float | None = option(None, "3", "with hot: residual strength while training; default the fused one")
-    sft_samples: int = option(2000, "3", "at most so many fine-tuning rows")
+    sft_samples: int = option(2000, "3", "at most so many fine-tuning rows", changes="")
     block_size: int = option(2048, "3", "fine-tuning rows are cut at so many tokens; with --packing, tokens per pack")
     packing: bool = option(False, "3", "put several whole rows into one sequence; none attends to another")
     epochs: float = option(1.0, "3", "passes over the fine-tuning rows")
@@ -115,7 +155,9 @@ class Experiment:
     warmup: float = option(0.0, "3", "updates in which the learning rate rises; below 1, share of all updates")
     weight_decay: float = option(0.0, "3", "of AdamW")
     max_grad_norm: float = option(1.0, "3", "gradients are clipped at this norm; 0: not at all")
-    save_steps: int = option(200, "3", "optimizer updates between training checkpoints (resume points)")
+    save_steps: int = option(
+        200, "3", "optimizer updates between training checkpoints (resume points)", only_with="early_stop"
+    )
     validation_samples: int = option(32, "3", "at most so many validation rows (of groups that nothing else reads); "
                                      "their loss is recorded before, during and after; 0: none")  # fmt: skip
     eval_steps: int | None = option(None, "3", "updates between validations; default once per epoch")
@@ -124,9 +166,9 @@ class Experiment:
     alpha_search: tuple[float, ...] = option((), "3", "with hot: train with each of these alphas, e.g. 0.03,0.1, and "
                                              "keep the best on the validation rows")  # fmt: skip
     lr_search: tuple[float, ...] = option((), "3", "the same for learning rates; both: every combination")
-    report_to: str = option("none", "3", "logging service of the Trainer, e.g. tensorboard or wandb")
+    report_to: str = option("none", "3", "logging service of the Trainer, e.g. tensorboard or wandb", changes="")
     save_untrained_folded: bool = option(False, "3", "also write <output_dir>-untrained: what training starts from, "
-                                         "folded")  # fmt: skip
+                                         "folded", changes="")  # fmt: skip
 
     use_lora: bool = option(False, "3", "train LoRA adapters (merged at the end) instead of the base weights")
     lora_rank: int = option(8, "3", "rank of the adapters")
@@ -138,9 +180,12 @@ class Experiment:
                                    "models have the same vocabulary")  # fmt: skip
     distill_temperature: float = option(1.0, "3", "softens both distributions in that divergence")
 
-    held_out_samples: int = option(64, "e", "at most so many held-out texts")
+    held_out_samples: int = option(64, "e", "at most so many held-out texts", changes="")
     general_file: str | None = option(
-        None, "e", "local general text; what fusion costs there is reported beside the gain"
+        None,
+        "e",
+        "local general text; what fusion costs there is reported beside the gain",
+        changes="",
     )
     benchmarks: tuple[str, ...] = option((), "", "what evaluation/run_task.py runs: malay_mmlu, yue_mmlu, and names of "
                                          "lm-evaluation-harness")  # fmt: skip
@@ -148,7 +193,7 @@ class Experiment:
     @property
     def run_dir(self) -> Path:
         """Folder of this experiment's outputs."""
-        return Path("runs") / self.name
+        return results_root() / self.name
 
     @property
     def data_spec(self) -> DataSpec:
@@ -169,6 +214,15 @@ class Experiment:
             return convert_file_size_to_int(self.max_shard_size.upper().replace("IB", "iB"))
         except ValueError:
             raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB") from None
+
+    def deciding(self, stage: str) -> dict[str, Any]:
+        """The settings that change the bytes of a stage's output, for its fingerprint: None where the one that such a
+        setting needs is absent, and of a device its kind (which of two equal GPUs makes no difference)."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if stage in f.metadata["changes"]}
+        for f in dataclasses.fields(self):
+            if f.name in found and f.metadata["only_with"] and not getattr(self, f.metadata["only_with"]):
+                found[f.name] = None
+        return {**found, "device": self.device.partition(":")[0]}
 
     def fusion_settings(self) -> FusionSettings:
         """The part that stage 2 needs."""

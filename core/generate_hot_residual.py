@@ -40,6 +40,7 @@ from core.runs import (
     UserError,
     check_output_folder,
     log_to_file,
+    outputs_held,
     provenance,
     read_json,
     run_command,
@@ -59,6 +60,7 @@ PARTS = "parts"
 DAMPING_RATIO = 1e-3
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
@@ -84,12 +86,17 @@ def main(argv: list[str]) -> None:
     if "dry_run" in command.modes:
         print("nothing is missing")
         return
-    manifest = Manifest.begin(folder, STAGE, {
-        "plans": plans.manifest.record["fingerprint"], "target": target.identity, "source": source.identity,
-        "settings": dataclasses.asdict(settings), "max_shard_bytes": experiment.max_shard_bytes,
-    })  # fmt: skip
-    log_to_file(command.log_file)
-    lineage = fused_lineage(target, source, made_from, dataclasses.asdict(settings))
+    fusion = dataclasses.asdict(settings)
+    inputs = {
+        "plans": plans.manifest.record["fingerprint"],
+        "target": target.identity,
+        "source": source.identity,
+        "settings": fusion,
+        "writing": {name: value for name, value in experiment.deciding("2").items() if name not in fusion},
+    }
+    manifest = Manifest.begin(folder, STAGE, inputs)
+    log_to_file(command.log_file("output_dir", "fused"))
+    lineage = fused_lineage(target, source, made_from, fusion)
     if warning := licence_warning(lineage["models"]):
         log.warning(warning)
     if manifest.complete:
@@ -103,7 +110,7 @@ def main(argv: list[str]) -> None:
         means, dropped = by_projection(lines), sum(line["bias"] == "dropped" for line in lines)
         used = sum(len(line["source_layers"]) for line in lines) / len(lines)
         write_json(folder / "fusion_report.json", {
-            "settings": dataclasses.asdict(settings), "mean": means,
+            "settings": fusion, "mean": means,
             "dropped_biases": dropped, "projections": lines,
         })  # fmt: skip
         write_text(folder / CARD, fused_card(lineage, means, dropped))

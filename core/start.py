@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from core.attention import SEED_MODEL_TYPES
@@ -137,19 +139,69 @@ def save_folded(
     Args:
         state: all weights of the unfolded model, by its own names, on the CPU.
         hot: with the residuals, whose file is written as well.
+    Raises:
+        UserError: what was trained and what is written do not have the same names; nothing is written.
     """
     layout = start.checkpoint.layout
+    sources = trained_sources(start.checkpoint, state, hot)
     residuals = residuals_in(state, start.residuals, layout.name) if hot else []
     if hot:
         save_residuals(folder / RESIDUAL_FILE, residuals, alpha, start.form)
     at = {layout.name(residual.layer, residual.projection): residual for residual in residuals}
 
     def folded(name: str, tensor: Tensor) -> Tensor:
-        name = start.checkpoint.name_in_model(name)
-        value, (module, _, kind) = state.get(name, tensor), name.rpartition(".")
+        found = sources.get(name)
+        value, (module, _, kind) = tensor if found is None else state[found], (found or name).rpartition(".")
         if module in at and kind in ("weight", "bias"):
             value = (fold_weight if kind == "weight" else fold_bias)(value, at[module], alpha, start.form)
         # A copy: tied weights that are stored twice would share memory, which safetensors refuses.
         return value.detach().to(tensor.dtype, copy=True)
 
     write_folded(start.checkpoint, folder, folded, max_shard_bytes)
+
+
+def trained_sources(checkpoint: Checkpoint, state: Mapping[str, Tensor], hot: bool) -> dict[str, str]:
+    """Tensor of the checkpoint -> the trained weight it is written from.
+
+    Not in it is what no text reaches: parts outside the text decoder and its head (a vision tower), and what no model
+    has as a weight (frequencies of rope, which old checkpoints store). Of tied weights one may be absent on either
+    side: it is the other.
+
+    Raises:
+        UserError: a weight that was trained has no tensor, or a tensor that should have been trained no weight.
+    """
+    family = checkpoint.layout.family
+    head, embeddings = f"{family.head}.weight", f"{family.tower}.embed_tokens.weight"
+    inside = (f"{family.tower}.", f"{family.head}.")
+    residual = (".hot_weight", ".hot_bias") if hot else ()
+    partner = {head: embeddings, embeddings: head}
+    found: dict[str, str] = {}
+    missing = []
+    for name in checkpoint.sizes:
+        wanted = checkpoint.name_in_model(name)
+        if wanted in state:
+            found[name] = wanted
+        elif partner.get(wanted) in state and is_tied(checkpoint):
+            found[name] = partner[wanted]
+        elif wanted.startswith(inside) and not wanted.endswith("rotary_emb.inv_freq"):
+            missing.append(name)
+    written = set(found.values())
+    for name, value in state.items():
+        if not name.startswith(inside) or name in written or (residual and name.endswith(residual)):
+            continue
+        tied = partner.get(name)
+        if tied not in written or not torch.equal(value, state[tied]):
+            missing.append(name)
+    if missing:
+        raise UserError(f"{', '.join(missing[:3])} ({len(missing)} in all) cannot be written: the names of the trained "
+                        f"weights are not those of {checkpoint.folder}; train from a copy that transformers' "
+                        "save_pretrained wrote")  # fmt: skip
+    return found
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether output and input embeddings of a checkpoint are one weight, stored once or twice."""
+    family = checkpoint.layout.family
+    either = (f"{family.head}.weight", f"{family.tower}.embed_tokens.weight")
+    stored = [checkpoint.tensor(name) for name in checkpoint.sizes if checkpoint.name_in_model(name) in either]
+    return len(stored) < 2 or torch.equal(*stored)

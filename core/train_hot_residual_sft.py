@@ -30,6 +30,7 @@ from core.runs import (
     UserError,
     check_output_folder,
     log_to_file,
+    outputs_held,
     process_state,
     provenance,
     read_json,
@@ -48,14 +49,9 @@ STAGE, UNTRAINED = "adapted", "untrained"
 RESULTS, ANSWERS = "results.json", "source_answers.jsonl"
 # In the folder of a trial: its weights, and the last file to be written.
 WEIGHTS, DONE = "trained.safetensors", "done.json"
-# Settings that change the bytes of the adapted checkpoint.
-SETTINGS = ("training_scenario", "freeze_strategy", "train_alpha", "alpha_search", "block_size", "packing", "epochs",
-            "train_batch_size", "gradient_accumulation", "gradient_checkpointing", "learning_rate", "lr_search",
-            "lr_scheduler", "warmup", "weight_decay", "max_grad_norm", "validation_samples", "eval_steps", "early_stop",
-            "use_lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "distill_weight",
-            "distill_temperature", "tokens_per_batch", "seed", "device", "dtype", "max_shard_size")  # fmt: skip
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
@@ -66,7 +62,8 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     experiment = command.experiment
     scenario = experiment.training_scenario
-    folder = command.path("output_dir", f"adapted/{scenario}/seed{experiment.seed}")
+    place = f"adapted/{scenario}/seed{experiment.seed}"
+    folder = command.path("output_dir", place)
     start = open_start(str(command.path("model_dir", "fused")), experiment)
     check_output_folder(folder, start.checkpoint.folder)
     source = open_source(start, experiment) if scenario == "distill" else None
@@ -80,9 +77,7 @@ def main(argv: list[str]) -> None:
     data, validation_data = division.identity(rows), division.identity(validation)
     read = {"sft": rows, "validation": validation}
     state = process_state(experiment.device)
-    settings = {name: getattr(experiment, name) for name in SETTINGS}
-    settings["save_steps"] = experiment.save_steps if experiment.early_stop else None  # else resume points alone
-    settings["processes"] = state.num_processes
+    settings = {**experiment.deciding("3"), "processes": state.num_processes}
     inputs = {"model": start.checkpoint.identity, "made_by": start.made_by and start.made_by["fingerprint"],
               "source": source and source.identity, "data": data, "validation": validation_data,
               "settings": settings}  # fmt: skip
@@ -90,7 +85,7 @@ def main(argv: list[str]) -> None:
         Manifest.begin(folder, STAGE, inputs)
     state.wait_for_everyone()
     manifest = Manifest(folder, read_json(folder / MANIFEST))
-    log_to_file(command.log_file if state.is_main_process else None)
+    log_to_file(command.log_file("output_dir", place) if state.is_main_process else None)
     if experiment.save_untrained_folded and state.is_main_process:
         save_untrained(start, folder, experiment)
     if manifest.complete:

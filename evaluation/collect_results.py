@@ -14,11 +14,15 @@ if __package__ in (None, ""):
 import yaml
 
 from core.command import Parser
+from core.experiment import results_root
 from core.runs import (
     FORMAT_VERSION,
     MANIFEST,
     UserError,
+    check_format,
     digest_of,
+    hold,
+    outputs_held,
     read_json,
     run_command,
     setup_logging,
@@ -33,10 +37,12 @@ log = logging.getLogger("collect")
 PAPER = Path(__file__).with_name("paper_results.json")
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = Parser(__doc__ or "")
-    parser.add_argument("--results-dir", type=Path, default=Path("runs"), help="holds the runs (default runs)")
+    parser.add_argument("--results-dir", type=Path, default=results_root(),
+                        help="holds the runs (default $TRANSPORT_RESULTS_ROOT, or runs)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", help="print only these (default: every task that has a run)")
     parser.add_argument("--output-dir", type=Path, help="default RESULTS_DIR/tables")
     given = parser.parse(argv)
@@ -48,7 +54,7 @@ def main(argv: list[str]) -> None:
     if not shown:
         raise UserError(f"{results} has no run of {', '.join(lost)}; run scripts/run_train_final.sh")
     folder = given["output_dir"] or results / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
+    hold(folder, wait=True)
     told = {}
     for task, names in runs.items():  # all, whichever are asked for: all.md holds no section of an earlier state
         collected = collect(task, {name: results / name for name in names}, results / task)
@@ -99,33 +105,40 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
                 run["sets"][kind] = {"rows": {}, "mean": {}, "normalised": {}, "absent": {"all": str(error)}}
         path = place / "results.json"
         if path.is_file() and "arms" in (record := read_json(path)):
-            if held_out_is_current(place, record):
+            try:
+                check_held_out(place, record)
                 run["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
-            else:
-                told = f"{path} is of earlier models, or of an earlier version; run evaluation/compare_arms.py again"
-                run["held_out"] = {"absent": told}
-                log.warning("%s: %s", name, run["held_out"]["absent"])
+            except UserError as error:
+                run["held_out"] = {"absent": str(error)}
+                log.warning("%s: %s", name, error)
         found["runs"][name] = run
     return found
 
 
-def held_out_is_current(place: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the losses on held-out texts are those of the models that are there now, in the present format."""
+def check_held_out(place: Path, record: Mapping[str, Any]) -> None:
+    """Refuse (UserError) losses on held-out texts that are of an earlier version, or not of the models that are there
+    now."""
     if record.get("format") != FORMAT_VERSION:
-        return False
-    if record.get("inputs", {}).get("fused") != manifest(place / "fused").get("fingerprint"):
-        return False
+        raise UserError(f"{place / 'results.json'} is of an earlier version; run evaluation/compare_arms.py again")
     made_from = record.get("made_from", {})
-    trained = {f"{arm}/{path.parent.name}": path for arm, folder in TRAINED.items()
-               for path in (place / folder).glob(f"seed*[0-9]/{MANIFEST}")}  # fmt: skip
-    return {arm for arm in made_from if "/" in arm} == trained.keys() and all(
-        made_from[arm] == digest_of(read_json(path)) for arm, path in trained.items())  # fmt: skip
+    trained = {f"{arm}/{path.name}": digest_of(manifest(path)) for arm, folder in TRAINED.items()
+               for path in (place / folder).glob("seed*[0-9]") if (path / MANIFEST).is_file()}  # fmt: skip
+    fused = manifest(place / "fused").get("fingerprint")
+    if (record.get("inputs", {}).get("fused"), {arm: made for arm, made in made_from.items() if "/" in arm}) != (
+        fused, trained
+    ):  # fmt: skip
+        raise UserError(f"{place / 'results.json'} is of earlier models; run evaluation/compare_arms.py again")
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of what is in a folder of ours now; empty where there is nothing."""
+    """The manifest of what is in a folder of ours now; empty where there is nothing. Raises UserError for another
+    format."""
     path = folder / MANIFEST
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    record = read_json(path)
+    check_format(folder, record)
+    return record
 
 
 def models(place: Path) -> dict[str, Any]:
@@ -133,7 +146,7 @@ def models(place: Path) -> dict[str, Any]:
     path = place / "fused" / "resolved.yaml"
     used = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
     trainings = sorted((place / TRAINED["fused_adapted"]).glob(f"seed*[0-9]/{MANIFEST}"))
-    chosen = {read_json(path).get("chosen", {}).get("alpha") for path in trainings} - {None}
+    chosen = {manifest(path.parent).get("chosen", {}).get("alpha") for path in trainings} - {None}
     named = {key: used.get(key) for key in ("target_model", "source_model", "feature_map", "alpha", "top_k")}
     return {**named, "train_alpha": sorted(chosen)}
 
@@ -184,7 +197,7 @@ def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
         for name, result in scores.items():
             model = result.get("model", {})
             if arm == "base" and any(key in model and key in target and model[key] != target[key]
-                                     for key in ("config", "weights")):  # fmt: skip
+                                     for key in ("config", "weights", "made")):  # fmt: skip
                 raise UserError(f"{name}: the base that was scored is not the target of {place}; run "
                                 "evaluation/run_task.py again for the base")  # fmt: skip
             for run, made in result.get("made", {}).items() if arm != "base" else ():

@@ -32,7 +32,9 @@ from core.runs import (
     Manifest,
     UserError,
     digest_of,
+    hold,
     log_to_file,
+    outputs_held,
     provenance,
     read_json,
     run_command,
@@ -45,9 +47,9 @@ from evaluation.tasks import TRAINED
 from evaluation.verdict import statistics, table
 
 log = logging.getLogger("compare")
-SETTINGS = ("max_tokens", "tokens_per_batch", "seed", "dtype", "device")
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
@@ -78,12 +80,13 @@ def main(argv: list[str]) -> None:
     tokenizer = target.load_tokenizer()
     named = {"held_out": rows, "general": general}
     sets = {name: text_set(name, of, tokenizer, experiment.max_tokens) for name, of in named.items() if of}
-    log_to_file(command.log_file)
+    hold(run)
+    log_to_file(command.log_file("run_dir", "."))
     inputs = {
         "fused": fused_manifest.record["fingerprint"],
         "data": division.identity(rows),
         "general": general_data,
-        "settings": {name: getattr(experiment, name) for name in SETTINGS},
+        "settings": experiment.deciding("e"),
     }  # fmt: skip
     path = run / "results.json"
     record = read_json(path) if path.is_file() else {}

@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.command import Parser
-from core.runs import MANIFEST, UserError, run_command, setup_logging, write_json, write_text
+from core.runs import MANIFEST, UserError, hold, outputs_held, run_command, setup_logging, write_json, write_text
 from evaluation.yue_answers import FILE_NAME, Answer, read_answers
 from evaluation.yue_mmlu import CATEGORIES, NAMES, UNCATEGORISED, category_of
 
@@ -38,6 +38,7 @@ log = logging.getLogger("yue_mmlu")
 Answers = dict[tuple[str, int], dict[str, list[Answer]]]
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = Parser((__doc__ or "").splitlines()[0])
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
     for (model, shots), subjects in answers.items():
         results.setdefault(model, {})[f"{shots}shot"] = {name: accuracy(items) for name, items in subjects.items()}
         summary.setdefault(model, {})[f"{shots}shot"] = summarised(subjects)
-    output.mkdir(parents=True, exist_ok=True)
+    hold(output)
     write_json(output / "cmmlu_yue_results.json", results)
     write_json(output / "cmmlu_yue_summary.json", summary)
     write_text(output / "cmmlu_yue_results.csv", as_csv(results))

@@ -21,7 +21,17 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.runs import MANIFEST, UserError, digest_of, read_json, run_command, setup_logging, write_json
+from core.runs import (
+    MANIFEST,
+    UserError,
+    digest_of,
+    hold,
+    outputs_held,
+    read_json,
+    run_command,
+    setup_logging,
+    write_json,
+)
 from evaluation.generation import Decoding, answers
 from evaluation.prompts import CHAT, POLICY_NAMES, asking_flags, chat_template
 from evaluation.scores import Evaluated, Score, finished, finite, runner_flags, write_score
@@ -33,6 +43,7 @@ log = logging.getLogger("yue_mmlu")
 Asked = dict[str, dict[str, tuple[str, str]]]
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags((__doc__ or "").splitlines()[0])
@@ -51,7 +62,9 @@ def main(argv: list[str]) -> None:
     )
     output: Path = given["output_dir"]
     data_dir = question_folder(given["data_dir"])
-    path = run(Evaluated.from_flags(given), data_dir, output, given["limit"], given["shots"], decoding,
+    evaluated = Evaluated.from_flags(given)
+    hold(output)
+    path = run(evaluated, data_dir, output, given["limit"], given["shots"], decoding,
                given["predictions_dir"], given["name"])  # fmt: skip
     record = read_json(path)
     parts = {**record["groups"], "overall": record["metrics"]}
@@ -122,6 +135,7 @@ def generate(
     Raises:
         UserError: a file of that name that the manifest does not know.
     """
+    hold(folder)
     record_path = folder / MANIFEST
     record: dict[str, Any] = read_json(record_path) if record_path.is_file() else {}
     made: dict[str, dict[str, str]] = record.get("files", {})
@@ -142,7 +156,6 @@ def generate(
         log.info("%s: %d of %d subjects are finished already", folder, len(asked) - len(missing), len(asked))
     if not missing:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     total = sum(len(asked[subject]) for subject in missing)
     _ = evaluated.model  # loaded before the clock starts
     start = time.perf_counter()

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.runs import UserError, digest_of, read_json, run_command, setup_logging
+from core.runs import UserError, digest_of, hold, outputs_held, read_json, run_command, setup_logging
 from evaluation.harness import (
     description,
     evaluate,
@@ -35,6 +35,7 @@ from evaluation.scores import Evaluated, Score, data_folder, finished, finite, r
 log = logging.getLogger("lm_eval_runner")
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags(__doc__ or "")
@@ -44,7 +45,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num-fewshot", type=int, help="solved items before each (default: the task's number)")
     given = parser.parse(argv)
     tasks = [name.strip() for name in given["tasks"].split(",") if name.strip()]
-    written = run(Evaluated.from_flags(given), tasks, given["output_dir"], given["data_dir"], given["limit"],
+    evaluated = Evaluated.from_flags(given)
+    hold(given["output_dir"])
+    written = run(evaluated, tasks, given["output_dir"], given["data_dir"], given["limit"],
                   given["tokens_per_batch"], given["num_fewshot"])  # fmt: skip
     for name, found in written.items():
         print(f"{name}: {summary(found) if isinstance(found, Path) else f'not scored: {found}'}")

@@ -16,7 +16,7 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.activations import token_batches
-from core.runs import digest_of, read_json, run_command, setup_logging, write_json
+from core.runs import digest_of, hold, outputs_held, read_json, run_command, setup_logging, write_json
 from core.templates import DATE_STRING
 from evaluation.malay_questions import LETTERS, Form, Question, data_file, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores
@@ -29,6 +29,7 @@ CHUNK = 256
 METRICS = ("first_token", "full_answer")
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags(__doc__ or "")
@@ -38,7 +39,9 @@ def main(argv: list[str]) -> None:
     given = parser.parse(argv)
     asking = Asking(given["prompt"], given["llama_name"])
     options = (given["limit"], given["shots"], given["tokens_per_batch"], asking)
-    path = run(Evaluated.from_flags(given), given["data_dir"], given["output_dir"], *options)
+    evaluated = Evaluated.from_flags(given)
+    hold(given["output_dir"])
+    path = run(evaluated, given["data_dir"], given["output_dir"], *options)
     print(table(read_json(path)))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from core.runs import UserError, run_command, setup_logging, write_json
+from core.experiment import results_root
+from core.runs import UserError, hold, outputs_held, run_command, setup_logging, write_json
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
 from evaluation.generation import Decoding
 from evaluation.harness import local_tasks, members
@@ -27,6 +28,7 @@ log = logging.getLogger("run_task")
 ABSENT, DAMAGED = "absent", "damaged"
 
 
+@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags(__doc__ or "", "runs/benchmarks/TASK/MODEL, MODEL the path with - for /")
@@ -51,7 +53,8 @@ def main(argv: list[str]) -> None:
         return
     evaluated = Evaluated.from_flags(given)
     place = given["model"].strip("/").replace("/", "-")
-    folder = given["output_dir"] or Path("runs") / "benchmarks" / task / place
+    folder = given["output_dir"] or results_root() / "benchmarks" / task / place
+    hold(folder)
     asking = Asking(given["prompt"], given["llama_name"])
     numbers = (given["limit"], given["tokens_per_batch"])
     found = run_benchmarks(evaluated, benchmarks, folder, data_dir, *numbers, asking)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import Parser
-from core.runs import FORMAT_VERSION, MANIFEST, UserError, digest_of, provenance, read_json, write_json
+from core.runs import FORMAT_VERSION, UserError, digest_of, provenance, read_json, write_json
 
 log = logging.getLogger(__name__)
 # Beside weights and config, what a score depends on: tokens, prompts, where an answer ends.
@@ -73,17 +73,13 @@ class Evaluated:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a score depends on: contents, not names. The digest of the weights is a sample, so a checkpoint of ours
-        has its manifest's fingerprint beside it, any other one the times at which its files were written."""
-        folder = self.checkpoint.folder
-        made = read_json(folder / MANIFEST).get("fingerprint") if (folder / MANIFEST).is_file() else None
-        contents = {key: self.checkpoint.identity[key] for key in ("config", "weights")}
+        """What a score depends on: contents, not names and times of files."""
+        folder, identity = self.checkpoint.folder, self.checkpoint.identity
+        contents = {key: identity[key] for key in ("config", "weights", "made")}
         texts = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
                  for name in TEXT_FILES if (folder / name).is_file()}  # fmt: skip
         device = self.checkpoint.device.partition(":")[0]
-        files = sorted(set(self.checkpoint.files.values())) if made is None else []
-        written = {path.name: path.stat().st_mtime_ns for path in files}
-        return {**contents, **texts, "made": made, "written": written, "dtype": self.dtype, "device": device}
+        return {**contents, **texts, "dtype": self.dtype, "device": device}
 
 
 class NotFiniteError(Exception):

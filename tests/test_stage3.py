@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from stages import logits, train
+from stages import digests, logits, train
 from torch.testing import assert_close
 
 from core import train_hot_residual_sft as stage3
-from core.checkpoints import open_checkpoint
+from core.checkpoints import open_checkpoint, write_folded
 from core.data import DataSpec, load_rows
 from core.heldout import text_nll, trained_tokens
 from core.hot_residual import load_residuals
@@ -122,7 +122,7 @@ def test_validation_is_once_per_epoch_unless_asked_otherwise(fused, tmp_path, fl
     assert curve["final_validation"] == curve["validation"][-1]["loss"]
 
 
-def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, tmp_path):
+def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, models, tmp_path):
     out = train(fused, tmp_path / "a", "--alpha-search", "0.1,0.5", "--lr-search", "1e-3,5e-2")
     found = json.loads((out / "results.json").read_text())
     assert [(t["alpha"], t["learning_rate"]) for t in found["trials"]] == [(0.1, 0.001), (0.1, 0.05), (0.5, 0.001),
@@ -133,6 +133,10 @@ def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, tmp_path
     assert torch.equal(logits(out), logits(alone))
     assert load_residuals(out / "hot_residual.safetensors")[1] == best["alpha"]
     assert f"| training | chosen alpha | {best['alpha']} |" in (out / "README.md").read_text()
+    # Who fuses into this checkpoint gets a model, and nothing that was written about this one.
+    (tmp_path / "copy").mkdir()
+    write_folded(open_checkpoint(str(out)), tmp_path / "copy", lambda _, tensor: tensor, 10**9)
+    assert digests(tmp_path / "copy").keys() == digests(models["target"]).keys()
 
 
 def test_killed_search_goes_on_with_the_other_trials(fused, tmp_path, monkeypatch):

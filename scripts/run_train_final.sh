@@ -26,8 +26,7 @@ export MALAY_REPO=${MALAY_REPO:-$WORKSPACE_ROOT/MalayMMLU} YUE_BENCHMARK_ROOT=${
 harness=${LM_EVAL_REPO:-$WORKSPACE_ROOT/lm-evaluation-harness}
 [[ -z ${LM_EVAL_REPO:-} || -d $harness/lm_eval ]] || { echo "error: LM_EVAL_REPO=$harness is no clone of lm-evaluation-harness" >&2 && exit 2; }
 [[ ! -d $harness ]] || export PYTHONPATH=$harness${PYTHONPATH:+:$PYTHONPATH}
-export TRANSPORT_RESULTS_ROOT=${TRANSPORT_RESULTS_ROOT:-$WORKSPACE_ROOT/runs} # of what is given no folder, too
-RESULTS=$TRANSPORT_RESULTS_ROOT
+export TRANSPORT_RESULTS_ROOT=${TRANSPORT_RESULTS_ROOT:-$WORKSPACE_ROOT/runs} && RESULTS=$TRANSPORT_RESULTS_ROOT
 STEPS=${STEPS:-plans fuse train eval} FEATURE_MAP=${FEATURE_MAP:-coupling} failed=()
 
 known() { [[ " $3 " == *" $2 "* ]] || { echo "error: $1 is $2; expected one of: $3" >&2 && exit 2; }; }

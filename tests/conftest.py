@@ -34,23 +34,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_six_tasks.py")
 
 
-def files_of_the_checkout() -> dict[str, int]:
-    """Path -> time of its last change, of every file but caches and hidden ones."""
-    found = {}
-    for folder, below, names in os.walk(ROOT):
-        below[:] = [name for name in below if not name.startswith(".") and name != "__pycache__"]
-        paths = [Path(folder) / name for name in names]
-        found |= {str(path.relative_to(ROOT)): path.lstat().st_mtime_ns for path in paths}
-    return found
+def written_by_default() -> dict[str, int]:
+    """Path -> time of its last change, of every file where commands write when nothing else is said."""
+    paths = [path for name in ("runs", "models", "data") for path in (ROOT / name).rglob("*") if path.is_file()]
+    return {str(path.relative_to(ROOT)): path.stat().st_mtime_ns for path in paths}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_checkout() -> Iterator[None]:
-    """No test writes into the checkout; what commands write by default has to go to a temporary folder."""
-    before = files_of_the_checkout()
+    """No test writes into the checkout: each of them gives its commands a temporary folder for all that they write."""
+    before = written_by_default()
     yield
-    written = [path for path, time in files_of_the_checkout().items() if before.get(path) != time]
-    assert not written, f"these files of {ROOT} were written while the tests ran: {', '.join(sorted(written))}"
+    written = sorted(path for path, time in written_by_default().items() if before.get(path) != time)
+    assert not written, f"written into {ROOT} by a test, or by a command that ran meanwhile: {', '.join(written)}"
 
 
 def sentences(count: int, seed: int, length: int = 14) -> list[str]:

@@ -1,5 +1,6 @@
 """Opening, identity and damaged files; GGUF conversion and the demo fetcher without a network."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -154,6 +155,23 @@ def test_fetch_leaves_the_users_own_copy_alone(demo):
     (folder / "model.safetensors").touch()
     fetch.main(["--models-dir", str(models_dir)])
     assert calls == [] and (folder / "config.json").read_text() == "mine"
+
+
+def test_fetch_takes_what_the_process_it_waited_for_has_fetched(demo, monkeypatch):
+    model, _, calls, models_dir = demo
+    folder = models_dir / model.hub_id
+
+    @contextlib.contextmanager
+    def waited(path, what, wait):
+        assert wait and path.parent == models_dir / ".downloads"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("of the other process")
+        (folder / "model.safetensors").touch()
+        yield
+
+    monkeypatch.setattr(fetch, "file_lock", waited)
+    fetch.main(["--models-dir", str(models_dir)])
+    assert not calls and (folder / "config.json").read_text() == "of the other process"
 
 
 def test_git_blob_ids_are_checked(tmp_path):

@@ -173,7 +173,8 @@ def plans_memory(n: int, m: int, T: int, M: int, experiment: Experiment) -> floa
         return kept + target + pairs * (matrix + 4.0 * T * m) + one + results
     if 4 * n * m <= CACHED_BYTES:
         matrix += 4 * n * m  # K has a buffer of its own
-    solving = 2 * one + matrix + 2 * min(STANDARDIZE_BYTES, one)  # twice: what a freed layer leaves is not always used again
+    # Two layers, since the place that a freed one leaves is not always used again; and a block in float64, twice.
+    solving = 2 * one + matrix + 2 * min(STANDARDIZE_BYTES, one)
     measuring = 4.0 * T * m + max(8.0 * PROBE_ROWS * n * M, 28.0 * min(n, PLAN_BLOCK_ROWS) * m)
     return kept + target + results + max(solving, measuring)
 

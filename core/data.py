@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.runs import UserError, digest_of, first_line, write_text
+from core.tokens import templated
 
 # The folder datasets/ must never shadow the installed package `datasets`: its modules are flat and found last.
 _FOLDER = str(Path(__file__).resolve().parents[1] / "datasets")
@@ -61,10 +62,11 @@ class Row:
         return "\n".join(content for _, content in self.messages)
 
     def render(self, tokenizer: Any) -> tuple[str, bool]:
-        """(string for this model, whether the tokenizer should add its special tokens)."""
+        """(string for this model, whether the tokenizer should add its special tokens). Raises UserError as
+        `templated`."""
         if not self.has_roles or not tokenizer.chat_template:
             return self.plain, True
-        return tokenizer.apply_chat_template(self.chat(), tokenize=False), False
+        return templated(tokenizer, self.chat(), self.plain, tokenize=False), False
 
     def chat(self) -> list[dict[str, str]]:
         """Messages as chat templates take them."""

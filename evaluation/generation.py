@@ -13,6 +13,7 @@ import torch
 
 from core.activations import token_batches
 from core.runs import UserError
+from core.tokens import templated, tokenized
 from evaluation.scores import Evaluated
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def answers(
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Tokens of `rendered`, whose template holds the special ones. Raises UserError as it does."""
-    return tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return tokenized(tokenizer, rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def rendered(tokenizer: Any, prompt: str) -> str:
@@ -99,14 +100,21 @@ def rendered(tokenizer: Any, prompt: str) -> str:
     Templates of vision-language models show parts of a message and silently drop plain text.
 
     Raises:
-        UserError: the prompt is not in what the template gives.
+        UserError: the template refuses the prompt, or it is not in what the template gives.
     """
+    refused = UserError(
+        "the chat template leaves out what the user says, as a string and as a list of parts; correct it"
+    )
     for content in (prompt, [{"type": "text", "text": prompt}]):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                             add_generation_prompt=True)  # fmt: skip
+        turn = [{"role": "user", "content": content}]
+        try:
+            text = templated(tokenizer, turn, prompt, tokenize=False, add_generation_prompt=True)
+        except UserError as error:
+            refused = error
+            continue
         if prompt.strip() in text:
             return text
-    raise UserError("the chat template leaves out what the user says, as a string and as a list of parts; correct it")
+    raise refused
 
 
 @dataclass(frozen=True)

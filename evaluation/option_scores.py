@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.attention import AttentionLayout
 from core.runs import UserError
+from core.tokens import templated, tokenized
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def encode(tokenizer: Any, prompt: str, options: Sequence[str], chat_template: b
     """
     if chat_template:
         turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        prompt = templated(tokenizer, turn, prompt, tokenize=False, add_generation_prompt=True)
     space = "" if chat_template or prompt[-1].isspace() else " "
     texts = [prompt, *(prompt + space + option for option in options)]
-    ids, *wholes = tokenizer(texts, add_special_tokens=not chat_template)["input_ids"]
+    ids, *wholes = tokenized(tokenizer, texts, add_special_tokens=not chat_template)["input_ids"]
     answers = []
     for option, whole in zip(options, wholes, strict=True):
         # Where a token would span the end of the prompt, the answer is read on its own: all follow the same prompt.

@@ -1,0 +1,62 @@
+"""Where texts meet a model's tokenizer and chat template. Both can refuse what a user gives them; what they raise is
+told here, with the model and the beginning of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from core.runs import UserError, first_line
+
+# What an error shows of a text.
+BEGINNING = 60
+
+
+def templated(tokenizer: Any, messages: Sequence[dict[str, Any]], text: str, **options: Any) -> Any:
+    """`messages` in the model's chat template; `options` are those of `apply_chat_template`.
+
+    Args:
+        text: what the error shows the beginning of.
+    Raises:
+        UserError: the template refuses the messages (a role, their order), or has a mistake of its own.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except Exception as error:  # templates raise jinja2's errors and whatever their Python code does
+        raise UserError(
+            f"the chat template of {_model(tokenizer)} does not take {_shown(text)}: {_said(error)}; change the text, "
+            "leave it out, or correct the template (chat_template.jinja in the model's folder)"
+        ) from None
+
+
+def tokenized(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """The tokenizer's encoding of a text, or of several; `options` are those of its `__call__`.
+
+    Raises:
+        UserError: the tokenizer cannot encode the text (half of a surrogate pair is the usual reason), or has no
+            character offsets where they are asked for.
+    """
+    try:
+        return tokenizer(text, **options)
+    except (
+        Exception
+    ) as error:  # the library raises TypeError, UnicodeEncodeError, NotImplementedError and bare Exception
+        first = text if isinstance(text, str) else next(iter(text), "")
+        raise UserError(
+            f"the tokenizer of {_model(tokenizer)} cannot encode {_shown(first)}: {_said(error)}; correct the text or "
+            "leave it out"
+        ) from None
+
+
+def _model(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+def _shown(text: str) -> str:
+    return f"the text that begins {' '.join(text.split())[:BEGINNING]!r}"
+
+
+def _said(error: Exception) -> str:
+    """The error in one line that any terminal can print."""
+    said = first_line(error).encode("utf-8", "backslashreplace").decode()
+    return said if type(error).__name__ in ("TemplateError", "Exception") else f"{type(error).__name__}: {said}"

@@ -8,7 +8,7 @@ import gc
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from core.command import parse_command, save_resolved
 from core.data import Row, divide
 from core.experiment import MIN_TEXTS, Experiment, open_pair
 from core.hot_transport import (
+    SinkhornResult,
     compute_P,
+    correlation_cost_rows,
     reconstruction_fit,
     reconstruction_overlaps,
     solve_layer,
@@ -48,10 +50,9 @@ from core.runs import (
     setup_logging,
 )
 from core.seen_rows import write_rows_read
+from core.sinkhorn import no_cost
 
 log = logging.getLogger("stage1")
-# Rows on which the reconstruction of X is measured.
-PROBE_ROWS = 64
 
 
 @outputs_held()
@@ -248,23 +249,47 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
         return standardize_layer(plans.read_layer(folder, model, side, layer, experiment.device), model, layer)
 
     L, M = shape
-    T, m = standardized("source", 0).shape
-    budget = experiment.pairs_budget_mb * 2**20
-    source = lru_cache(max(1, budget // (4 * T * m)))(lambda k: standardized("source", k))
-    probe = torch.linspace(0, T - 1, min(T, PROBE_ROWS)).round().long()
+    T, m = plans.read_layer(folder, "source", side, 0).shape
+    budget, rows = experiment.pairs_budget_mb * 2**20, 4 * M * T * m
+    fits = rows <= budget  # a part of the layers would be of no use: each would be dropped before it is read again
+    source = lru_cache(M if fits else 0)(lambda k: standardized("source", k))
+    probe = torch.linspace(0, T - 1, min(T, cost.PROBE_ROWS)).round().long()
     for layer in range(state.process_index, L, state.num_processes):
         if plans.part_file(folder, side, layer).is_file():
             continue
         target = standardized("target", layer)
-        results = []
-        for result in solve_layer(target, map(source, range(M)), experiment.regularisation, experiment.sinkhorn_iters,
-                                  experiment.sinkhorn_tol, experiment.sinkhorn_mode, probe, budget):  # fmt: skip
-            results.append(result)
-            bar.update(state.num_processes)
-        overlaps = reconstruction_overlaps(target[probe], [r.probed for r in results if r.probed is not None])
-        beside = results[round(layer * (M - 1) / max(1, L - 1))]
+        found = solve_layer(target, map(source, range(M)), experiment.regularisation, experiment.sinkhorn_iters,
+                            experiment.sinkhorn_tol, experiment.sinkhorn_mode, probe, budget - fits * rows)  # fmt: skip
+        results, probed = keep_potentials(found, M, lambda: bar.update(state.num_processes))
+        overlaps = reconstruction_overlaps(target[probe], probed)
+        k = round(layer * (M - 1) / max(1, L - 1))
+        beside = dataclasses.replace(results[k], cost_rows=correlation_cost_rows(target, source(k)))
         largest = torch.tensor(beside.top_mass(max(target.shape[1], m)))
         plans.write_part(folder, side, layer, results, {**overlaps, "top_mass": largest})
+
+
+def keep_potentials(
+    found: Iterable[SinkhornResult], count: int, advance: Callable[[], object]
+) -> tuple[list[SinkhornResult], Tensor]:
+    """What is written of the plans of one target layer: (results without their cost, what was probed [M, n, r]).
+
+    A result with its cost holds the rows of its source layer, so that M of them would hold those of all. The potentials
+    go to memory that the first result takes for all: small tensors that come one by one would settle in what a layer of
+    rows leaves behind, and the next layer, which then does not fit there, would take more memory.
+    """
+    places: list[Tensor] = []
+
+    def keep(k: int, result: SinkhornResult) -> SinkhornResult:
+        values = [value for value in (result.f, result.g, result.probed) if value is not None]
+        if not places:
+            places.extend(value.new_empty(count, *value.shape) for value in values)
+        for place, value in zip(places, values, strict=True):
+            place[k] = value
+        advance()
+        return dataclasses.replace(result, f=places[0][k], g=places[1][k], probed=None, cost_rows=no_cost)
+
+    results = list(map(keep, range(count), found))  # a loop's variable would hold a layer while the next one is read
+    return results, places[2]
 
 
 def describe(tensors: dict[str, Tensor], measured: dict[str, Tensor]) -> dict[str, Any]:
@@ -272,7 +297,7 @@ def describe(tensors: dict[str, Tensor], measured: dict[str, Tensor]) -> dict[st
 
     `depth_spearman`: how the most similar source layer (arg max of P) follows target depth, the first sign that plans
     mean something. `r2`: share of the target's z-scored activations that the source's explain through P and Q (Eqs.
-    31-34), mean over layers, on up to PROBE_ROWS rows; `permuted`: the same with the neurons of every plan shuffled.
+    31-34), mean over layers, on up to 64 rows; `permuted`: the same with the neurons of every plan shuffled.
     `top_mass`: share of a plan's mass in its max(n, m) largest entries, with the source layer of the same depth.
     """
     from scipy.stats import spearmanr

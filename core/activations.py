@@ -20,6 +20,7 @@ from core.attention import SIDES, AttentionLayout
 from core.data import Row
 from core.fusion import INPUT_SIDE, PROJECTIONS
 from core.runs import UserError
+from core.tokens import tokenized
 
 log = logging.getLogger(__name__)
 # Every eighth text is kept out of the regression, to measure it on.
@@ -59,7 +60,7 @@ def read_texts(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> Reading:
     ids = []
     for row in rows:
         text, special = row.render(tokenizer)
-        ids.append(tokenizer(text, add_special_tokens=special)["input_ids"][:max_tokens])
+        ids.append(tokenized(tokenizer, text, add_special_tokens=special)["input_ids"][:max_tokens])
     return Reading(ids, None)
 
 
@@ -107,7 +108,7 @@ def _ends(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], dict[i
     Special tokens and the first token of the text are left out. The ends are taken before the cut: a cut inside a
     character would otherwise let its first bytes stand for the whole.
     """
-    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    encoding = tokenized(tokenizer, text, return_offsets_mapping=True, return_special_tokens_mask=True)
     ends: dict[int, int] = {}
     first = None
     for token, (span, special) in enumerate(

@@ -15,8 +15,11 @@ from core.activations import row_bytes
 from core.attention import FAMILIES, SIDES, AttentionLayout
 from core.checkpoints import Checkpoint, open_config
 from core.experiment import Experiment
-from core.hot_transport import solve_layer, standardize
+from core.hot_transport import STANDARDIZE_BYTES, entry_bytes, solve_layer, standardize
+from core.scaling import CACHED_BYTES, PLAN_BLOCK_ROWS
 
+# Rows on which stage 1 measures the reconstruction of X.
+PROBE_ROWS = 64
 CALIBRATION_S = 2.0
 # Larger problems are calibrated on a part of this many multiply-adds and scaled up: all their work grows with n m T.
 CALIBRATED_OPERATIONS = 4e9
@@ -47,7 +50,7 @@ class SideCost:
     m: int
     problems: int
     flops: float
-    seconds: float  # 0 where time was not asked for
+    seconds: float | None  # None where the time was not estimated
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,28 @@ class Cost:
     """What stage 1 takes. Bytes and seconds; memory is that of the host, or of the device where there is one."""
 
     rows: int
+    texts: int
     iterations: int
     sides: list[SideCost]
     reading_flops: float
-    reading_seconds: float
+    reading_seconds: float | None
     memory: float
     disk: float
 
     @property
-    def seconds(self) -> float:
-        """Plans and reading together."""
-        return self.reading_seconds + sum(side.seconds for side in self.sides)
+    def plan_seconds(self) -> float | None:
+        """All sides together."""
+        return _sum([side.seconds for side in self.sides])
+
+    @property
+    def seconds(self) -> float | None:
+        """Plans and reading together; None where the time was not estimated."""
+        return _sum([self.reading_seconds, self.plan_seconds])
+
+
+def _sum(seconds: list[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def read_model(name: str, revision: str | None, dtype: str, device: str) -> Model:
@@ -97,44 +111,72 @@ def _model(name: str, layout: AttentionLayout, sizes: dict[str, int], tower: str
 
 
 def estimate(experiment: Experiment, timed: bool = True) -> str:
-    """Cost of stage 1 as a table; `timed` as in `stage1_cost`. Raises UserError as `open_config`."""
+    """Cost of stage 1 in words; `timed` as in `stage1_cost`. Raises UserError as `open_config`."""
     e = experiment
     target = read_model(e.target_model, e.target_revision, e.dtype, e.device)
     source = read_model(e.source_model, e.source_revision, e.dtype, e.device)
-    return table(stage1_cost(target, source, e, timed), target, source)
+    lines = [
+        f"{role} {model.name}: {model.layout.model_type}, {model.layout.n_layers} layers, "
+        f"{(model.layer_parameters + model.other_parameters) / 1e9:.2f} billion parameters"
+        for role, model in (("target", target), ("source", source))
+    ]
+    return "\n".join([*lines, table(stage1_cost(target, source, e, timed))])
 
 
 def stage1_cost(target: Model, source: Model, experiment: Experiment, timed: bool = True) -> Cost:
     """Estimate stage 1, with texts as long and as many as the settings allow; `timed` calibrates on this machine."""
-    token = experiment.pooling == "token"
-    texts = experiment.calibration_samples
-    T = min(experiment.max_rows, texts * experiment.max_tokens) if token else texts
-    iterations = (experiment.sinkhorn_iters if experiment.sinkhorn_mode == "paper"
-                  else round(ITERATIONS * max(1.0, 0.1 / experiment.regularisation) ** ITERATIONS_POWER))  # fmt: skip
+    e, token = experiment, experiment.pooling == "token"
+    texts = e.calibration_samples
+    T = min(e.max_rows, texts * e.max_tokens) if token else texts
+    iterations = e.sinkhorn_iters
+    if e.sinkhorn_mode != "paper":
+        usual = round(ITERATIONS * max(1.0, 0.1 / e.regularisation) ** ITERATIONS_POWER)
+        iterations = min(iterations, usual)
     L, M = target.layout.n_layers, source.layout.n_layers
     sizes = {side: (target.layout.size(side), source.layout.size(side)) for side in SIDES}
     shapes = set(sizes.values())
     budget = CALIBRATION_S / len(shapes)
-    seconds = {shape: _side_seconds(*shape, T, L, M, iterations, experiment, budget) if timed else 0.0
-               for shape in shapes}  # fmt: skip
-    sides = [SideCost(side, n, m, L * M, L * M * (2.0 * n * m * T + 4.0 * n * m * iterations), seconds[n, m])
-             for side, (n, m) in sizes.items()]  # fmt: skip
+    seconds = {shape: _side_seconds(*shape, T, L, M, iterations, e, budget) for shape in shapes} if timed else {}
+    sides = []
+    for side, (n, m) in sizes.items():
+        flops = L * M * (2.0 * n * m * T + 4.0 * n * m * iterations)
+        sides.append(SideCost(side, n, m, L * M, flops, seconds.get((n, m))))
 
-    reading_flops = reading_seconds = 0.0
-    for model in (target, source):
-        flops = 2.0 * model.layer_parameters * texts * experiment.max_tokens
-        reading_flops += flops
-        if timed:
-            reading_seconds += FORWARD_OVERHEAD * flops * _seconds_per_flop(
-                experiment.tokens_per_batch, model.layout.hidden, experiment.device)  # fmt: skip
-    rows = {model: row_bytes(model.layout, T) for model in (target, source)}
-    kept = {model: size if size <= experiment.activations_budget_mb * 2**20 else 0 for model, size in rows.items()}
-    reading = max((m.layer_parameters + m.other_parameters) * m.weight_bytes + kept[m] for m in (target, source))
-    plans = max(min(experiment.pairs_budget_mb * 2**20, 4.0 * M * T * m) + 12.0 * T * max(n, m) + 8.0 * n * m
-                for n, m in sizes.values())  # fmt: skip
+    pair = (target, source)  # two models also where both are the same one
+    passes = [2.0 * model.layer_parameters * texts * e.max_tokens for model in pair]
+    spent = None
+    if timed:
+        speeds = (_seconds_per_flop(e.tokens_per_batch, model.layout.hidden, e.device) for model in pair)
+        spent = FORWARD_OVERHEAD * sum(one * speed for one, speed in zip(passes, speeds, strict=True))
+    rows = [row_bytes(model.layout, T) for model in pair]
+    reading = max(
+        (model.layer_parameters + model.other_parameters) * model.weight_bytes
+        + (size if size <= e.activations_budget_mb * 2**20 else 0)
+        for model, size in zip(pair, rows, strict=True)
+    )
+    plans = max(plans_memory(n, m, T, M, e) for n, m in sizes.values())
     potentials = sum(8.0 * L * M * (n + m) for n, m in sizes.values())
-    return Cost(T, iterations, sides, reading_flops, reading_seconds, BASE_BYTES + max(reading, plans),
-                sum(rows.values()) / (2 if token else 1) + potentials)  # fmt: skip
+    disk = sum(rows) / (2 if token else 1) + potentials
+    return Cost(T, texts, iterations, sides, sum(passes), spent, BASE_BYTES + max(reading, plans), disk)
+
+
+def plans_memory(n: int, m: int, T: int, M: int, experiment: Experiment) -> float:
+    """Peak bytes of the plans of one side: the source's rows where the budget holds all of them, one pair's own
+    memory (on an accelerator as many pairs as fit in the rest of the budget), and what is kept of the M results."""
+    budget, rows = experiment.pairs_budget_mb * 2**20, 4 * M * T * m
+    kept = rows if rows <= budget else 0
+    target, one = 8.0 * T * n, 8.0 * T * m  # standardised and scaled; as stored and standardised
+    results = 8.0 * M * (n + m) + 4.0 * PROBE_ROWS * n * M
+    matrix = entry_bytes(n, m, experiment.regularisation) * n * m
+    if experiment.device != "cpu":
+        pairs = max(1, min(M, (budget - kept) // (matrix + 4 * T * m)))
+        return kept + target + pairs * (matrix + 4.0 * T * m) + one + results
+    if 4 * n * m <= CACHED_BYTES:
+        matrix += 4 * n * m  # K has a buffer of its own
+    # Two layers, since the place that a freed one leaves is not always used again; and a block in float64, twice.
+    solving = 2 * one + matrix + 2 * min(STANDARDIZE_BYTES, one)
+    measuring = 4.0 * T * m + max(8.0 * PROBE_ROWS * n * M, 28.0 * min(n, PLAN_BLOCK_ROWS) * m)
+    return kept + target + results + max(solving, measuring)
 
 
 def _side_seconds(
@@ -143,7 +185,7 @@ def _side_seconds(
     """Seconds of one side: L M problems, standardising the rows, and what the summary measures."""
     part = max(1.0, 2.0 * n * m * T / CALIBRATED_OPERATIONS) ** 0.5
     X, Y = (torch.randn(T, max(1, int(size / part)), device=experiment.device) for size in (n, m))
-    probe = torch.arange(min(T, 64))
+    probe = torch.arange(min(T, PROBE_ROWS))
     zx, zy = standardize(X), standardize(Y)
     result = next(solve_layer(zx, [zy], experiment.regularisation, 2, mode="paper", probe_rows=probe))
 
@@ -155,7 +197,7 @@ def _side_seconds(
             "top": lambda: result.top_mass(max(zx.shape[1], zy.shape[1]))}  # fmt: skip
     spent = {name: _seconds(function, budget / 4) for name, function in work.items()}
     sweep = max(0.0, spent["many"] - spent["few"]) / 20
-    problem = spent["few"] / 2 + (iterations - 2) * sweep
+    problem = spent["few"] / 2 + max(0, iterations - 2) * sweep
     scale = (n * m) / (zx.shape[1] * zy.shape[1])
     kept = experiment.pairs_budget_mb * 2**20 >= 4 * M * T * m
     layers = L + (M if kept else L * M)
@@ -182,29 +224,33 @@ def _seconds_per_flop(tokens: int, hidden: int, device: str) -> float:
     return _seconds(lambda: A @ B, 0.2) / (2.0 * tokens * hidden * hidden)
 
 
-def table(cost: Cost, target: Model, source: Model) -> str:
-    """The estimate for reading."""
-    lines = [f"{role} {model.name}: {model.layout.model_type}, {model.layout.n_layers} layers, "
-             f"{(model.layer_parameters + model.other_parameters) / 1e9:.2f} billion parameters"
-             for role, model in (("target", target), ("source", source))]  # fmt: skip
-    lines += [f"{cost.rows} rows per layer and side; {cost.iterations} iterations per problem assumed",
-              "side         n x m     problems     TFLOP       time"]  # fmt: skip
-    for side in cost.sides:
-        size = f"{side.n} x {side.m}"
-        lines.append(f"{side.side:8}{size:>13}{side.problems:10}{side.flops / 1e12:12.2f}{_duration(side.seconds):>12}")
-    lines += [
-        f"{'plans':8}{'':13}{sum(s.problems for s in cost.sides):10}{sum(s.flops for s in cost.sides) / 1e12:12.2f}"
-        f"{_duration(sum(s.seconds for s in cost.sides)):>12}",
-        f"{'reading':8}{'':23}{cost.reading_flops / 1e12:12.2f}{_duration(cost.reading_seconds):>12}",
-        f"peak memory {cost.memory / 2**30:.1f} GiB, on disk {cost.disk / 2**30:.2f} GiB, "
-        f"time {_duration(cost.seconds)}",
-    ]  # fmt: skip
-    return "\n".join(lines)
+def table(cost: Cost) -> str:
+    """The estimate for reading; the column of times is left out where they were not estimated."""
+
+    def line(name: str, size: str, problems: str, flops: float, seconds: float | None) -> str:
+        time = "" if seconds is None else f"{_duration(seconds):>12}"
+        return f"{name:8}{size:>13}{problems:>10}{flops / 1e12:12.2f}{time}"
+
+    sides = [line(s.side, f"{s.n} x {s.m}", str(s.problems), s.flops, s.seconds) for s in cost.sides]
+    problems, flops = sum(s.problems for s in cost.sides), sum(s.flops for s in cost.sides)
+    if cost.seconds is None:
+        time = "the time was not estimated; --plan-only does it"
+    else:
+        time = f"about {_duration(cost.seconds)} on this machine"
+    return "\n".join(
+        [
+            f"at most {cost.texts} texts and {cost.rows} rows per layer and side; about {cost.iterations} Sinkhorn "
+            f"iterations per problem",
+            "side            n x m  problems       TFLOP" + ("" if cost.seconds is None else "        time"),
+            *sides,
+            line("plans", "", str(problems), flops, cost.plan_seconds),
+            line("reading", "", "", cost.reading_flops, cost.reading_seconds),
+            f"peak memory {cost.memory / 2**30:.1f} GiB, on disk {cost.disk / 2**30:.2f} GiB; {time}",
+        ]
+    )
 
 
 def _duration(seconds: float) -> str:
-    if not seconds:
-        return "not asked"
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

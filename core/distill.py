@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from core.activations import token_batches
 from core.data import Row
-from core.runs import write_text
+from core.runs import UserError, write_text
 from core.sft import IGNORED
+from core.tokens import templated, tokenized
 
 
 def same_vocabulary(a: Any, b: Any) -> bool:
@@ -53,7 +54,7 @@ def write_answers(
         model: the source's language model.
         path: .jsonl that finished batches are appended to; a killed run goes on after the last whole one.
     """
-    asked = [n for n, row in enumerate(rows) if row.messages[-1][0] in (None, "assistant")]
+    asked = [n for n, row in enumerate(rows) if _has_question(row)]
     prompts = {n: _prompt(rows[n], tokenizer, block_size) for n in asked}
     sizes = [len(prompts[n][0]) + prompts[n][1] for n in asked]
     batches = [[asked[k] for k in batch] for batch in token_batches(sizes, tokens_per_batch)]
@@ -84,11 +85,18 @@ def _text_after(tokenizer: Any, before: list[int], new: list[int]) -> str:
     return whole.removeprefix(start.rstrip("\ufffd"))  # half a character is no text
 
 
+def _has_question(row: Row) -> bool:
+    """Whether there is something that the source can answer: a text, or an answer with messages before it."""
+    return not row.has_roles or (len(row.messages) > 1 and row.messages[-1][0] == "assistant")
+
+
 def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, str]:
     """(ids the source continues, most tokens it may write, the text before them for a row without roles)."""
     if not row.has_roles:
-        done = tokenizer(row.plain, return_offsets_mapping=True)
+        done = tokenized(tokenizer, row.plain, return_offsets_mapping=True)
         ids = done["input_ids"][:block_size]
+        if not ids:
+            raise UserError(f"the text {row.plain[:60]!r} has no tokens for the source; leave it out")
         half, offsets = max(1, len(ids) // 2), done["offset_mapping"]
         # Not inside a character of several tokens: half of one decodes to nothing.
         while 1 < half < len(ids) and offsets[half - 1][1] > offsets[half][0]:
@@ -96,12 +104,13 @@ def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, 
         kept = offsets[half - 1][1]
         return ids[:half], max(1, len(ids) - half), row.plain[:kept]
     answer = row.messages[-1][1]
-    length = min(block_size, len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)
+    length = min(block_size, len(tokenized(tokenizer, answer, add_special_tokens=False)["input_ids"]) + 1)
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(row.chat()[:-1], tokenize=True, add_generation_prompt=True,
-                                            return_dict=False)  # fmt: skip
+        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
+        ids = templated(tokenizer, row.chat()[:-1], row.plain, **options)
     else:
-        ids = tokenizer("\n".join(content for _, content in row.messages[:-1]) + "\n")["input_ids"]
+        asked = "\n".join(content for _, content in row.messages[:-1])
+        ids = tokenized(tokenizer, asked + "\n")["input_ids"]
     return ids[-block_size:], length, ""
 
 

@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     print(summary(manifest.record))
     ratio = max(mean["norm_ratio"] or 0.0 for mean in manifest.record["mean"].values())
-    if ratio < DAMPING_RATIO and settings.alpha > 0:
+    if settings.alpha > 0 and not ratio >= DAMPING_RATIO:
         log.warning("|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights",
                     ratio)  # fmt: skip
     push_folder(folder, experiment.push_to_hub)

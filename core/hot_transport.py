@@ -6,7 +6,6 @@ L target layers, M source layers. Marginals are uniform: 1/n and 1/m.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +15,15 @@ import torch
 from torch import Tensor
 
 from core.scaling import CACHED_BYTES, full_float32
-from core.sinkhorn import Rows, SinkhornResult, sinkhorn_uniform_streaming, solve_batch, solve_one
+from core.sinkhorn import EXP_RANGE, Rows, SinkhornResult, sinkhorn_uniform_streaming, solve_batch, solve_one
 
 __all__ = ["SinkhornResult", "compute_P", "compute_Q_and_layer_costs", "corr_distance_matrix", "effective_layer_plan",
            "reconstruct_X", "sinkhorn_uniform_streaming", "standardize"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
+# Neurons are standardised in blocks of about this size in float64.
+STANDARDIZE_BYTES = 16 << 20
 # A correlation cost lies in [0, 2].
 COST_BOUNDS = (0.0, 2.0)
 
@@ -41,13 +42,18 @@ def standardize(X: Tensor) -> Tensor:
     """
     if X.ndim != 2 or X.shape[0] < 2:
         raise ValueError(f"activations must be [T, n] with T >= 2, got shape {tuple(X.shape)}")
-    if not torch.isfinite(X).all():
+    low, high = X.amin(0), X.amax(0)
+    if not torch.isfinite(torch.stack((low, high))).all():
         raise ValueError("activations contain NaN or infinite values")
-    constant = X.amax(0) == X.amin(0)
-    centred = X.double()
-    centred -= centred.mean(0)
-    norm = centred.norm(dim=0).masked_fill_(constant, math.inf)
-    return centred.div_(norm).float()
+    out = torch.empty_like(X, dtype=torch.float32)
+    width = max(1, STANDARDIZE_BYTES // (8 * len(X)))
+    for start in range(0, X.shape[1], width):
+        block = slice(start, start + width)  # float64 of all of X would take twice its memory
+        centred = X[:, block].double()
+        centred -= centred.mean(0)
+        norm = centred.norm(dim=0).masked_fill_(high[block] == low[block], math.inf)
+        out[:, block] = centred.div_(norm)
+    return out
 
 
 def corr_distance_matrix(X: Tensor, Y: Tensor) -> Tensor:
@@ -112,23 +118,50 @@ def solve_layer(
         zx, Zy: standardised activations [T, n] and [T, m_k].
         reg, n_iters, tol, mode: see `sinkhorn_uniform_streaming`.
         probe_rows: row numbers [r]; each result then carries `probed` = Q @ zy[probe_rows]^T [n, r].
-        batch_bytes: memory for the n x m matrices of one batch on an accelerator.
+        batch_bytes: memory for the n x m matrices and the rows of one batch on an accelerator; one problem at least.
     """
     n, problem = zx.shape[1], (reg, n_iters, tol, mode)
+    if zx.device.type != "cpu":
+        for batch in _batches(zx, Zy, reg, batch_bytes):
+            yield from _solve_together(zx, batch, problem, probe_rows)
+        return
     inverse = float(np.float32(1.0 / reg))
-    scaled = zx * inverse  # the product is then the exponent of K, but for a constant
-    for (_, m), layers in itertools.groupby(Zy, key=lambda zy: zy.shape):
-        if zx.device.type != "cpu":
-            while batch := list(itertools.islice(layers, max(1, batch_bytes // (4 * n * m)))):
-                yield from _solve_together(zx, batch, problem, probe_rows)
-            continue
-        R = np.empty((n, m), np.float32)
-        K = np.empty_like(R) if R.nbytes <= CACHED_BYTES else R  # a large K takes the memory of R
-        for zy in layers:
-            np.matmul(scaled.numpy().T, zy.numpy(), out=R)  # correlation / reg [n, T] @ [T, m]; C = 1 - reg * R
-            probe = None if probe_rows is None else zy.numpy()[probe_rows.numpy()].T
-            rows = correlation_cost_rows(zx, zy)
-            yield solve_one(R, (1.0, -1.0 / inverse), COST_BOUNDS, *problem, rows, K, probe)
+    scaled = (zx * inverse).numpy().T  # the product is then the exponent of K, but for a constant
+    R = K = np.empty((n, 0), np.float32)
+    for zy in Zy:
+        if R.shape[1] != zy.shape[1]:
+            R = np.empty((n, zy.shape[1]), np.float32)
+            K = np.empty_like(R) if R.nbytes <= CACHED_BYTES else R  # a large K takes the memory of R
+        np.matmul(scaled, zy.numpy(), out=R)  # correlation / reg [n, T] @ [T, m]; C = 1 - reg * R
+        probe = None if probe_rows is None else zy.numpy()[probe_rows.numpy()].T
+        rows = correlation_cost_rows(zx, zy)
+        yield solve_one(R, (1.0, -1.0 / inverse), COST_BOUNDS, *problem, rows, K, probe)
+        del zy, rows, probe  # the caller decides which layers stay in memory while the next one is read
+
+
+def _batches(zx: Tensor, Zy: Iterable[Tensor], reg: float, batch_bytes: int) -> Iterator[list[Tensor]]:
+    """Source layers of one shape that are solved together within `batch_bytes`, at least one; each list is emptied
+    before the next layers are read."""
+    T, n = zx.shape
+    batch: list[Tensor] = []
+    for zy in Zy:
+        if batch and zy.shape != batch[0].shape:
+            yield batch
+            batch.clear()
+        batch.append(zy)
+        m = zy.shape[1]
+        del zy
+        if (len(batch) + 1) * (entry_bytes(n, m, reg) * n * m + 4 * T * m) > batch_bytes:
+            yield batch
+            batch.clear()
+    if batch:
+        yield batch
+
+
+def entry_bytes(n: int, m: int, reg: float) -> int:
+    """Bytes that a solve needs per entry of its matrix: beyond float32's range it makes a float64 copy."""
+    low, high = COST_BOUNDS
+    return 4 if (high - low) / reg + math.log(max(n, m)) < EXP_RANGE["float32"] else 12
 
 
 def _solve_together(
@@ -209,18 +242,18 @@ def reconstruct_X(P: Tensor, Q: Sequence[Sequence[SinkhornResult]], Y_list: Sequ
     return out
 
 
-def reconstruction_overlaps(x: Tensor, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+def reconstruction_overlaps(x: Tensor, parts: Tensor) -> dict[str, Tensor]:
     """What decides how well X_hat = sum over k of w[k] n Q_k y_k (Eqs. 31-34) fits x, for any layer weights w.
 
     Args:
         x: [r, n] some standardised rows of one target layer.
-        parts: M tensors Q_k y_k [n, r], `SinkhornResult.probed` on the same rows.
+        parts: [M, n, r] tensors Q_k y_k, `SinkhornResult.probed` on the same rows.
     Returns:
         `overlap` [M] = <x, n Q_k y_k>; `overlap_permuted` [M], the same with the neurons of the plan shuffled (one
         fixed order); `gram` [M, M] = <n Q_k y_k, n Q_j y_j>; `power` [] = <x, x>. float64.
     """
     n = x.shape[1]
-    A = n * torch.stack([part.flatten() for part in parts]).double()  # [M, n r]
+    A = parts.flatten(1).double().mul_(n)  # [M, n r]
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     own, other = (rows.double().flatten().to(A.device) for rows in (x.T, x.T[shuffled.to(x.device)]))
     return {"overlap": A @ own, "overlap_permuted": A @ other, "gram": A @ A.T, "power": own @ own}
@@ -232,4 +265,5 @@ def reconstruction_fit(P: Tensor, overlap: Tensor, gram: Tensor, power: Tensor) 
     w = len(P) * P
     product = (w * overlap).sum(1)
     square = torch.einsum("lm,lmk,lk->l", w, gram, w)
-    return (2 * product - square) / power, product / (square * power).clamp_min(1e-300).sqrt()
+    shown = torch.where(power > 0, power, math.inf)  # constant neurons have nothing to explain: R^2 is 0
+    return (2 * product - square) / shown, product / (square * power).clamp_min(1e-300).sqrt()

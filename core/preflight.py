@@ -10,7 +10,7 @@ import psutil
 
 from core.attention import SIDES
 from core.checkpoints import Checkpoint
-from core.cost import BASE_BYTES, Cost, row_bytes
+from core.cost import BASE_BYTES, Cost, table
 from core.fusion import PROJECTIONS, FusionSettings
 from core.plans import ROWS_CACHE, PlanDirectory
 from core.runs import UserError
@@ -69,11 +69,12 @@ def describe(role: str, model: Checkpoint) -> str:
     """One line about a model."""
     layout = model.layout
     dtypes = sorted({dtype for _, dtype in model.headers.values()})
+    n_files = len(set(model.files.values()))
     biased = [c for c in PROJECTIONS if model.tensor_name(0, c) + ".bias" in model.headers]
     return (f"{role} {model.name}: {layout.model_type}, {layout.n_layers} layers, hidden {layout.hidden}, "
             f"{layout.n_heads} heads of {layout.head_dim}, {layout.n_kv_heads} kv heads, biases "
             f"{''.join(biased) or 'none'}, {sum(model.sizes.values()) / GIB:.2f} GiB of {'/'.join(dtypes)} in "
-            f"{len(set(model.files.values()))} files")  # fmt: skip
+            f"{n_files} file{'s' if n_files > 1 else ''}")  # fmt: skip
 
 
 def stage2_memory(plans: PlanDirectory, target: Checkpoint, source: Checkpoint, max_shard_bytes: int) -> float:
@@ -101,14 +102,7 @@ def stage2_disk(target: Checkpoint, settings: FusionSettings) -> float:
 
 def stage1_report(target: Checkpoint, source: Checkpoint, cost: Cost) -> str:
     """What stage 1 would do."""
-    lines = [describe("target", target), describe("source", source), "side         n x m     problems     TFLOP"]
-    for side in cost.sides:
-        lines.append(f"{side.side:8}{f'{side.n} x {side.m}':>13}{side.problems:10}{side.flops / 1e12:12.2f}")
-    rows = sum(row_bytes(model.layout, cost.rows) for model in (target, source))
-    lines.append(f"at most {cost.rows} rows per layer and side ({rows / GIB:.2f} GiB); reading "
-                 f"{cost.reading_flops / 1e12:.2f} TFLOP; peak memory {cost.memory / GIB:.1f} GiB, on disk "
-                 f"{cost.disk / GIB:.2f} GiB; --plan-only estimates the time")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([describe("target", target), describe("source", source), table(cost)])
 
 
 def stage2_report(

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from core.runs import UserError
+from core.tokens import templated
 
 # How conversations spell the roles of chat templates.
 ROLES = {
@@ -57,10 +58,11 @@ class Row:
         return digest_of_text(normalised(self.own_text))
 
     def render(self, tokenizer: Any) -> tuple[str, bool]:
-        """(string for this model, whether the tokenizer should add its special tokens)."""
+        """(string for this model, whether the tokenizer should add its special tokens). Raises UserError as
+        `templated`."""
         if not self.has_roles or not tokenizer.chat_template:
             return self.plain, True
-        return tokenizer.apply_chat_template(self.chat(), tokenize=False), False
+        return templated(tokenizer, self.chat(), self.plain, tokenize=False), False
 
     def chat(self) -> list[dict[str, str]]:
         """Messages as chat templates take them."""

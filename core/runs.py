@@ -85,7 +85,7 @@ def setup_logging() -> None:
     root.setLevel(logging.INFO)
     _add_handler(logging.StreamHandler())
     # The libraries' own INFO lines (one per HTTP request, per checkpoint) drown ours.
-    for noisy in ("httpx", "httpcore", "datasets", "accelerate", "filelock"):
+    for noisy in ("httpx", "httpcore", "datasets", "accelerate", "filelock", "gguf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

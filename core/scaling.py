@@ -136,7 +136,8 @@ def scale_one(
         if last or (exact and not paper and error <= tol):
             u = u_before
             break
-        relaxation.show(sweep, error)
+        if not paper:
+            relaxation.show(sweep, error)
         ratio = b / KTu
         v = ratio if w == 1 else v * (ratio / v) ** w
         sweep, exact = sweep + 1, w == 1
@@ -239,7 +240,7 @@ def _scale_batch(
                 probed = None if probes is None else row[:, None] * (K[slot] @ (column[:, None] * probes[k]))
                 log_cost = row @ (torch.xlogy(K[slot], K[slot], out=K[slot]) @ column)  # sum of Q log K
                 found[k] = (row.double().log(), column.double().log(), sweep, errors[slot], log_cost, probed)
-            for slot in set(range(len(problems))) - done:
+            for slot in set() if paper else set(range(len(problems))) - done:
                 relaxations[slot].show(sweep, errors[slot])
             if done:
                 order = _close_ranks(len(problems), done)
@@ -283,7 +284,9 @@ def _to_device(values: list[list[float]], like: Tensor) -> Tensor:
     return tensor.to(like.device, non_blocking=True)
 
 
-def scale_log(C: Tensor, reg: float, n_iters: int, tol: float, probe: Tensor | None = None) -> Scaled:
+def scale_log(
+    C: Tensor, reg: float, n_iters: int, tol: float, paper: bool = False, probe: Tensor | None = None
+) -> Scaled:
     """The same iteration on potentials with log-sum-exp, in float64, in blocks of rows and of columns of C [n, m]."""
     n, m = C.shape
     step = PLAN_BLOCK_ROWS
@@ -299,7 +302,7 @@ def scale_log(C: Tensor, reg: float, n_iters: int, tol: float, probe: Tensor | N
 
     done, error = 0, math.inf
     rows = row_logsums()
-    while done < n_iters and error > tol:
+    while done < n_iters and (paper or not error <= tol):
         f = -reg * (rows + math.log(n))
         g = -reg * (column_logsums() + math.log(m))
         rows = row_logsums()

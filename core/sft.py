@@ -12,6 +12,7 @@ from torch import Tensor
 
 from core.data import Row
 from core.runs import UserError
+from core.tokens import templated, tokenized
 
 log = logging.getLogger(__name__)
 Example = dict[str, list[int]]
@@ -29,26 +30,27 @@ def sft_example(row: Row, tokenizer: Any, block_size: int) -> Example:
     tokenizer's end of text.
 
     Raises:
-        UserError: the chat template hides where the answers are.
+        UserError: the chat template hides where the answers are, or refuses the row; the tokenizer refuses it.
     """
     if not row.has_roles:
-        ids = tokenizer(row.plain)["input_ids"][:block_size]
+        ids = tokenized(tokenizer, row.plain)["input_ids"][:block_size]
         labels = list(ids)
     elif not tokenizer.chat_template:
-        done = tokenizer(row.plain, return_offsets_mapping=True)
+        done = tokenized(tokenizer, row.plain, return_offsets_mapping=True)
         ids = done["input_ids"]
         marks = _in_spans(done, _lines_of_answers(row), tokenizer)
-        if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids, marks = [*ids, tokenizer.eos_token_id], [*marks, row.messages[-1][0] == "assistant"]
         ids = ids[:block_size]
         labels = [t if marked else IGNORED for t, marked in zip(ids, marks, strict=False)]
     elif _GENERATION.search(_template(tokenizer)):
-        done = tokenizer.apply_chat_template(row.chat(), return_dict=True, return_assistant_tokens_mask=True)
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        done = templated(tokenizer, row.chat(), row.plain, **options)
         ids = done["input_ids"][:block_size]
         labels = [t if marked else IGNORED for t, marked in zip(ids, done["assistant_masks"], strict=False)]
     else:
         text, spans = answer_spans(row, tokenizer)
-        done = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        done = tokenized(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         ids = done["input_ids"][:block_size]
         labels = [t if marked else IGNORED for t, marked in
                   zip(ids, _in_spans(done, spans, tokenizer), strict=False)]  # fmt: skip
@@ -65,8 +67,7 @@ def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
     marked = [{**message, "content": _MARK.format(turn)} if turn in answers else message
               for turn, message in enumerate(chat)]  # fmt: skip
-    rendered = tokenizer.apply_chat_template(marked, tokenize=False)
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    text, rendered = (templated(tokenizer, turns, row.plain, tokenize=False) for turns in (chat, marked))
     for clean in (str, str.strip):  # some templates strip what they are given
         filled, rest, spans = "", rendered, []
         for turn in answers:

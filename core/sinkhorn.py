@@ -90,6 +90,11 @@ class SinkhornResult:
         return float(largest.sum()) / total
 
 
+def no_cost(_rows: Rows) -> Tensor:
+    """`cost_rows` of a result that is kept without the activations of its two layers."""
+    raise ValueError("this result was kept without its cost, which rows of the plan are made from")
+
+
 def sinkhorn_uniform_streaming(
     C: Tensor, reg: float, n_iters: int = 1000, tol: float = 1e-6, mode: str = "auto"
 ) -> SinkhornResult:
@@ -140,7 +145,7 @@ def solve_one(
     dtype, shift = _range(matrix.shape, matrix.itemsize, affine[0], bounds, reg, n_iters, mode)
     if dtype is None:
         C, factor = torch.from_numpy(affine[0] + affine[1] * matrix), None if probe is None else torch.tensor(probe)
-        scaled = scale_log(C, reg, n_iters, 0.0 if mode == "paper" else tol, factor)
+        scaled = scale_log(C, reg, n_iters, tol, mode == "paper", factor)
     else:
         if matrix.dtype != dtype:
             K = matrix = matrix.astype(dtype)
@@ -157,10 +162,11 @@ def solve_batch(
     """`solve_one` for B problems of one shape on an accelerator: `matrices` [B, n, m] is lost, `probes` [B, m, r]."""
     dtype, shift = _range(matrices.shape[1:], matrices.element_size(), affine[0], bounds, reg, n_iters, mode)
     if dtype is None:
-        limit = 0.0 if mode == "paper" else tol
-        scaled = [scale_log(affine[0] + affine[1] * matrix, reg, n_iters, limit, probe)
-                  for matrix, probe in zip(matrices, [None] * len(matrices) if probes is None else probes, strict=True)
-                  ]  # fmt: skip
+        factors = [None] * len(matrices) if probes is None else probes
+        scaled = [
+            scale_log(affine[0] + affine[1] * matrix, reg, n_iters, tol, mode == "paper", factor)
+            for matrix, factor in zip(matrices, factors, strict=True)
+        ]
     else:
         K = matrices.to(getattr(torch, dtype))
         probes = None if probes is None else probes.to(K.dtype)
@@ -175,7 +181,7 @@ def _range(
 
     `origin`, the cost where the matrix is 0, saves a pass over the matrix as the shift; else the lowest cost is it.
     """
-    if not reg > 0:
+    if not 0 < reg < math.inf:
         raise ValueError(f"reg must be positive, got {reg}")
     if n_iters < 1:
         raise ValueError(f"n_iters must be at least 1, got {n_iters}")

@@ -11,6 +11,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import math
 import shutil
 from itertools import product
 
@@ -182,8 +183,9 @@ def search(
                 (trial_folder(folder, worse) / WEIGHTS).unlink(missing_ok=True)
             if len(grid) > 1:
                 write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials})
-    if "diverged" in trials[best]:
-        raise UserError(f"every trial diverged; the first: {trials[best]['diverged']}")
+    if len(trials) > 1 and loss_of(trials[best]) == math.inf:
+        told = trials[best].get("diverged", f"the validation loss is {trials[best]['validation']}")
+        raise UserError(f"every trial diverged; the first: {told}")
     return trials, best
 
 
@@ -193,8 +195,9 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def loss_of(trial: dict[str, Any]) -> float:
-    """What trials are compared by; a single one needs no validation."""
-    return float("inf") if trial["validation"] is None else trial["validation"]
+    """What trials are compared by: a loss that is no number is never the best; a single trial needs no validation."""
+    loss = trial["validation"]
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def train_once(

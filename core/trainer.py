@@ -38,12 +38,22 @@ class Teacher:
 
 
 class Diverged(UserError):
-    """A loss that is no number: the weights are lost from there on."""
+    """A loss or a weight that is no number: the weights are lost from there on."""
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     """What training changes, by the loaded model's own names."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raises Diverged for a trained weight that is no number: the loss of the last update was that before it."""
+    for name, parameter in trained_parameters(model).items():
+        if not torch.isfinite(parameter).all():
+            raise Diverged(
+                f"{name} has NaN or infinite weights after the last update; lower the learning rate, or train in "
+                "float32 or bfloat16"
+            )
 
 
 def load_trained(model: torch.nn.Module, path: Path) -> None:
@@ -151,7 +161,7 @@ def train(
         "validation": [{update, loss}], "final_validation": loss of the weights that are kept}, nats per token.
     Raises:
         UserError: settings that the Trainer refuses (a logging service that is not installed).
-        Diverged: a loss that is no number.
+        Diverged: a loss or a weight that is no number.
     """
     set_seed(experiment.seed)
     last, state = _last_point(folder)
@@ -188,6 +198,8 @@ def train(
         seen = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
         if validation and best_loss is None and seen[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
+        if not trainer.sharded:
+            check_finite(model)
     except Diverged:
         for callback in trainer.callback_handler.callbacks:  # the message gets a line of its own
             if (bar := getattr(callback, "training_bar", None)) is not None:

@@ -13,7 +13,7 @@ import torch
 
 from core.activations import token_batches
 from core.runs import UserError
-from core.templates import DATE_STRING
+from core.tokens import DATE_STRING, tokenized
 from evaluation.prompts import CHAT, chat_template, rendered
 from evaluation.scores import Evaluated, check_logits
 
@@ -91,8 +91,8 @@ def prompt_ids(tokenizer: Any, prompt: str, policy: str) -> list[int]:
     """Tokens of `rendered`, whose template holds the special ones, or of the prompt with the tokenizer's special
     tokens. Raises UserError as `rendered`."""
     if policy == CHAT:
-        return tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-    return tokenizer(prompt)["input_ids"]
+        return tokenized(tokenizer, rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return tokenized(tokenizer, prompt)["input_ids"]
 
 
 @dataclass(frozen=True)

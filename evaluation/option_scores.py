@@ -12,6 +12,7 @@ from torch import Tensor
 
 from core.attention import AttentionLayout
 from core.runs import UserError
+from core.tokens import tokenized
 
 # Rows of logits [n, V] that are made float32 at a time: beside the logits themselves, little memory.
 ROWS = 256
@@ -62,7 +63,7 @@ def encode(tokenizer: Any, prompt: str, options: Sequence[str], max_positions: i
     Raises:
         UserError: no position is left for what the texts have in common.
     """
-    texts = tokenizer([prompt, *(prompt + option for option in options)])["input_ids"]
+    texts = tokenized(tokenizer, [prompt, *(prompt + option for option in options)])["input_ids"]
     shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*texts, strict=False)))
     longest = max(map(len, texts))
     cut = max(0, longest - max_positions)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core.command import Parser
-from core.runs import MANIFEST, UserError, first_line, read_json
-from core.templates import render
+from core.runs import MANIFEST, UserError, read_json
+from core.tokens import templated
 from evaluation.scores import Evaluated
 
 CHAT, PLAIN = "chat", "plain"
@@ -66,18 +66,20 @@ def rendered(tokenizer: Any, prompt: str) -> str:
     Raises:
         UserError: the template refuses the prompt, or it is not in what the template gives.
     """
+    refused: UserError | None = None
     for content in (prompt, [{"type": "text", "text": prompt}]):
         turn = [{"role": "user", "content": content}]
         try:
-            text = render(tokenizer, turn, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # what a template raises is open-ended
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} refuses {prompt!r:.60} "
-                f"({first_line(error)}); correct it, or give --prompt plain"
-            ) from None
+            text = templated(tokenizer, turn, prompt, tokenize=False, add_generation_prompt=True)
+        except UserError as error:  # the other form of the message may do
+            refused = error
+            continue
         if prompt.strip() in text:
             return text
-    raise UserError("the chat template leaves out what the user says, as a string and as a list of parts; correct it")
+    raise refused or UserError(
+        "the chat template leaves out what the user says, as a string and as a list of parts; correct it, or give "
+        "--prompt plain"
+    )
 
 
 def is_llama(asking: Asking, evaluated: Evaluated) -> tuple[bool, str]:

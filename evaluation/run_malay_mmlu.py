@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from core.activations import token_batches
 from core.runs import digest_of, hold, outputs_held, read_json, run_command, setup_logging, write_json
-from core.templates import DATE_STRING
+from core.tokens import DATE_STRING, tokenized
 from evaluation.malay_questions import LETTERS, Form, Question, data_file, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores
 from evaluation.prompts import CHAT, POLICY_NAMES, Asking, asking_flags, chat_template, is_llama
@@ -106,7 +106,7 @@ def _details(
         log.warning(told, cut, len(questions))
     tokenizer = evaluated.tokenizer
     prompt = form.prompt(tokenizer, questions[0])
-    first = tokenizer(prompt)["input_ids"][:2]
+    first = tokenized(tokenizer, prompt)["input_ids"][:2]
     return {
         "shots": form.shots,
         "prompt_policy": POLICY_NAMES[form.policy],

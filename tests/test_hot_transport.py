@@ -232,7 +232,7 @@ def test_fit_from_overlaps_is_that_of_the_reconstruction():
     Q, costs = compute_Q_and_layer_costs(X, Y, 0.1)
     P = compute_P(costs, 0.1)
     rows = torch.tensor([4, 20, 3])
-    kept = [reconstruction_overlaps(x[rows], [q.apply(y[rows].T) for q, y in zip(plans, Zy, strict=True)])
+    kept = [reconstruction_overlaps(x[rows], torch.stack([q.apply(y[rows].T) for q, y in zip(plans, Zy, strict=True)]))
             for x, plans in zip(Zx, Q, strict=True)]  # fmt: skip
     overlap, shuffled, gram, power = (torch.stack([one[key] for one in kept])
                                       for key in ("overlap", "overlap_permuted", "gram", "power"))  # fmt: skip

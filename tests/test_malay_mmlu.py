@@ -10,7 +10,7 @@ from conftest import llama, make_tokenizer, run_main, save, sentences
 
 from core.checkpoints import open_checkpoint
 from core.runs import UserError
-from core.templates import DATE_STRING
+from core.tokens import DATE_STRING
 from evaluation import run_malay_mmlu
 from evaluation.malay_questions import LETTERS, Form, read_options, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores

@@ -27,7 +27,7 @@ class _Fixed(datetime):
 
 
 def templated(tokenizer: Any, messages: Sequence[dict[str, Any]], text: str, **options: Any) -> Any:
-    """`messages` in the model's chat template as if today were `DATE`, so that no result depends on the day it was made.
+    """`messages` in the model's chat template as if today were `DATE`: no result depends on the day it was made.
 
     Templates take the date as `date_string`, or ask transformers' `strftime_now`, which no argument can replace.
 

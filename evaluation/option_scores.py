@@ -94,13 +94,7 @@ def option_scores(
     head = model.get_submodule(layout.family.head)
     stems, seen = _padded([question.stem for question in batch], model.device, left=True)
     places = (seen.cumsum(1) - 1).clamp(min=0)
-    logits, cache = _logits(model, head, seen, input_ids=stems, attention_mask=seen, position_ids=places)
-    ends = seen.sum(1).cumsum(0) - 1  # the row of logits [all tokens, V] of each stem's last token
-    following = logits[ends]  # [questions, V]
-    within = _log_probabilities(logits, stems[seen.bool()].roll(-1))
-    sums = [part[:-1].sum() for part in within.split([len(question.stem) for question in batch])]
-    del logits
-
+    following, sums, cache = _read_stems(model, head, stems, seen, places)
     tails = [(number, tail) for number, question in enumerate(batch) for tail in question.tails if tail]
     owners = [number for number, _ in tails]
     begins = _log_probabilities(following[owners], torch.tensor([tail[0] for _, tail in tails], device=model.device))
@@ -130,6 +124,14 @@ def option_scores(
             means.append(total.item() / (len(question.stem) + len(tail) - 1))
         out.append((last[list(letters)].cpu().double().tolist()[: len(means)], means))
     return out
+
+
+def _read_stems(model: Any, head: Any, stems: Tensor, seen: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor], Any]:
+    """(logits [questions, V] of what follows each stem, sum of the log-probabilities within each, the cache)."""
+    logits, cache = _logits(model, head, seen, input_ids=stems, attention_mask=seen, position_ids=places)
+    lengths = seen.sum(1)
+    within = _log_probabilities(logits, stems[seen.bool()].roll(-1))  # [all tokens]; of a stem's last one meaningless
+    return logits[lengths.cumsum(0) - 1], [part[:-1].sum() for part in within.split(lengths.tolist())], cache
 
 
 def _logits(model: Any, head: Any, chosen: Tensor, **inputs: Any) -> tuple[Tensor, Any]:

@@ -17,18 +17,15 @@ from tqdm.auto import tqdm
 from core.runs import UserError, digest_of, hold, outputs_held, read_json, run_command, setup_logging
 from evaluation.harness import (
     description,
-    evaluate,
     harness_version,
-    item_scores,
-    language_model,
     load_hub,
     load_local,
     local_tasks,
     members,
     plain,
     reported_metric,
-    set_shots,
 )
+from evaluation.harness_model import evaluate, item_scores, language_model, set_shots
 from evaluation.prompts import PLAIN, POLICY_NAMES
 from evaluation.scores import Evaluated, Score, data_folder, finished, finite, read_score, runner_flags, write_score
 

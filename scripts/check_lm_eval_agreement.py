@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from core.command import Parser
 from core.runs import UserError, run_command, setup_logging
-from evaluation.harness import evaluate, language_model, load_local, local_tasks, set_shots, task_manager
+from evaluation.harness import load_local, local_tasks, task_manager
+from evaluation.harness_model import evaluate, language_model, set_shots
 from evaluation.scores import Evaluated
 
 log = logging.getLogger("agreement")

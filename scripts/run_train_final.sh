@@ -8,12 +8,12 @@
 #   VARIANT=source_size           Table 7; source_family: Figure 4; alpha: Figure 5 (scripts/experiments/variants.txt)
 #   WORKSPACE_ROOT, MODELS_ROOT, TRANSPORT_RESULTS_ROOT   here; where models are, results go (default models/, runs/)
 #   LM_EVAL_REPO, MALAY_REPO, YUE_BENCHMARK_ROOT          checkouts of the benchmarks (default $WORKSPACE_ROOT/NAME)
-#   DATA_DIR, BENCHMARK_DATA      hold TASK.jsonl (or a folder TASK), and benchmark files, in place of the hub's data
+#   DATA_DIR, BENCHMARK_DATA      hold TASK.jsonl (or a folder TASK), and benchmark files (LM_EVAL_TASKS: your own tasks)
 #   TARGET_MODEL, SOURCE_MODEL, ALPHA    one pair, one strength (of fusion and in training) for all tasks
-#   MAX_SAMPLES, SFT_SAMPLES, HELD_OUT_SAMPLES, MAX_TOKENS, LIMIT   fewer and shorter texts, fewer benchmark items
+#   MAX_SAMPLES, SFT_SAMPLES, HELD_OUT_SAMPLES, MAX_TOKENS, LIMIT   less text, fewer items; PROMPT=plain: without chat template
 set -euo pipefail
 # Paths are meant from where the script is started; a model that is no path is an id.
-for name in {WORKSPACE,MODELS,TRANSPORT_RESULTS,YUE_BENCHMARK}_ROOT {LM_EVAL,MALAY}_REPO DATA_DIR BENCHMARK_DATA {TARGET,SOURCE}_MODEL; do
+for name in {WORKSPACE,MODELS,TRANSPORT_RESULTS,YUE_BENCHMARK}_ROOT {LM_EVAL,MALAY}_REPO LM_EVAL_TASKS DATA_DIR BENCHMARK_DATA {TARGET,SOURCE}_MODEL; do
   [[ -z ${!name:-} || ${!name} == /* || ($name == *_MODEL && ! -e ${!name}) ]] || export "$name=$PWD/${!name}"
 done
 cd "$(dirname "$0")/.."
@@ -86,7 +86,7 @@ task() { # $1: name of an experiment; false at the first command that fails
   fi
   for kind in eval general; do
     [[ " $STEPS " == *" $kind "* ]] || continue
-    local list=${kind/eval/$name} scores=(run evaluation/run_task.py ${LIMIT:+--limit "$LIMIT"})
+    local list=${kind/eval/$name} scores=(run evaluation/run_task.py ${LIMIT:+--limit "$LIMIT"} ${PROMPT:+--prompt "$PROMPT"})
     scores+=(--task "$list" --output-dir)
     "${scores[@]}" "$RESULTS/$name/benchmarks/$list/base" \
       --model "${TARGET_MODEL:-$(sed -n 's/^target_model: *//p' "$config")}" || return

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import llama, make_tokenizer, run_main, save
+from test_malay_mmlu import rows, write
 
 from core.checkpoints import open_checkpoint
 from core.runs import UserError
@@ -119,9 +120,13 @@ def test_an_experiment_that_the_paper_does_not_have_counts_all_it_names(own, mod
     assert collect_results.find_runs(tmp_path / "runs") == {"my-task": ["my-task-regression"]}
 
 
-def test_a_name_that_nothing_knows_is_told_before_anything_is_scored(own, models, benchmark_data, tmp_path, fails):
+def test_a_name_that_nothing_knows_is_told_before_anything_is_scored(
+    own, models, benchmark_data, tmp_path, fails, monkeypatch
+):
     flags = ("--model", models["target"], "--output-dir", tmp_path / "out", "--data-dir", benchmark_data)
     names(own, "malay", "malay_mmlu", "xcopa_id", "extra_typo")
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("MALAY_REPO", str(write(tmp_path / "data", *rows(2)).parent))  # would be scored first
     for more in ((), ("--dry-run",)):
         line = fails(run_task, *flags, "--task", "malay", *more)
         assert "extra_typo is no task of lm-evaluation-harness" in line and "$LM_EVAL_TASKS" in line

@@ -12,7 +12,8 @@ from conftest import SHARED_DATA, run_main
 
 from core.checkpoints import open_checkpoint
 from evaluation import harness, run_lm_eval
-from evaluation.harness import evaluate, language_model, load_local, local_tasks
+from evaluation.harness import load_local, local_tasks
+from evaluation.harness_model import evaluate, language_model
 from evaluation.lm_eval_tasks.local_data import json_lines
 from evaluation.scores import Evaluated
 from evaluation.yue_mmlu import NAMES

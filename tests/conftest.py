@@ -16,6 +16,9 @@ import torch
 from benchmark_files import write_benchmarks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
+# What a user's shell has set must not decide where a test finds models or writes results.
+for variable in ("WORKSPACE_ROOT", "MODELS_ROOT", "TRANSPORT_RESULTS_ROOT", "MALAY_REPO", "YUE_BENCHMARK_ROOT"):
+    os.environ.pop(variable, None)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -263,9 +263,10 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
         results, probed = keep_potentials(found, M, lambda: bar.update(state.num_processes))
         overlaps = reconstruction_overlaps(target[probe], probed)
         k = round(layer * (M - 1) / max(1, L - 1))
-        beside = dataclasses.replace(results[k], cost_rows=correlation_cost_rows(target, source(k)))
-        largest = torch.tensor(beside.top_mass(max(target.shape[1], m)))
-        plans.write_part(folder, side, layer, results, {**overlaps, "top_mass": largest})
+        cost_rows = correlation_cost_rows(target, source(k))
+        largest = dataclasses.replace(results[k], cost_rows=cost_rows).top_mass(max(target.shape[1], m))
+        del cost_rows  # which holds a layer of rows
+        plans.write_part(folder, side, layer, results, {**overlaps, "top_mass": torch.tensor(largest)})
 
 
 def keep_potentials(
@@ -279,7 +280,7 @@ def keep_potentials(
     """
     places: list[Tensor] = []
 
-    def keep(k: int, result: SinkhornResult) -> SinkhornResult:
+    def keep(result: SinkhornResult, k: int) -> SinkhornResult:
         values = [value for value in (result.f, result.g, result.probed) if value is not None]
         if not places:
             places.extend(value.new_empty(count, *value.shape) for value in values)
@@ -288,7 +289,8 @@ def keep_potentials(
         advance()
         return dataclasses.replace(result, f=places[0][k], g=places[1][k], probed=None, cost_rows=no_cost)
 
-    results = list(map(keep, range(count), found))  # a loop's variable would hold a layer while the next one is read
+    # A loop's variable would hold a layer while the next one is read. `found` goes first, so that it comes to its end.
+    results = list(map(keep, found, range(count)))
     return results, places[2]
 
 

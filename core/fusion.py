@@ -292,7 +292,24 @@ def fuse_attention_only_from_hot_dir(
     for layer in range(plans.shape[0]) if layers is None else layers:
         empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in PROJECTIONS]
         for residual in transport_into(empty, transport, layer):
+            check_finite(residual)
             yield residual.to("cpu"), _report(residual, plans, source, transport)
+
+
+def check_finite(residual: Residual) -> None:
+    """Raises ValueError for weights that are no numbers: of a damaged model, or beyond float32."""
+    values = {
+        "target's weight": residual.original_weight,
+        "target's bias": residual.original_bias,
+        "transported weight": residual.weight,
+        "transported bias": residual.bias,
+    }
+    for what, value in values.items():
+        if value is not None and not torch.isfinite(value).all():
+            raise ValueError(
+                f"layer {residual.layer}, projection {residual.projection}: the {what} has NaN or infinite entries; "
+                "check the weights of both models, or raise --ridge"
+            )
 
 
 def transport_into(residuals: Sequence[Residual], transport: Transport, from_layer: int) -> list[Residual]:

@@ -57,13 +57,17 @@ def tokenized(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
             character offsets where they are asked for.
     """
     try:
-        return tokenizer(text, **options)
+        done = tokenizer(text, **options)
     except Exception as error:  # the library raises TypeError, UnicodeEncodeError and bare Exception
         first = text if isinstance(text, str) else next(iter(text), "")
         raise UserError(
             f"the tokenizer of {_model(tokenizer)} cannot encode {_shown(first)}: {_said(error)}; correct the text or "
             "leave it out"
         ) from None
+    if options.get("return_offsets_mapping") and "offset_mapping" not in done:
+        message = "gives no character offsets; take a fast one (tokenizer.json)"
+        raise UserError(f"the tokenizer of {_model(tokenizer)} {message}")
+    return done
 
 
 def _model(tokenizer: Any) -> str:

@@ -1,5 +1,6 @@
 """`--plan-only`: what stage 1 costs, from two configs alone."""
 
+import dataclasses
 import re
 import shutil
 
@@ -82,3 +83,47 @@ def test_missing_config_is_told(fails, configs):
     flags = ["--target-model", configs / "target", "--plan-only"]
     assert "config.json does not exist" in fails(stage1, *flags, "--source-model", configs / "source")
     assert "no model given" in fails(stage1, *flags)
+
+
+def test_two_equal_models_are_two_models(configs):
+    """Fusing a fine-tuned model into its base: both are read and both write rows."""
+    target = cost.read_model(str(configs / "target"), None, "auto", "cpu")
+    other = dataclasses.replace(target, name="other")
+    again, different = (cost.stage1_cost(target, source, Experiment(), timed=False) for source in (target, other))
+    assert again == different
+    assert again.disk > 2 * cost.row_bytes(target.layout, again.rows)
+
+
+def test_memory_of_the_plans_follows_the_budget():
+    def memory(M, budget, device="cpu"):
+        experiment = dataclasses.replace(Experiment(), pairs_budget_mb=budget, device=device)
+        return cost.plans_memory(1024, 2048, 2000, M, experiment) / 2**20
+
+    rows = 4 * 2000 * 2048 / 2**20  # of one source layer
+    assert memory(20, 1) - memory(10, 1) < 5  # potentials alone
+    assert memory(20, 8192) - memory(10, 8192) == pytest.approx(10 * rows, rel=0.1)
+    assert memory(20, 8192) - memory(20, 1) == pytest.approx(20 * rows)
+    for budget in (500, 1000):  # an accelerator fills what the rows leave of the budget with pairs
+        assert budget < memory(1000, budget, "cuda") - 260 < budget + 300
+
+
+def test_a_short_run_has_no_negative_time(configs):
+    target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
+    short = cost.stage1_cost(target, source, Experiment(sinkhorn_mode="paper", sinkhorn_iters=1))
+    assert all(side.seconds > 0 for side in short.sides)
+    assert cost.stage1_cost(target, source, Experiment(sinkhorn_iters=3), timed=False).iterations == 3
+
+
+def test_what_was_not_estimated_is_said_once(configs, models, texts, tmp_path, capsys):
+    """A dry run estimates no time; with --plan-only every line has one."""
+    printed = {}
+    alone = {name: configs / name for name in ("target", "source")}
+    for mode, pair in (("--dry-run", models), ("--plan-only", alone)):
+        flags = ("--target-model", pair["target"], "--source-model", pair["source"], "--out-dir", tmp_path / "p")
+        run_main(stage1, *flags, "--data-subset", "file", "--data-file", texts, mode)
+        printed[mode] = capsys.readouterr().out
+        assert "not asked" not in printed[mode] and "peak memory" in printed[mode]
+    assert printed["--dry-run"].count("the time was not estimated; --plan-only does it") == 1
+    assert not re.search(r"^(q|plans|reading) .*(s|min|h)$", printed["--dry-run"], re.M)
+    assert len(re.findall(r"^(?:q|plans|reading) .* (?:s|min|h)$", printed["--plan-only"], re.M)) == 3
+    assert "on this machine" in printed["--plan-only"] and "not estimated" not in printed["--plan-only"]

@@ -1,6 +1,7 @@
 """The solver: over-relaxation against plain iterations, laws of any plan, adversarial costs."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -68,6 +69,50 @@ def test_paper_mode_is_exactly_so_many_plain_iterations(n_iters, reg):
     _, Q = plain(C, reg, -1.0, n_iters)
     assert result.n_iters == n_iters
     assert float((result.plan().double() - Q).abs().sum() / 2) <= 1e-6
+
+
+# Each of these once divided by an error of 0, which small problems reach, or stopped there.
+TINY = [(1, 4, 3, 0.1), (2, 3, 3, 0.03), (2, 3, 4, 1.0), (1, 1, 0, 0.001), (1, 2, 1, 0.001), (4, 1, 0, 0.001)]
+
+
+@pytest.mark.parametrize(("n", "m", "seed", "reg"), TINY)
+def test_paper_mode_on_tiny_problems_is_exact_as_well(n, m, seed, reg):
+    C = random_cost(n, m, seed)
+    for n_iters in (1, 2, 30, 200):
+        for result in (sinkhorn_uniform_streaming(C, reg, n_iters, mode="paper"), *batch([C], reg, n_iters, "paper")):
+            assert result.n_iters == n_iters
+            assert torch.isfinite(result.f).all() and torch.isfinite(result.g).all() and math.isfinite(result.cost)
+            assert float(result.plan().sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("n_iters", [1, 3, 40])
+@pytest.mark.parametrize("size", [(9, 14), (1, 3), (1, 1)])
+def test_the_log_domain_does_exactly_the_iterations_of_pot(n_iters, size):
+    """POT begins with the columns, so it gets the transposed problem."""
+    ot = pytest.importorskip("ot")
+    C, reg = random_cost(*size, 3).double(), 0.02
+    n, m = size
+    scaled = scaling.scale_log(C, reg, n_iters, 1e-6, paper=True)
+    a, b = (torch.full((size,), 1 / size, dtype=torch.float64) for size in (m, n))
+    _, log = ot.bregman.sinkhorn_log(a, b, C.T, reg, n_iters, stopThr=0, log=True, warn=False)
+    assert scaled.n_iters == n_iters
+    shift = log["log_v"][0] * reg - scaled.f[0]  # potentials are unique up to a constant
+    assert_close(scaled.f + shift, log["log_v"] * reg, atol=1e-12, rtol=0)
+    assert_close(scaled.g - shift, log["log_u"] * reg, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_costs_and_settings_that_are_no_numbers_are_refused(value):
+    C = random_cost(3, 4, 0)
+    for reg in (value, 0.0, -1.0):
+        with pytest.raises(ValueError, match="reg must be positive"):
+            sinkhorn_uniform_streaming(C, reg)
+    assert not sinkhorn_uniform_streaming(C, 0.1, 5, tol=math.nan).converged
+    C[1, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        sinkhorn_uniform_streaming(C, 0.1)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        hot_transport.standardize(C)
 
 
 @pytest.mark.parametrize("reg", [0.1, 0.03])
@@ -255,3 +300,27 @@ def test_layers_in_turn_in_batches_and_alone_give_the_same_plans(small, monkeypa
             assert_close(result.plan(), alone.plan(), atol=1e-8, rtol=1e-4)
             assert_close(result.probed, alone.apply(zy[rows].T), atol=1e-6, rtol=1e-4)
             assert result.cost == pytest.approx(alone.cost, abs=1e-6)
+
+
+def test_batches_let_go_of_their_layers_before_the_next_are_read():
+    """Two layers of 5 x 4 and their matrices of 3 x 4 fit, or one where a solve needs float64."""
+    zx = torch.zeros(5, 3)
+
+    def sizes(reg, budget):
+        refs, found = [], []
+
+        def layers():
+            for _ in range(5):
+                held = sum(ref() is not None for ref in refs)
+                assert held < max(1, budget // pair)  # those of the batch that is being filled
+                layer = torch.zeros(5, 4)
+                refs.append(weakref.ref(layer))
+                yield layer
+                del layer
+
+        for group in hot_transport._batches(zx, layers(), reg, budget):
+            found.append(len(group))
+        return found
+
+    pair = 4 * 3 * 4 + 4 * 5 * 4
+    assert sizes(0.1, 2 * pair) == [2, 2, 1] and sizes(0.01, 2 * pair) == [1] * 5 and sizes(0.1, 0) == [1] * 5

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -250,3 +251,28 @@ def test_plans_that_do_not_converge_are_told_once(models, texts, tmp_path, caplo
     told = [r.getMessage() for r in caplog.records if "did not reach" in r.getMessage()]
     assert len(told) == 1 and "attn_in" in told[0] and "--sinkhorn-iters" in told[0]
     assert not load_file(tmp_path / "p/plans/q.safetensors")["converged"].all()
+
+
+@pytest.mark.parametrize(("budget", "most", "reads"), [(1, 1, 3 * 9), (8, 8, 8)])
+def test_the_pairs_budget_bounds_the_rows_in_memory(tmp_path, monkeypatch, budget, most, reads):
+    """2 MB of source rows: all of them within the budget and read once, or one layer at a time (and the layer of the
+    same depth once more, for the share of the largest entries)."""
+    generator = torch.Generator().manual_seed(0)
+    for model, layers, size in (("target", 3, 12), ("source", 8, 64)):
+        rows = {("q", k): torch.randn(1000, size, generator=generator) for k in range(layers)}
+        stage1.plans.write_activations(tmp_path, model, rows, torch.zeros(1000, dtype=torch.bool), half=False)
+    alive, read = [], []
+
+    def standardize(X, model, layer):
+        made = standardize_layer(X, model, layer)
+        if model == "source":
+            read.append(layer)
+            alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(made)]
+            assert len(alive) <= most
+        return made
+
+    standardize_layer = stage1.standardize_layer
+    monkeypatch.setattr(stage1, "standardize_layer", standardize)
+    state, bar = SimpleNamespace(process_index=0, num_processes=1), SimpleNamespace(update=lambda count: None)
+    stage1.solve_side(tmp_path, "q", (3, 8), Experiment(pairs_budget_mb=budget), state, bar)
+    assert len(read) == reads and len(list((tmp_path / "plans/parts").iterdir())) == 3

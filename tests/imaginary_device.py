@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "cuda"
 DEVICE, CPU = torch.device(NAME, 0), torch.device("cpu")
@@ -70,8 +69,15 @@ def _where(form: str = "{file}:{line}") -> str:
     return "outside the repository"
 
 
-def _tensors(arguments: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+def _of_kind(kind: type, value: Any) -> list[Any]:
+    """What is of a kind in an argument or a result (torch's own pytree takes several times as long)."""
+    if isinstance(value, kind):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [found for part in value for found in _of_kind(kind, part)]
 
 
 def place_of(tensor: Tensor) -> torch.device:
@@ -135,7 +141,7 @@ class _Calls(TorchFunctionMode):
 
     def generator_place(self) -> torch.device:
         """That of the innermost call's generator; an operation gets it without its class."""
-        generators = [x for x in tree_leaves(self.under_way[-1:]) if isinstance(x, torch._C.Generator)]
+        generators = _of_kind(torch._C.Generator, self.under_way[-1:])
         return generators[0].device if generators else CPU
 
     def place(self) -> torch.device:
@@ -143,7 +149,7 @@ class _Calls(TorchFunctionMode):
         if not self.under_way:
             return CPU
         asked, arguments = self.under_way[-1]
-        return asked or (DEVICE if any(place_of(t) == DEVICE for t in _tensors(arguments)) else CPU)
+        return asked or (DEVICE if any(place_of(t) == DEVICE for t in _of_kind(Tensor, arguments)) else CPU)
 
 
 class _Operations(TorchDispatchMode):
@@ -164,7 +170,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = _tensors((args, kwargs))
+        tensors = _of_kind(Tensor, (args, kwargs))
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False  # there is none to pin without a GPU
         named = kwargs.get("device")
@@ -180,7 +186,8 @@ class _Operations(TorchDispatchMode):
             self.products[place.type, _where("{file}, {function}")] += 1
         result = func(*args, **kwargs)
         if place == DEVICE:
-            tree_map_only(Tensor, lambda tensor: _mark(tensor, place), result)
+            for tensor in _of_kind(Tensor, result):
+                _mark(tensor, place)
         return result
 
 
@@ -327,7 +334,9 @@ def _load(real: Callable[..., Any]) -> Callable[..., Any]:
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(map_location, (str, torch.device)) and torch.device(map_location).type == NAME:
             loaded = real(f, "cpu", *args, **kwargs)
-            return tree_map_only(Tensor, lambda tensor: _mark(tensor, _named(map_location)), loaded)
+            for tensor in _of_kind(Tensor, loaded):
+                _mark(tensor, _named(map_location))
+            return loaded
         return real(f, map_location, *args, **kwargs)
 
     return load

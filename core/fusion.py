@@ -281,7 +281,7 @@ def fuse_attention_only_from_hot_dir(
     for layer in range(plans.shape[0]) if layers is None else layers:
         empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in PROJECTIONS]
         for residual in transport_into(empty, transport, layer):
-            yield residual.to("cpu"), _report(residual, plans, source, transport)
+            yield residual, _report(residual, plans, source, transport)
 
 
 def transport_into(residuals: Sequence[Residual], transport: Transport, from_layer: int) -> list[Residual]:

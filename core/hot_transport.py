@@ -222,7 +222,7 @@ def reconstruction_overlaps(x: Tensor, parts: Sequence[Tensor]) -> dict[str, Ten
     n = x.shape[1]
     A = n * torch.stack([part.flatten() for part in parts]).double()  # [M, n r]
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    own, other = (rows.double().flatten().to(A.device) for rows in (x.T, x.T[shuffled.to(x.device)]))
+    own, other = (rows.double().flatten() for rows in (x.T, x.T[shuffled]))
     return {"overlap": A @ own, "overlap_permuted": A @ other, "gram": A @ A.T, "power": own @ own}
 
 

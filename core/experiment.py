@@ -287,18 +287,23 @@ class Experiment:
             raise UserError(f"top_k is {self.top_k}; expected 0 (all neurons) or more")
         if self.calibration_samples < MIN_TEXTS:
             raise UserError(f"calibration_samples is {self.calibration_samples}; plans need at least {MIN_TEXTS} texts")
-        try:
-            device = torch.device(self.device)
-            present = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
-            usable = (device.index or 0) < present
-        except RuntimeError:
-            usable = False
-        if not usable:
-            raise UserError(f"device {self.device!r} is not available here; use cpu, or cuda on a machine with a GPU")
+        check_device(self.device)
         for f in dataclasses.fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value not in (None, "") and value not in choices:
                 raise UserError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def check_device(name: str) -> None:
+    """Raise UserError for a device that this machine does not have."""
+    try:
+        device = torch.device(name)
+        present = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
+        usable = (device.index or 0) < present
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU")
 
 
 def open_pair(experiment: Experiment) -> tuple[Checkpoint, Checkpoint]:

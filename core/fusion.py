@@ -293,7 +293,7 @@ def fuse_attention_only_from_hot_dir(
         empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in PROJECTIONS]
         for residual in transport_into(empty, transport, layer):
             check_finite(residual)
-            yield residual.to("cpu"), _report(residual, plans, source, transport)
+            yield residual, _report(residual, plans, source, transport)
 
 
 def check_finite(residual: Residual) -> None:

@@ -209,7 +209,8 @@ def set_trainable(model: nn.Module, strategy: str, lora: bool = False) -> dict[s
 def residuals_in(
     state: Mapping[str, Tensor], residuals: Iterable[Residual], name_of: Callable[[int, str], str]
 ) -> list[Residual]:
-    """The residuals with the base and transported values of an unfolded model's state dict (trained, or not yet)."""
+    """The residuals with the base and transported values of an unfolded model's state dict (trained, or not yet), which
+    is on the device of the residuals."""
     out = []
     for r in residuals:
         name = name_of(r.layer, r.projection)
@@ -217,9 +218,9 @@ def residuals_in(
         bias = None
         if r.original_bias is not None:
             bias = state[f"{name}.bias"].detach()
-            bias = bias if r.axis == 1 else bias[r.index.to(bias.device)]
+            bias = bias if r.axis == 1 else bias[r.index]
         hot, hot_bias = state[f"{name}.hot_weight"].detach(), state.get(f"{name}.hot_bias")
-        original = base.index_select(r.axis, r.index.to(base.device))
+        original = base.index_select(r.axis, r.index)
         out.append(replace(r, weight=hot, bias=None if hot_bias is None else hot_bias.detach(),
                            original_weight=original, original_bias=bias))  # fmt: skip
     return out

@@ -255,7 +255,7 @@ def reconstruction_overlaps(x: Tensor, parts: Tensor) -> dict[str, Tensor]:
     n = x.shape[1]
     A = parts.flatten(1).double().mul_(n)  # [M, n r]
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    own, other = (rows.double().flatten().to(A.device) for rows in (x.T, x.T[shuffled.to(x.device)]))
+    own, other = (rows.double().flatten() for rows in (x.T, x.T[shuffled]))
     return {"overlap": A @ own, "overlap_permuted": A @ other, "gram": A @ A.T, "power": own @ own}
 
 

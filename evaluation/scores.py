@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import Parser
+from core.experiment import check_device
 from core.runs import FORMAT_VERSION, UserError, digest_of, provenance, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,12 @@ class Evaluated:
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Evaluated:
-        """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does, and for numbers below 1."""
+        """From what `runner_flags` parsed. Raises UserError as `open_checkpoint` does, and for numbers below 1 and a
+        device that is not there."""
         for name in ("limit", "tokens_per_batch"):
             if (value := given.get(name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}; expected at least 1")
+        check_device(given["device"])
         return cls(open_checkpoint(given["model"], None, given["trust_remote_code"], given["device"]), given["dtype"])
 
     @cached_property

@@ -9,7 +9,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from imaginary_device import CPU, DEVICE, PlacementError, imaginary_device
+from device_rules import CPU, DEVICE, PlacementError
+from imaginary_device import imaginary_device
 from safetensors.torch import load_file, safe_open, save_file
 from torch.nn import functional as F
 
@@ -51,8 +52,9 @@ ON_DEVICE = {
     "its own generator": lambda: torch.randperm(4, generator=torch.Generator("cuda").manual_seed(0), device="cuda"),
     "arithmetic with a number from the CPU": lambda: a(3) * torch.tensor(2.0) + torch.tensor(1.0),
     "a number of the device and one of the CPU": lambda: a(3).sum() + torch.tensor(1.0),
-    "where with a number from the CPU": lambda: torch.where(a(3) > 1, a(3), torch.tensor(0.0)),
-    "filling with a number from the CPU": lambda: a(3).masked_fill_(a(3) > 1, torch.tensor(0.0)).fill_(torch.tensor(1.0)),
+    "where with numbers from the CPU": lambda: torch.where(a(3) > 1, torch.tensor(1.0), torch.tensor(0.0)),
+    "filling with a number from the CPU": lambda: a(3).fill_(torch.tensor(1.0)),
+    "filling where a mask is": lambda: a(3).masked_fill_(a(3) > 1, torch.tensor(0.0)),
     "indexing by the CPU": lambda: a(4, 2)[index(0, 2)],
     "indexing by a mask of the CPU": lambda: a(4)[torch.tensor([True, False, True, False])],
     "indexing by lists": lambda: a(4, 2)[[0, 2], [1, 1]],
@@ -64,7 +66,7 @@ ON_DEVICE = {
     "attention": lambda: F.scaled_dot_product_attention(*[a(1, 2, 4, 8)] * 3, is_causal=True),
     "lists of an optimizer": lambda: torch._foreach_add([a(2), a(3)], [a(2), a(3)])[1],
     "vmap": lambda: torch.vmap(lambda x: x.to(x.device) * 2)(a(3, 2)),
-}  # fmt: skip
+}
 ON_CPU = {
     "cpu()": lambda: a(3).cpu(),
     "to the CPU": lambda: a(3).to("cpu", torch.float64),
@@ -74,7 +76,7 @@ ON_CPU = {
     "a slice by a number of the device": lambda: torch.ones(4)[: int(index(2, device="cuda")[0])],
     "one row by a number of the device": lambda: torch.ones(4)[index(2, device="cuda")[0]],
     "pinned": lambda: torch.ones(3).pin_memory(),
-}  # fmt: skip
+}
 MIXED = {
     "arithmetic": lambda: a(3) + torch.ones(3),
     "in place": lambda: a(3).add_(torch.ones(3)),
@@ -102,9 +104,10 @@ MIXED = {
     "embedding": lambda: F.embedding(index(0), a(4, 2)),
     "cross entropy": lambda: F.cross_entropy(a(2, 4), index(0, 1)),
     "attention with a mask of the CPU": lambda: F.scaled_dot_product_attention(
-        *[a(1, 2, 4, 8)] * 3, attn_mask=torch.ones(4, 4, dtype=torch.bool)),
+        *[a(1, 2, 4, 8)] * 3, attn_mask=torch.ones(4, 4, dtype=torch.bool)
+    ),
     "lists of an optimizer": lambda: torch._foreach_add_([a(2), a(3)], [a(2), torch.ones(3)]),
-}  # fmt: skip
+}
 
 
 def _in_context(make):

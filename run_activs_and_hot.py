@@ -253,13 +253,14 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
     budget, rows = experiment.pairs_budget_mb * 2**20, 4 * M * T * m
     fits = rows <= budget  # a part of the layers would be of no use: each would be dropped before it is read again
     source = lru_cache(M if fits else 0)(lambda k: standardized("source", k))
+    e = experiment
+    problem = (e.regularisation, e.sinkhorn_iters, e.sinkhorn_tol, e.sinkhorn_mode)
     probe = torch.linspace(0, T - 1, min(T, cost.PROBE_ROWS)).round().long()
     for layer in range(state.process_index, L, state.num_processes):
         if plans.part_file(folder, side, layer).is_file():
             continue
         target = standardized("target", layer)
-        found = solve_layer(target, map(source, range(M)), experiment.regularisation, experiment.sinkhorn_iters,
-                            experiment.sinkhorn_tol, experiment.sinkhorn_mode, probe, budget - fits * rows)  # fmt: skip
+        found = solve_layer(target, map(source, range(M)), *problem, probe, budget - fits * rows)
         results, probed = keep_potentials(found, M, lambda: bar.update(state.num_processes))
         overlaps = reconstruction_overlaps(target[probe], probed)
         k = round(layer * (M - 1) / max(1, L - 1))

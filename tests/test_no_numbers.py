@@ -8,9 +8,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import run_main
 from safetensors.torch import load_file, save_file
-from stages import train
+from stages import fuse, train
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
@@ -68,9 +67,9 @@ def test_weights_that_are_lost_in_the_last_update_are_told(models, texts, fails,
             optimizer.param_groups[0]["params"][0].view(-1)[3] = math.nan
 
     monkeypatch.setattr(AdamW, "step", lose)
-    told = fails(stage3, "--model_dir", models["target"], "--output_dir", tmp_path / "a", "--training-scenario",
-                 "no_hot", "--data-subset", "file", "--data-file", texts, "--sft-samples", 8, "--validation-samples",
-                 0, "--gradient-accumulation", 8)  # fmt: skip
+    place = ("--model_dir", models["target"], "--output_dir", tmp_path / "a", "--training-scenario", "no_hot")
+    data = ("--data-subset", "file", "--data-file", texts, "--sft-samples", 8, "--validation-samples", 0)
+    told = fails(stage3, *place, *data, "--gradient-accumulation", 8)
     assert "has NaN or infinite weights after the last update; lower the learning rate" in told
 
 
@@ -95,9 +94,9 @@ def test_a_model_with_weights_that_are_no_numbers_is_not_fused(model, models, pl
         tensors[f"model.layers.{layer}.self_attn.v_proj.weight"][0, :] = math.nan
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(stage2.PlanDirectory, "check_models", lambda *_: None)
-    told = fails(stage2, "--hot_dir", plans["text"], "--output_dir", tmp_path / "f", "--modelA_id",
-                 damaged if model == "target" else models["target"], "--modelB_id",
-                 damaged if model == "source" else models["source"], "--top-k", 0)  # fmt: skip
+    pair = {**models, model: damaged}
+    flags = ("--hot_dir", plans["text"], "--output_dir", tmp_path / "f", "--top-k", 0)
+    told = fails(stage2, *flags, "--modelA_id", pair["target"], "--modelB_id", pair["source"])
     assert "layer 0, projection v: the" in told and "has NaN or infinite entries" in told
 
 
@@ -105,8 +104,7 @@ def test_the_ratio_of_norms_warns_where_there_is_none(plans, models, tmp_path, m
     """A ratio that is no number is no sign of transport."""
     nothing = dict.fromkeys(("norm_ratio", "cosine", "explained_variance"), math.nan)
     monkeypatch.setattr(stage2, "by_projection", lambda lines: dict.fromkeys("qkvo", nothing))
-    run_main(stage2, "--hot_dir", plans["text"], "--output_dir", tmp_path / "f", "--modelA_id", models["target"],
-             "--modelB_id", models["source"], "--feature-map", "regression")  # fmt: skip
+    fuse(plans["text"], models, tmp_path / "f", "--feature-map", "regression")
     assert "fusion only damps the target" in caplog.text
 
 

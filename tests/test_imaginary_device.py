@@ -231,7 +231,7 @@ def _device_generator():
         return torch.Generator("cuda")
 
 
-def test_the_device_exists_only_inside(fails):
+def test_the_device_exists_only_inside():
     """No hook in the product: it asks torch, which answers yes inside alone."""
     from core.experiment import Experiment
     from core.runs import UserError

@@ -25,6 +25,7 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core.experiment import Experiment
+from core.hot_transport import compute_Q_and_layer_costs
 from core.runs import UserError
 from core.start import open_start
 from evaluation import compare_arms, run_task
@@ -36,8 +37,8 @@ PAIRS = {"token": ("target", "source"), "text": ("source", "target")}
 # Fusions of stage 2 -> the plans, and flags.
 FUSIONS = {
     "coupling": ("token", "--feature-map", "coupling", "--top-k", 0),
-    "barycentric": ("token", "--feature-map", "barycentric", "--top-k", 5),
-    "calibrated": ("text", "--feature-map", "calibrated", "--top-k", 5, "--residual-form", "additive", "--q-topk", 2),
+    "barycentric": ("text", "--feature-map", "barycentric", "--top-k", 5),
+    "calibrated": ("token", "--feature-map", "calibrated", "--top-k", 5, "--residual-form", "additive", "--q-topk", 2),
     "regression": ("token", "--feature-map", "regression", "--top-k", 5),
     "biased": ("text", "--feature-map", "regression", "--top-k", 5),
 }
@@ -67,6 +68,11 @@ def run_stage1(case: Any, out: Path, device: str) -> None:
     for pooling, pair in PAIRS.items():
         flags = ("--pooling", pooling, "--max-tokens", 24, "--out-dir", out / pooling, "--device", device)
         run_main(stage1, *case.of_pair(pair), *flags)
+    # An epsilon beyond a float's range, and a plan from rows that are on the device.
+    x, y = (torch.randn(20, n, generator=torch.Generator().manual_seed(n)).to(device) for n in (6, 9))
+    ((result,),), costs = compute_Q_and_layer_costs([x], [y], 0.001, n_iters=40)
+    rows = result.plan_at(torch.tensor([0, 3], device=device))
+    save_file({"costs": costs, "rows": rows.cpu()}, out / "log_domain.safetensors")
 
 
 def run_stage2(case: Any, out: Path, device: str) -> None:
@@ -106,16 +112,26 @@ def run_stage4(case: Any, out: Path, device: str) -> None:
 RUNS: dict[int, Callable[[Any, Path, str], None]] = dict(enumerate((run_stage1, run_stage2, run_stage3, run_stage4), 1))
 
 
-@contextmanager
-def no_state_of_accelerate() -> Iterator[None]:
-    """The state of a process says for good which device it has."""
+def forget_devices() -> None:
+    """Accelerate and transformers keep for good which devices they found."""
     from accelerate.state import AcceleratorState, GradientState
+    from transformers.utils import import_utils
 
-    for last in (False, True):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        if not last:
-            yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name, found in vars(import_utils).items():
+        if "torch" in name and hasattr(found, "cache_clear"):
+            found.cache_clear()
+
+
+@contextmanager
+def nothing_remembered() -> Iterator[None]:
+    """Inside, libraries look for devices anew, and so they do afterwards."""
+    forget_devices()
+    try:
+        yield
+    finally:
+        forget_devices()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +145,7 @@ def case(models, texts, benchmark_data, tmp_path_factory):
     case.made = {stage: folder / f"cpu{stage}" for stage in RUNS}
     data = ("--data-subset", "file", "--data-file", texts)
     case.of_pair = lambda pair: ("--target-model", models[pair[0]], "--source-model", models[pair[1]], *data)
-    with no_state_of_accelerate():
+    with nothing_remembered():
         for stage, run in RUNS.items():
             run(case, case.made[stage], "cpu")
     return case
@@ -137,7 +153,7 @@ def case(models, texts, benchmark_data, tmp_path_factory):
 
 def on_device(case: Any, stage: int, name: str, change: Any = nullcontext) -> tuple[Counter, Any]:
     """Run a stage on the imaginary device, inside of `change`: (its matrix products by place, what `change` yields)."""
-    with no_state_of_accelerate(), imaginary_device() as operations, change() as yielded:
+    with nothing_remembered(), imaginary_device() as operations, change() as yielded:
         RUNS[stage](case, case.folder / name, "cuda")
     return operations.products, yielded
 
@@ -194,3 +210,8 @@ def test_a_removed_placement_is_caught(case, stage, capsys):
         count = f"{len(told) - len(escaped)} of {len(told)} removed placements are caught"
         print(f"\nstage {stage}: {count} ({len(moving)} move something)")
     assert not escaped
+
+
+def test_a_device_that_is_not_there_is_refused_by_benchmarks(fails, models, tmp_path):
+    flags = ("--model", models["target"], "--task", "malay", "--output-dir", tmp_path / "out", "--device", "cuda")
+    assert "device 'cuda' is not available here; use cpu" in fails(run_task, *flags)

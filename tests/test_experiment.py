@@ -152,11 +152,11 @@ CHANGES = {
 }  # fmt: skip
 # Those that only name an input: the contents of the model, or of the rows, are recorded in their place.
 INPUTS = {
-    "1": "target_model target_revision source_model source_revision data_subset data_file max_samples split_seed "
+    "1": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column split_seed "
          "calibration_samples",
     "2": "target_model target_revision source_model source_revision",
-    "3": "source_model source_revision data_subset data_file max_samples split_seed sft_samples",
-    "e": "target_model target_revision source_model source_revision data_subset data_file max_samples split_seed "
+    "3": "source_model source_revision data_subset data_file max_samples group_column split_seed sft_samples",
+    "e": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column split_seed "
          "held_out_samples general_file",
 }  # fmt: skip
 # Those that say where, how fast, or what else: no byte of the output depends on them.
@@ -164,7 +164,7 @@ BESIDE = {
     "1": "trust_remote_code activations_budget_mb pairs_budget_mb",
     "2": "push_to_hub",
     "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
-    "e": "trust_remote_code bootstrap_samples",  # the figures are computed anew by every run
+    "e": "trust_remote_code",
 }
 OTHERS = {"str": "another", "int": 7, "float": 0.77, "bool": True, "tuple[float, ...]": (0.5,), "str | None": "another",
           "int | None": 7, "float | None": 0.77}  # fmt: skip

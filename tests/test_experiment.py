@@ -152,12 +152,12 @@ CHANGES = {
 }  # fmt: skip
 # Those that only name an input: the contents of the model, or of the rows, are recorded in their place.
 INPUTS = {
-    "1": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column split_seed "
-         "calibration_samples",
+    "1": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column "
+         "split_seed calibration_samples",
     "2": "target_model target_revision source_model source_revision",
     "3": "source_model source_revision data_subset data_file max_samples group_column split_seed sft_samples",
-    "e": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column split_seed "
-         "held_out_samples general_file",
+    "e": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column "
+         "split_seed held_out_samples general_file",
 }  # fmt: skip
 # Those that say where, how fast, or what else: no byte of the output depends on them.
 BESIDE = {

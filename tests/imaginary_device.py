@@ -14,10 +14,10 @@ the mark its meaning:
 
 An operation that mixes devices raises PlacementError, with CUDA's reason and the line of the repository.
 
-What it cannot see: what C++ decides by the real device (which kernel, autocast, the check that a gradient is on the
-device of its tensor); threads that only compute (operations are watched in the thread that entered; attributes in all);
-streams, pinned memory and asynchronous copies; kernels that CUDA lacks, its rounding and its random numbers; a second
-GPU, and processes started from inside.
+What it cannot see: what C++ decides by the real device (which kernel, autocast, torch.accelerator and with it a device
+map of `auto`, the check that a gradient is on the device of its tensor); threads that only compute (operations are
+watched in the thread that entered, attributes in all); streams, pinned memory and asynchronous copies; kernels that
+CUDA lacks, its rounding and its random numbers; a second GPU, and processes started from inside.
 """
 
 from __future__ import annotations

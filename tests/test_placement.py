@@ -57,6 +57,7 @@ HARMLESS = {
     "evaluation/generation.py torch.tensor(ids": "transformers moves prompts to its model",
     "evaluation/option_scores.py torch.tensor(owners": "indices of a tensor of the device may be on the CPU",
     "core/scaling.py torch.ones(count, 1": "replaced before it is used",
+    "core/scaling.py torch.zeros(n, ": "replaced before it is used",
     "core/train_hot_residual_sft.py value.to('cpu')": "what writes the file moves it as well",
     "core/runs.py t.detach().cpu()": "safetensors moves what it writes",
 }

@@ -22,7 +22,8 @@ def control_residual(
 
     - `damped`: W~ = 0.
     - `damped_mean`: only the target's mean output is kept, W~ = y_bar x_bar^T / |x_bar|^2 (a bias takes it instead).
-    - `permuted`: W~ - W with rows and columns shuffled: same norm, no correspondence.
+    - `permuted`: W~ - W with rows and columns shuffled: same norm, no correspondence. The shuffle also loses the mean
+      output that `regression` keeps; `damped_mean` and `self`, which keep it, are there for that part of a gain.
     - `wrong_layer`: W~ of target layer (l + L/2) mod L; with `regression` the mean is kept again at l.
     - `self`: W~ regressed from the target's own inputs to its own outputs: smoothing without a source.
 

@@ -93,7 +93,14 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
     paper = read_json(PAPER)
     found: dict[str, Any] = {"task": task, "paper": paper.get(task.removesuffix("_paper"), {}), "runs": {}}
     for name, place in runs.items():
-        run: dict[str, Any] = {"models": models(place), "sets": {}}
+        run: dict[str, Any] = {"sets": {}}
+        try:
+            run["models"] = models(place)
+        except UserError as error:  # an older run does not hide the others
+            log.warning("%s: %s", name, error)
+            run |= {"models": None, "held_out": {"absent": str(error)}}
+            found["runs"][name] = run
+            continue
         for kind in (task, "general"):
             try:
                 arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, shared, kind, arm))}
@@ -104,8 +111,9 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
                 log.warning("%s, %s: %s", name, kind, error)
                 run["sets"][kind] = {"rows": {}, "mean": {}, "normalised": {}, "absent": {"all": str(error)}}
         path = place / "results.json"
-        if path.is_file() and "arms" in (record := read_json(path)):
+        if path.is_file():
             try:
+                record = read_json(path)
                 check_held_out(place, record)
                 run["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
             except UserError as error:
@@ -120,6 +128,8 @@ def check_held_out(place: Path, record: Mapping[str, Any]) -> None:
     now."""
     if record.get("format") != FORMAT_VERSION:
         raise UserError(f"{place / 'results.json'} is of an earlier version; run evaluation/compare_arms.py again")
+    if "arms" not in record:
+        raise UserError(f"{place / 'results.json'} is not finished; run evaluation/compare_arms.py again to finish it")
     made_from = record.get("made_from", {})
     trained = {f"{arm}/{path.name}": digest_of(manifest(path)) for arm, folder in TRAINED.items()
                for path in (place / folder).glob("seed*[0-9]") if (path / MANIFEST).is_file()}  # fmt: skip
@@ -155,20 +165,29 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
     """Benchmark -> {"metric", "ids", "runs": scores of every item, one list per seed, "categories" of the items, "n",
     "note", "prompt", "in_place_of", and what is needed to see that two arms can be compared}, or {"absent"}.
 
-    Of several seeds all have to be there. Empty where the arm was not run.
+    Of several seeds all have to be there, those of the trainings in the run's folder: a mean over some of them would
+    stand beside one over all. Empty where the arm was not run.
     """
     folder = place / "benchmarks" / kind / arm
     if arm == "base" and not folder.is_dir():
         folder = shared / "benchmarks" / kind / arm
     files = sorted(folder.glob(f"seed*[0-9]/{TASK_FILE}" if arm in TRAINED else TASK_FILE))
+    records = {file: read_json(file) for file in files}
+    trainings = {path.parent.name for path in (place / TRAINED.get(arm, "")).glob(f"seed*[0-9]/{MANIFEST}")}
+    unscored = sorted(trainings - {file.parent.name for file in files}) if arm in TRAINED else []
     out: dict[str, Any] = {}
-    for file in files:
-        record = read_json(file)
+    for name in dict.fromkeys(name for record in records.values() for name in record["benchmarks"]):
+        lacking = [
+            *unscored,
+            *(file.parent.name for file, record in records.items() if name not in record["benchmarks"]),
+        ]
+        if lacking:
+            out[name] = {"absent": f"not run for {', '.join(lacking)}"}
+    for file, record in records.items():
         for name, result in record["benchmarks"].items():
             if "absent" in result:
                 out[name] = result
-                continue
-            if "absent" in out.get(name, {}):  # for another seed: a mean over some of them is none
+            if "absent" in out.get(name, {}):  # for this seed, or another one
                 continue
             score = read_score(file.parent / result["file"])
             metric = score["metric"]

@@ -122,10 +122,14 @@ def main(argv: list[str]) -> None:
         record["arms" if name == "held_out" else "arms_general"] = statistics(sums, texts.tokens, texts.groups)
     record["held_out"]["absent"] = impossible
     write_json(path, {**record, **provenance()})
-    told = table(record["arms"], record["held_out"], record.get("arms_general")) + searches(adapted)
-    for arm, place in folders.items():
-        add_results(place, results_section(arm, inputs["data"], told))
+    told = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
+    told += searches(adapted)
     print(told)
+    for arm, place in folders.items():
+        try:
+            add_results(place, results_section(arm, inputs["data"], told))
+        except UserError as error:  # another command works on the folder; the results themselves are written
+            log.warning("the results are not in the card of %s: %s", place, error)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class TextSet:
         examples: token ids and labels of every text.
         groups: the group of every text.
         left_out: number of texts that have no token to score.
-        end_of_turn: whether losses include the token that ends an answer.
+        end_of_turn: whether losses include a token that ends an answer.
     """
 
     examples: list[Example]
@@ -163,7 +167,9 @@ def text_set(name: str, rows: Sequence[Row], tokenizer: Any, max_tokens: int) ->
         raise UserError(f"the {name} texts have no token with loss within {max_tokens} tokens; raise --max-tokens")
     kept = [examples[number] for number in scored]
     groups = [rows[number].group for number in scored]
-    return TextSet(kept, groups, len(rows) - len(kept), any(rows[number].has_roles for number in scored))
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = any(rows[number].has_roles and special & set(examples[number]["labels"]) for number in scored)
+    return TextSet(kept, groups, len(rows) - len(kept), ends)
 
 
 def impossible_controls(n_layers: int) -> dict[str, str]:

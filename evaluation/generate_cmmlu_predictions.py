@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
                given["predictions_dir"], given["name"])  # fmt: skip
     record = read_json(path)
     parts = {**record["groups"], "overall": record["metrics"]}
+    print(f"yue_mmlu, {record['details']['prompt_policy']}")
     print("\n".join(f"{name:16}{100 * part['acc']['value']:7.2f} % of {part['acc']['n']}"
                     for name, part in parts.items()))  # fmt: skip
 

@@ -179,10 +179,16 @@ def members(name: str) -> list[str]:
         return [name]
     changed = set(entry.cfg) - {"group", "group_alias", "task", "tag", "aggregate_metric_list", "metadata", "version"}
     found: list[str] = []
-    for child in entry.cfg["task"]:
+    children = list(entry.cfg["task"])
+    while children:
+        child = children.pop(0)
         given = {"task": child} if isinstance(child, str) else child
-        changed |= set(given) - {"task", "task_alias"}
-        found += members(given["task"]) if "task" in given else []
+        inner = given.get("task", [])
+        if isinstance(inner, str):
+            found += members(inner)
+        else:  # a group within the group, with tasks of its own
+            children = [*inner, *children]
+        changed |= set(given) - {"task", "task_alias", "group", "group_alias", "aggregate_metric_list", "metadata"}
     if changed:
         raise UserError(
             f"the group {name} changes settings of its tasks ({', '.join(sorted(changed))}), which is not supported; "
@@ -245,16 +251,22 @@ def reported_metric(name: str, metrics: Sequence[str]) -> tuple[str, str]:
     """(the metric of a task that tables report, note for the reader): the one declared in tasks.yaml or `HUB_TASKS`.
 
     A task that the experiment names beyond those declares none: of several metrics `acc` is taken, which is what the
-    paper's tables hold, else the first that the harness reports; the note says so.
+    paper's tables hold; the note says so.
 
     Raises:
-        UserError: the task does not have the metric that is declared.
+        UserError: the task does not have the metric that is declared, or has several, none declared, and no `acc`.
     """
     local = local_tasks().get(name)
     declared = local.metric if local else HUB_TASKS[name][1] if name in HUB_TASKS else None
     if declared is None:
-        chosen = "acc" if "acc" in metrics else metrics[0]
-        return chosen, "" if len(metrics) == 1 else f"{chosen} of {', '.join(metrics)}: none is declared"
+        if len(metrics) == 1:
+            return metrics[0], ""
+        if "acc" in metrics:
+            return "acc", f"acc of {', '.join(metrics)}: none is declared"
+        raise UserError(
+            f"{name} has the metrics {', '.join(metrics)}, and none is declared as the one to report; add a row with "
+            "its folder and its metric to HUB_TASKS in evaluation/harness.py"
+        )
     if declared not in metrics:
         raise UserError(
             f"{name} is to be reported by {declared}, but this version of lm-evaluation-harness gives "

@@ -208,10 +208,11 @@ def score(
 
 
 def summary(path: Path) -> str:
-    """`acc 0.5120 +- 0.0224, acc_norm ... (500 items)` of a score's file."""
-    metrics = read_json(path)["metrics"]
+    """`acc 0.5120 +- 0.0224, acc_norm ... (500 items, plain prompt)` of a score's file."""
+    record = read_json(path)
+    metrics = record["metrics"]
     told = ", ".join(f"{name} {found['value']:.4f} +- {found['stderr']:.4f}" for name, found in metrics.items())
-    return f"{told} ({next(iter(metrics.values()))['n']} items)"
+    return f"{told} ({next(iter(metrics.values()))['n']} items, {record['details']['prompt_policy']})"
 
 
 if __name__ == "__main__":

@@ -3,25 +3,53 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import run_main
 
 from core.runs import FORMAT_VERSION, UserError, digest_of
 from evaluation import collect_results
 from evaluation.scores import Score, finished, mean_and_error, write_score
-from evaluation.significance import holm, mcnemar, paired
-from evaluation.tables import heading, mean_weights
+from evaluation.significance import holm, paired
+from evaluation.tables import benchmark_rows, benchmark_table, heading, mean_places
 
 # A manifest that says nothing else.
 OURS = json.dumps({"format": FORMAT_VERSION})
 
 
-def test_means_over_benchmarks():
-    weights = mean_weights(["arc_id", "truthfulqa_id_mc1", "truthfulqa_id_mc2"],
-                           [["truthfulqa_id_mc1", "truthfulqa_id_mc2"]])  # fmt: skip
-    assert weights == {"arc_id": 0.5, "truthfulqa_id_mc1": 0.25, "truthfulqa_id_mc2": 0.25}
-    assert mean_weights(["a", "b"], []) == {"a": 0.5, "b": 0.5}
+def test_places_of_a_mean():
+    names = ["arc_id", "truthfulqa_id_mc1", "truthfulqa_id_mc2"]
+    assert mean_places(names, [names[1:]]) == [["arc_id"], ["truthfulqa_id_mc1", "truthfulqa_id_mc2"]]
+    assert mean_places(["a", "b"], []) == [["a"], ["b"]]
     assert mean_and_error([1.0, 0.0, 1.0, 1.0]) == {"value": 0.75, "stderr": 0.25, "n": 4}
+
+
+def scored(*runs, ids=None) -> dict:
+    """What is known of one arm on one benchmark."""
+    ids = ids or [str(n) for n in range(len(runs[0]))]
+    return {"metric": "acc", "ids": ids, "runs": list(runs), "categories": [], "n": len(ids), "note": "",
+            "prompt": None, "in_place_of": "", "inputs": {}}  # fmt: skip
+
+
+def test_benchmarks_on_the_same_questions_are_one_part_of_the_mean():
+    """mc1 and mc2 ask the same questions: two copies of one difference say no more than one of them."""
+    rng = np.random.default_rng(0)
+    base, ours = rng.uniform(size=(2, 40))
+    other_base, other = rng.uniform(size=(2, 60))
+    arms = {"base": {"a": scored(other_base), "mc1": scored(base), "mc2": scored(base)},
+            "fused": {"a": scored(other), "mc1": scored(ours), "mc2": scored(ours)}}  # fmt: skip
+    both = benchmark_rows(arms, {"counted_once": [["mc1", "mc2"]]})["mean"]["fused"]
+    alone = benchmark_rows({arm: {"a": s["a"], "mc1": s["mc1"]} for arm, s in arms.items()}, {})["mean"]["fused"]
+    assert both["diff"] == pytest.approx(alone["diff"]) and both["ci95"] == pytest.approx(alone["ci95"])
+    value = 100 * (other.mean() + ours.mean()) / 2
+    assert both["value"] == pytest.approx(value)
+    for scores in arms.values():  # other items: two benchmarks with half a place each
+        scores["mc2"]["ids"] = [f"x{n}" for n in range(40)]
+    apart = benchmark_rows(arms, {"counted_once": [["mc1", "mc2"]]})["mean"]["fused"]
+    assert (
+        apart["value"] == pytest.approx(value)
+        and apart["ci95"][1] - apart["ci95"][0] < both["ci95"][1] - both["ci95"][0]
+    )
 
 
 def put(folder, task, benchmarks, limit=None, data="d", model="w"):
@@ -73,20 +101,19 @@ def test_tables_stand_beside_the_papers_figures(results, capsys):
     rows = found["runs"]["malay"]["sets"]["malay"]
     arms = rows["rows"]["malay_mmlu"]["arms"]
     assert [arms[arm]["value"] for arm in ("base", "fused", "fused_adapted")] == [50.0, 75.0, 62.5]
-    exact = mcnemar([1.0] * 5 + [0.0] * 15, [0.0] * 20)
-    assert arms["fused"]["diff"] == 25 and arms["fused"]["p"] == exact["p"]
-    assert arms["fused"]["ci95"] == pytest.approx([100 * end for end in exact["ci95"]])
-    # Two seeds, of which one gained as much and one nothing: the spread of the seeds is in the interval.
     right, better = [0.0, 1.0] * 10, [0.0, 1.0] * 5 + [1.0] * 10
-    seeds, estimate = paired([better, right], right)
+    single, seeds = paired([better], right), paired([better, right], right)
+    assert arms["fused"]["diff"] == 25 and arms["fused"]["p"] == single.p
+    assert arms["fused"]["ci95"] == pytest.approx([100 * end for end in single.ci95])
+    # Two seeds, of which one gained as much and one nothing: the spread of the seeds is in the interval.
     adapted = arms["fused_adapted"]
-    assert adapted["diff"] == 12.5 and adapted["p"] == seeds["p"] and adapted["seeds"] == 2
-    assert adapted["ci95"][0] < -50 and estimate.seed_variance > estimate.variance
+    assert adapted["diff"] == 12.5 and adapted["p"] == seeds.p and adapted["seeds"] == 2
+    assert adapted["ci95"][0] < -50 and seeds.seed_variance > seeds.variance
     groups = rows["rows"]["malay_mmlu"]["groups"]
     values = {arm: score["value"] for arm, score in groups["Humanities"].items()}
     assert values == {"base": 0, "fused": 50, "fused_adapted": 25}
     assert groups["Humanities"]["fused"]["ci95"] == pytest.approx(
-        [100 * end for end in mcnemar([1.0] * 5 + [0.0] * 5, [0.0] * 10)["ci95"]]
+        [100 * end for end in paired([[1.0] * 5 + [0.0] * 5], [0.0] * 10).ci95]
     )
     assert {arm: score["value"] for arm, score in rows["mean"].items()} == {
         "base": 50,
@@ -108,7 +135,7 @@ def test_tables_stand_beside_the_papers_figures(results, capsys):
     assert shared["normalised"] == {}  # of two arms one is 0 and one is 1, whatever they scored
     assert "| fused | -0.1000 [-0.2000, -0.0500] | -0.1000 [-0.2000, -0.0500] |" in told
     assert "malay: 64 texts of 12 groups, 900 tokens. The intervals rest on 12 groups only and are rough." in told
-    assert "| mean of those above |  |  |  | 50.00 | 75.00 (+25.00 [" in told
+    assert "| mean |  |  |  | 50.00 | 75.00 (+25.00 [" in told
     assert "medical" not in told
     before = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
     run_main(collect_results, "--results-dir", results)
@@ -211,10 +238,54 @@ def test_a_benchmark_that_one_arm_lacks_is_named(results, capsys, caplog):
 
 
 def test_a_benchmark_that_one_seed_lacks_has_no_mean(results):
-    put(results / "malay/benchmarks/malay/fused_adapted/seed0", "malay", {"malay_mmlu": "no network"})
+    """Whether it is recorded as absent, was never run, or the seed's training was not scored at all."""
+    scores = results / "malay/benchmarks/malay/fused_adapted"
+
+    def told() -> tuple[set, dict]:
+        run_main(collect_results, "--results-dir", results)
+        found = json.loads((results / "tables/malay.json").read_text())["runs"]["malay"]["sets"]["malay"]
+        return set(found["rows"]["malay_mmlu"]["arms"]), found["absent"]
+
+    right = [0.0, 1.0] * 10
+    put(scores / "seed0", "malay", {"malay_mmlu": "no network"})
+    assert told()[0] == {"base", "fused"}
+    put(scores / "seed0", "malay", {"arc_id": right})
+    arms, absent = told()
+    assert arms == {"base", "fused"} and absent["malay_mmlu (fused_adapted)"] == "not run for seed0"
+    put(scores / "seed0", "malay", {"malay_mmlu": right})
+    assert told()[0] == {"base", "fused", "fused_adapted"}
+    folder = results / "malay/adapted/hot/seed2"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
+    arms, absent = told()
+    assert arms == {"base", "fused"} and absent["malay_mmlu (fused_adapted)"] == "not run for seed2"
+
+
+def test_an_older_or_unfinished_run_hides_no_other(results, caplog):
+    folder = results / "malay/adapted/hot/seed0"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"format": 2}')
+    path = results / "malay-regression/results.json"
+    path.write_text(json.dumps({"format": FORMAT_VERSION, "per_text": {}}))
+    shutil.copytree(results / "malay-regression", results / "malay-whole")
+    shutil.copy(results / "malay/results.json", results / "malay-whole/results.json")
     run_main(collect_results, "--results-dir", results)
-    found = json.loads((results / "tables/malay.json").read_text())["runs"]["malay"]["sets"]["malay"]
-    assert set(found["rows"]["malay_mmlu"]["arms"]) == {"base", "fused"}
+    runs = json.loads((results / "tables/malay.json").read_text())["runs"]
+    assert "has format 2" in runs["malay"]["held_out"]["absent"]
+    assert "is not finished" in runs["malay-regression"]["held_out"]["absent"]
+    assert (
+        "arms" in runs["malay-whole"]["held_out"]
+        and "This run cannot be read" in (results / "tables/malay.md").read_text()
+    )
+
+
+def test_a_category_of_an_extra_benchmark_has_no_figure_of_the_paper():
+    categories = ["STEM", "Humanities"] * 10
+    rows = {name: {**scored([0.0, 1.0] * 10), "categories": categories, "in_place_of": name}
+            for name in ("malay_mmlu", "other")}  # fmt: skip
+    paper = {"benchmarks": ["malay_mmlu"], "rows": {"STEM": [1.0, 2.0, 3.0]}}
+    lines = benchmark_table(benchmark_rows({"base": rows, "fused": rows}, paper), paper)
+    assert [line.startswith("| STEM | 1.00 |") for line in lines if "STEM" in line] == [True, False]
 
 
 def test_a_score_file_is_finished_for_its_inputs_alone(tmp_path):

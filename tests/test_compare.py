@@ -296,7 +296,25 @@ def test_texts_without_a_token_to_score_are_left_out_and_counted(models):
     per_text, tokens = made_up()
     told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), left_out=3, end_of_turn=True))
     assert "3 more texts have no token to score and are left out." in told
-    assert "include the token that ends each of them" in told
+    assert "include the token that ends an answer" in told
+    cut = [Row((("user", "plan"), ("assistant", "weight " * 50)), "a")]
+    assert not compare_arms.text_set("held_out", cut, tokenizer, 12).end_of_turn  # the end is beyond the cut
+
+
+def test_general_text_says_what_its_intervals_rest_on():
+    per_text, tokens = made_up()
+    arms, few = statistics(per_text, tokens, range(50)), statistics(per_text, tokens, [n % 3 for n in range(50)])
+    told = table(arms, counts(tokens, range(50)), few, counts(tokens, range(3), left_out=2))
+    assert "On general text (50 texts of 3 groups, base 3.0000)" in told
+    assert "General text: The intervals rest on 3 groups only and are rough." in told
+    assert "General text: 2 more texts have no token to score" in told
+
+
+def test_a_loss_beyond_any_perplexity_is_told():
+    per_text, tokens = made_up()
+    per_text["permuted"] = [900.0 * count for count in tokens]
+    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50)))
+    assert "permuted       900.0000      inf" in told
 
 
 def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
@@ -326,6 +344,7 @@ def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run, models):
     absent = compare_arms.impossible_controls(1)
     told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), absent=absent))
     assert "wrong_layer is left out: the target has one layer" in told
+    assert "than every control that was measured (without wrong_layer)" in told
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

@@ -102,7 +102,7 @@ def run_stage4(case: Any, out: Path, device: str) -> None:
         shutil.copytree(case.made[2] / name, run / "fused")
         for arm in ("hot", *RIVALS) if name == "regression" else ():
             shutil.copytree(case.made[3] / arm, run / "adapted" / arm / "seed0")
-        flags = ("--held-out-samples", 6, "--bootstrap-samples", 50, "--device", device)
+        flags = ("--held-out-samples", 6, "--device", device)
         folders = ("--run-dir", run, "--hot-dir", case.made[1] / plans)
         run_main(compare_arms, *folders, *case.of_pair(PAIRS[plans]), *flags)
     for task in ("malay", "cantonese", "medical"):

@@ -59,7 +59,8 @@ def test_every_benchmark_of_an_experiment_declares_its_metric():
 def test_an_extra_task_reports_acc_or_the_harness_s_first_and_says_so():
     assert reported_metric("extra", ["f1"]) == ("f1", "")
     assert reported_metric("extra", ["acc_norm", "acc"]) == ("acc", "acc of acc_norm, acc: none is declared")
-    assert reported_metric("extra", ["em,strict", "em,loose"])[0] == "em,strict"
+    with pytest.raises(UserError, match="extra has the metrics em,strict, em,loose, and none is declared"):
+        reported_metric("extra", ["em,strict", "em,loose"])
 
 
 def test_scores_of_an_earlier_version_are_made_again_and_in_no_table(tmp_path):

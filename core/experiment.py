@@ -316,6 +316,11 @@ class Experiment:
                 raise UserError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
 
 
+def of_one_scenario() -> set[str]:
+    """The settings that only one scenario of stage 3 has: two trainings of different scenarios may differ in them."""
+    return {f.name for f in dataclasses.fields(Experiment) if f.metadata["only_with"] in ("hot", "distill")}
+
+
 def check_device(name: str) -> None:
     """Raise UserError for a device that this machine does not have."""
     try:

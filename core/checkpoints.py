@@ -21,19 +21,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.attention import AttentionLayout, attention_layout, projection_in_tower
-from core.convert import gguf_config
+from core.convert import NOT_COPIED, gguf_config
 from core.locate import CONFIG_ONLY, INDEX_FILE, SINGLE_FILE, find, model_folder, weight_map
 from core.runs import MANIFEST, UserError, atomic_file, first_line, read_json, write_json, write_safetensors
 from core.weight_digest import sample_digest
 
 log = logging.getLogger(__name__)
 
-# Never copied from a target into a checkpoint made from it: indexes of weights (written anew where needed), and what
-# stages and scripts of ours wrote about the target itself.
-NOT_COPIED = re.compile(
-    r".*\.index\.json|manifest\.json|resolved\.yaml|README\.md|fusion_report\.json|loss_curve\.json|results\.json"
-    r"|provenance\.json|task\.json|log\.txt"
-)
 # Terms that go with every copy of a model.
 LICENCE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
 # Bytes per number of the dtypes in safetensors headers; the others take one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import struct
 import tempfile
@@ -18,6 +19,15 @@ from core.locks import file_lock
 from core.weight_digest import sample_digest
 
 log = logging.getLogger(__name__)
+# Prefix of a conversion that has not ended. Not that of half-written files, which whoever holds the folder removes:
+# the lock of a conversion is one of its own.
+CONVERTING = ".converting-"
+# Never copied from a target into a checkpoint made from it: indexes of weights (written anew where needed), locks and
+# half-written files of whoever writes the target now, and what stages and scripts of ours wrote about the target.
+NOT_COPIED = re.compile(
+    rf"{re.escape(TEMPORARY)}.*|.*\.index\.json|manifest\.json|resolved\.yaml|README\.md|fusion_report\.json"
+    r"|loss_curve\.json|results\.json|provenance\.json|task\.json|rows_read\.json|log\.txt"
+)
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
 
 
@@ -28,7 +38,7 @@ def bin_files(folder: Path) -> list[Path]:
 
 def converted_folder(source: Path, cache: Path) -> Path:
     """Where the converted copy of a GGUF file or a folder of .bin files is, or will be: named by the contents."""
-    small = [path for path in sorted(source.glob("*.json")) if not path.name.endswith(".index.json")]
+    small = [path for path in sorted(source.glob("*.json")) if not NOT_COPIED.fullmatch(path.name)]
     files = [source] if source.is_file() else [*bin_files(source), *small]
     return cache / f"{source.stem if source.is_file() else source.name}-{sample_digest(files)[:12]}"
 
@@ -46,7 +56,7 @@ def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Pat
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    work = cache / f"{TEMPORARY}{folder.name}"
+    work = cache / f"{CONVERTING}{folder.name}"
     with file_lock(cache / f"{LOCK}-{folder.name}", str(folder), wait=True):
         if folder.is_dir():  # made by the process that was waited for
             return folder
@@ -94,7 +104,8 @@ def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
     loader.from_pretrained(source, dtype="auto", **options).save_pretrained(folder)
     weights = {path.name for pattern in BIN_FILES for path in source.glob(pattern)}
     for file in source.iterdir():
-        if file.is_file() and file.name not in weights and not (folder / file.name).exists():
+        of_the_model = file.is_file() and file.name not in weights and not file.name.startswith(TEMPORARY)
+        if of_the_model and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 

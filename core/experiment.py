@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,18 @@ def results_root() -> Path:
     return Path(os.environ.get("TRANSPORT_RESULTS_ROOT") or "runs")
 
 
+# Conditions of `option`: whether a setting can change a byte of a stage, with the others as they are.
+CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
+    "token pooling": lambda e, stage: stage != "1" or e.pooling == "token",
+    "hot": lambda e, _: e.training_scenario == "hot",
+    "distill": lambda e, _: e.training_scenario == "distill",
+    "LoRA": lambda e, _: e.use_lora,
+    "early stop": lambda e, _: e.early_stop is not None,
+    "no early stop": lambda e, _: e.early_stop is None,
+    "no search of rates": lambda e, _: not e.lr_search,
+}
+
+
 def option(
     default: Any,
     stages: str,
@@ -43,7 +55,7 @@ def option(
         changes: those of `stages` whose output has other bytes with another value: there the value is part of the
             fingerprint. All of them, unless said otherwise: a setting that only names an input (a model, rows) is
             recorded by the input's contents, and what is left changes where or how fast something is done.
-        only_with: the setting without which this one changes nothing.
+        only_with: the one of CONDITIONS without which the value changes nothing; None: it always counts.
     """
     changes = stages if changes is None else changes
     return field(
@@ -69,7 +81,9 @@ class Experiment:
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
     dtype: str = option("auto", "13e", "compute dtype; auto: float32 on a CPU, else the model's own",
                         ("auto", "float32", "bfloat16", "float16"))  # fmt: skip
-    seed: int = option(0, "13e", "seed of the row sample, of training and of the permuted control")
+    seed: int = option(
+        0, "13e", "seed of the row sample, of training and of the permuted control", only_with="token pooling"
+    )
     split_seed: int = option(0, "13e", "seed of the split into calibration, fine-tuning and held-out texts", changes="")
 
     data_subset: str = option("", "13e", "texts", tuple(DATA_SUBSETS), changes="")
@@ -97,7 +111,7 @@ class Experiment:
     max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens")
     pooling: str = option("text", "1", "text: one mean per text (the paper); token: one row per aligned position",
                           ("text", "token"))  # fmt: skip
-    max_rows: int = option(4096, "1", "at most so many rows with token pooling")
+    max_rows: int = option(4096, "1", "at most so many rows with token pooling", only_with="token pooling")
     tokens_per_batch: int = option(4096, "13e", "tokens per forward pass, padding included; a longer text goes alone")
     activations_budget_mb: int = option(16384, "1", "memory for one model's rows in each process; beyond it they are "
                                         "kept in a temporary file of the plan directory", changes="")  # fmt: skip
@@ -140,8 +154,11 @@ class Experiment:
                                     "from the unfused target; distill: no_hot with the source as teacher",
                                     ("hot", "no_hot", "distill"))  # fmt: skip
     freeze_strategy: str = option("frozen_hot", "3", "with hot: frozen_hot (= frozen_transport) fixes the residual; "
-                                  "frozen_base: only it trains; none: both train", FREEZE_STRATEGIES)  # fmt: skip
-    train_alpha: float | None = option(None, "3", "with hot: residual strength while training; default the fused one")
+                                  "frozen_base: only it trains; none: both train", FREEZE_STRATEGIES,
+                                  only_with="hot")  # fmt: skip
+    train_alpha: float | None = option(
+        None, "3", "with hot: residual strength while training; default the fused one", only_with="hot"
+    )
     sft_samples: int = option(2000, "3", "at most so many fine-tuning rows", changes="")
     block_size: int = option(2048, "3", "fine-tuning rows are cut at so many tokens; with --packing, tokens per pack")
     packing: bool = option(False, "3", "put several whole rows into one sequence; none attends to another")
@@ -149,36 +166,40 @@ class Experiment:
     train_batch_size: int = option(1, "3", "rows (with --packing, packs) per device and step")
     gradient_accumulation: int = option(8, "3", "steps per optimizer update")
     gradient_checkpointing: bool = option(False, "3", "compute activations again in the backward pass: less memory")
-    learning_rate: float = option(1e-6, "3", "peak learning rate")
+    learning_rate: float = option(1e-6, "3", "peak learning rate", only_with="no search of rates")
     lr_scheduler: str = option("linear", "3", "how the learning rate ends",
                                ("linear", "cosine", "constant", "constant_with_warmup"))  # fmt: skip
     warmup: float = option(0.0, "3", "updates in which the learning rate rises; below 1, share of all updates")
     weight_decay: float = option(0.0, "3", "of AdamW")
     max_grad_norm: float = option(1.0, "3", "gradients are clipped at this norm; 0: not at all")
     save_steps: int = option(
-        200, "3", "optimizer updates between training checkpoints (resume points)", only_with="early_stop"
+        200, "3", "optimizer updates between training checkpoints (resume points)", only_with="early stop"
     )
     validation_samples: int = option(32, "3", "at most so many validation rows (of groups that nothing else reads); "
                                      "their loss is recorded before, during and after; 0: none")  # fmt: skip
-    eval_steps: int | None = option(None, "3", "updates between validations; default once per epoch")
+    eval_steps: int | None = option(
+        None, "3", "updates between validations; default once per epoch", only_with="no early stop"
+    )
     early_stop: int | None = option(None, "3", "stop when the validation loss has not fallen in so many validations, "
                                     "one at each --save-steps, and take the best; default never")  # fmt: skip
     alpha_search: tuple[float, ...] = option((), "3", "with hot: train with each of these alphas, e.g. 0.03,0.1, and "
-                                             "keep the best on the validation rows")  # fmt: skip
+                                             "keep the best on the validation rows", only_with="hot")  # fmt: skip
     lr_search: tuple[float, ...] = option((), "3", "the same for learning rates; both: every combination")
     report_to: str = option("none", "3", "logging service of the Trainer, e.g. tensorboard or wandb", changes="")
     save_untrained_folded: bool = option(False, "3", "also write <output_dir>-untrained: what training starts from, "
                                          "folded", changes="")  # fmt: skip
 
     use_lora: bool = option(False, "3", "train LoRA adapters (merged at the end) instead of the base weights")
-    lora_rank: int = option(8, "3", "rank of the adapters")
-    lora_alpha: float = option(16.0, "3", "adapters are scaled by lora_alpha / lora_rank")
-    lora_dropout: float = option(0.0, "3", "dropout before the adapters")
-    lora_targets: str = option("q_proj,k_proj,v_proj,o_proj", "3", "layers that get adapters, or all-linear")
+    lora_rank: int = option(8, "3", "rank of the adapters", only_with="LoRA")
+    lora_alpha: float = option(16.0, "3", "adapters are scaled by lora_alpha / lora_rank", only_with="LoRA")
+    lora_dropout: float = option(0.0, "3", "dropout before the adapters", only_with="LoRA")
+    lora_targets: str = option(
+        "q_proj,k_proj,v_proj,o_proj", "3", "layers that get adapters, or all-linear", only_with="LoRA"
+    )
 
     distill_weight: float = option(0.5, "3", "share of the teacher's divergence in the loss of distill, where both "
-                                   "models have the same vocabulary")  # fmt: skip
-    distill_temperature: float = option(1.0, "3", "softens both distributions in that divergence")
+                                   "models have the same vocabulary", only_with="distill")  # fmt: skip
+    distill_temperature: float = option(1.0, "3", "softens both distributions in that divergence", only_with="distill")
 
     held_out_samples: int = option(64, "e", "at most so many held-out texts", changes="")
     general_file: str | None = option(
@@ -216,11 +237,12 @@ class Experiment:
             raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB") from None
 
     def deciding(self, stage: str) -> dict[str, Any]:
-        """The settings that change the bytes of a stage's output, for its fingerprint: None where the one that such a
-        setting needs is absent, and of a device its kind (which of two equal GPUs makes no difference)."""
+        """The settings that change the bytes of a stage's output, for its fingerprint: None where the others make it
+        change nothing, and of a device its kind (which of two equal GPUs makes no difference)."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if stage in f.metadata["changes"]}
         for f in dataclasses.fields(self):
-            if f.name in found and f.metadata["only_with"] and not getattr(self, f.metadata["only_with"]):
+            condition = f.metadata["only_with"]
+            if f.name in found and condition and not CONDITIONS[condition](self, stage):
                 found[f.name] = None
         return {**found, "device": self.device.partition(":")[0]}
 
@@ -292,6 +314,11 @@ class Experiment:
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value not in (None, "") and value not in choices:
                 raise UserError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def of_one_scenario() -> set[str]:
+    """The settings that only one scenario of stage 3 has: two trainings of different scenarios may differ in them."""
+    return {f.name for f in dataclasses.fields(Experiment) if f.metadata["only_with"] in ("hot", "distill")}
 
 
 def check_device(name: str) -> None:

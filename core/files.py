@@ -14,8 +14,11 @@ from typing import Any
 
 from core.errors import UserError
 
-# Prefix of what a killed run may leave behind; removed by the next one that writes into the folder.
-TEMPORARY = ".tmp-"
+# Prefix of what a killed run may leave behind; removed by the next one that writes into the folder, which may be one
+# of the user's own: no other program may name its files like that.
+TEMPORARY = ".tmp-transport-merge-"
+# By this file an output folder is known as ours (core/manifest.py).
+MANIFEST = "manifest.json"
 # The lock of a folder is a file in it whose name begins like that: nobody takes it for content.
 LOCK = f"{TEMPORARY}lock"
 # safetensors writes 0600; a checkpoint gets the permissions of any other file.
@@ -48,16 +51,40 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, below: bool = False) -> None:
-    """Remove what killed runs left half-written in a folder, or everywhere `below` it.
+    """Remove what killed runs left half-written in a folder, or everywhere `below` it but in other outputs.
 
     Only for who holds the folder's lock (core/locks.py): nobody else may be writing there. Lock files stay.
     """
-    pattern = f"{TEMPORARY}*"
-    for leftover in list(folder.rglob(pattern) if below else folder.glob(pattern)):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        elif not leftover.name.startswith(LOCK):
-            leftover.unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if path.name.startswith(LOCK):
+            continue
+        if path.name.startswith(TEMPORARY):
+            _remove(path)
+        elif below and path.is_dir() and not path.is_symlink() and not _is_output(path):
+            remove_leftovers(path, below)
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove all that a folder holds but its lock, its manifest, and other outputs in it."""
+    for path in list(folder.iterdir()):
+        if path.name == MANIFEST or path.name.startswith(LOCK):
+            continue
+        if not path.is_dir() or path.is_symlink() or not any(map(_is_output, (path, *path.rglob("*")))):
+            _remove(path)
+        elif not _is_output(path):
+            empty_folder(path)
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder is an output of its own, or is being written by a process of its own."""
+    return (folder / MANIFEST).is_file() or (folder / LOCK).is_file()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

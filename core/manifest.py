@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import LOCK, TEMPORARY, digest_of, read_json, remove_leftovers, write_json
+from core.files import MANIFEST, TEMPORARY, digest_of, empty_folder, read_json, remove_leftovers, write_json
 from core.locks import hold
 
 FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
 # Stage, as manifests name it -> the command that makes its folder.
 COMMANDS = {
     "plans": "run_activs_and_hot.py",
@@ -26,15 +24,28 @@ log = logging.getLogger(__name__)
 
 
 def check_output_folder(folder: Path, *inputs: Path) -> None:
-    """Refuse an output folder that holds files of someone else, or one of the inputs (UserError). Writes nothing."""
+    """Refuse an output folder that holds files of someone else or one of the inputs, or that is inside another output,
+    which is emptied when its stage is made anew (UserError). Writes nothing."""
     if folder.is_file():
         raise UserError(f"output folder {folder} is a file; give a folder")
     foreign = folder.is_dir() and any(not path.name.startswith(TEMPORARY) for path in folder.iterdir())
     if foreign and not (folder / MANIFEST).is_file():
         raise UserError(f"output folder {folder} is not empty and was not made by this tool; give another folder")
+    for place in folder.resolve().parents:
+        if _is_ours(place):
+            raise UserError(f"output folder {folder} is inside {place}, which is an output itself; give another folder")
     for path in inputs:
         if folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"output folder {folder} holds the input {path}; give another folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder's manifest is one that a stage wrote; other programs have files of that name."""
+    try:
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("stage") in COMMANDS
 
 
 def check_format(folder: Path, record: Mapping[str, Any]) -> None:
@@ -44,8 +55,10 @@ def check_format(folder: Path, record: Mapping[str, Any]) -> None:
         return
     stage = record.get("stage")
     command = f"python {COMMANDS[stage]}" if stage in COMMANDS else "the command that made it"
-    raise UserError(f"{folder} has format {found} and this version reads format {FORMAT_VERSION}, in which splits and "
-                    f"digests mean something else; run {command} again, which makes it anew")  # fmt: skip
+    raise UserError(
+        f"{folder} has format {found} and this version reads format {FORMAT_VERSION}, in which splits and digests mean "
+        f"something else; run {command} again, which makes it anew"
+    )
 
 
 def _contents(value: Any) -> Any:
@@ -84,8 +97,8 @@ class Manifest:
                 return cls(folder, record)
             log.info("%s %s: making it anew", folder, _difference(record, inputs))
             _empty(folder, record)
-        manifest = cls(folder, {"format": FORMAT_VERSION, "stage": stage, "status": "incomplete",
-                                "fingerprint": fingerprint, "inputs": inputs})  # fmt: skip
+        begun = {"format": FORMAT_VERSION, "stage": stage, "status": "incomplete"}
+        manifest = cls(folder, {**begun, "fingerprint": fingerprint, "inputs": inputs})
         manifest.save()
         return manifest
 
@@ -128,8 +141,10 @@ class Manifest:
 def _difference(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """Why what a folder holds cannot be used: its format, or the inputs that changed."""
     if record.get("format") != FORMAT_VERSION:
-        return (f"has format {record.get('format')} and this version writes format {FORMAT_VERSION}, in which splits "
-                f"and digests mean something else")  # fmt: skip
+        return (
+            f"has format {record.get('format')} and this version writes format {FORMAT_VERSION}, in which splits and "
+            "digests mean something else"
+        )
     if record.get("fingerprint") is None:
         return "was being emptied when its process ended"
     old, new = record.get("inputs", {}), json.loads(json.dumps(inputs))
@@ -138,16 +153,10 @@ def _difference(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
 
 
 def _empty(folder: Path, record: Mapping[str, Any]) -> None:
-    """Remove all that a folder holds but its lock and its manifest, by which it is known as ours.
+    """Remove what a folder holds, but its lock and its manifest, by which it is known as ours.
 
     Before that the manifest says that nothing here is finished, and by its missing fingerprint that nothing can be
     continued: whoever reads the folder meanwhile, or finds it after a kill, is told the truth.
     """
     write_json(folder / MANIFEST, {**record, "status": "incomplete", "fingerprint": None})
-    for path in folder.iterdir():
-        if path.name == MANIFEST or path.name.startswith(LOCK):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    empty_folder(folder)

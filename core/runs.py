@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from core.errors import UserError, first_line
 from core.files import (
+    MANIFEST,
     TEMPORARY,
     atomic_file,
     digest_of,
@@ -28,7 +29,7 @@ from core.files import (
     write_text,
 )
 from core.locks import hold, outputs_held
-from core.manifest import FORMAT_VERSION, MANIFEST, Manifest, check_format, check_output_folder
+from core.manifest import FORMAT_VERSION, Manifest, check_format, check_output_folder
 
 __all__ = [
     "FORMAT_VERSION",

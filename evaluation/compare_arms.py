@@ -22,7 +22,7 @@ from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import parse_command
 from core.controls import CONTROLS, control_residual
 from core.data import DataSpec, Row, divide
-from core.experiment import Experiment, open_pair
+from core.experiment import Experiment, of_one_scenario, open_pair
 from core.fusion import FusionSettings, Residual, Transport
 from core.heldout import text_nll, trained_tokens
 from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
@@ -209,18 +209,21 @@ def searches(adapted: dict[str, dict[Path, Manifest]]) -> str:
 
 def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[str, dict[Path, Manifest]]) -> None:
     """Refuse (UserError) to compare stages that were not made from each other, or trainings that differ in more than
-    their start, their teacher and their seed."""
+    their start, their teacher, what only their scenario has, and their seed."""
     if fused.inputs["plans"] != plans.manifest.record["fingerprint"]:
         raise UserError(f"{run / 'fused'} was made from other plans; run core/generate_hot_residual.py again")
-    settings = []
-    for place, manifest in (pair for found in adapted.values() for pair in found.items()):
-        if manifest.inputs["made_by"] != fused.record["fingerprint"]:
-            raise UserError(f"{place} was made from another fused checkpoint; run stage 3 again")
-        used = {key: value for key, value in manifest.inputs["settings"].items()
-                if key not in ("training_scenario", "seed")}  # fmt: skip
-        settings.append((used, manifest.inputs["data"], manifest.inputs["validation"]))
-    if any(other != settings[0] for other in settings):
-        raise UserError(f"the trainings in {run / 'adapted'} had other settings or data; run all with the same")
+    own, shared = {"training_scenario", *of_one_scenario()}, []
+    for found in adapted.values():
+        scenario = []
+        for place, manifest in found.items():
+            if manifest.inputs["made_by"] != fused.record["fingerprint"]:
+                raise UserError(f"{place} was made from another fused checkpoint; run stage 3 again")
+            used = {key: value for key, value in manifest.inputs["settings"].items() if key != "seed"}
+            scenario.append({key: value for key, value in used.items() if key in own})
+            rest = {key: value for key, value in used.items() if key not in own}
+            shared.append((rest, manifest.inputs["data"], manifest.inputs["validation"]))
+        if any(other != scenario[0] for other in scenario) or any(other != shared[0] for other in shared):
+            raise UserError(f"the trainings in {run / 'adapted'} had other settings or data; run all with the same")
 
 
 def evaluate_arms(

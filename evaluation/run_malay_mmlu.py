@@ -78,12 +78,12 @@ def run(
     settings = {"shots": shots, "prompt": form.policy, "llama_name": form.llama, "date": date}
     data = hashlib.sha256(source.read_bytes()).hexdigest()
     inputs = {"benchmark": benchmark, "model": evaluated.identity, "limit": limit, "settings": settings, "data": data}
-    path = output_dir / f"{benchmark}.json"
+    path, partial = (output_dir / f"{benchmark}{ending}" for ending in (".json", ".partial.json"))
     if finished(path, inputs):
+        partial.unlink(missing_ok=True)  # of a run that was killed after it had written the score
         return path
     if form.policy == CHAT:
         chat_template(evaluated)
-    partial = output_dir / f"{benchmark}.partial.json"
     with finite(evaluated, benchmark):
         # No score depends on the batches, but a killed run goes on with the same ones.
         done = _chunks(evaluated, questions, form, partial, {**inputs, "tokens_per_batch": tokens_per_batch})

@@ -32,7 +32,7 @@ from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.locate import CARD_FILES, HUB_FILES, model_folder, models_root
 from core.locks import file_lock
-from core.runs import TEMPORARY, UserError, first_line, run_command, setup_logging
+from core.runs import UserError, first_line, run_command, setup_logging
 from evaluation.harness import members, task_manager
 from evaluation.tasks import STAND_INS, task_benchmarks
 
@@ -171,7 +171,7 @@ def _fetch_rows(spec: DataSpec, path: Path) -> None:
 def _clone(address: str, place: Path) -> None:
     """A repository's last state; a clone that was cut leaves nothing under its name."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(TEMPORARY + place.name)
+    temporary = place.with_name(f".cloning-{place.name}")
     with file_lock(place.with_name(f"{LOCK}-{place.name}"), str(place), wait=True):
         if place.is_dir():
             return

@@ -233,7 +233,8 @@ def test_push_uploads_the_finished_folder_and_again_when_asked_again(plans, lice
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
     fused = fuse(plans, tmp_path / "fused", "--push-to-hub", "mine")
     fingerprint = json.loads((fused / "manifest.json").read_text())["fingerprint"]
-    for name in ("parts/0.safetensors", "checkpoints/checkpoint-1/a.json", ".tmp-a/a"):  # of a killed run
+    # Of a killed run.
+    for name in ("parts/0.safetensors", "checkpoints/checkpoint-1/a.json", ".tmp-transport-merge-a/a"):
         (fused / name).parent.mkdir(parents=True)
         (fused / name).touch()
     fuse(plans, fused)

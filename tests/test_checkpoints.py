@@ -18,7 +18,7 @@ from core import convert
 from core.attention import attention_layout
 from core.card import read_licence
 from core.checkpoints import open_checkpoint, open_config, write_folded
-from core.runs import UserError
+from core.runs import TEMPORARY, UserError
 from scripts import fetch_demo_models as fetch
 
 
@@ -319,6 +319,11 @@ def test_bin_weights_go_through_safe_loading(models, tmp_path, monkeypatch):
     assert made.folder != folder and made.load_tokenizer().is_fast
     assert made.tensor("model.layers.1.self_attn.k_proj.weight").dtype == torch.bfloat16
     assert all(torch.equal(made.tensor(name), tensor) for name, tensor in state.items())
+    for name in (f"{TEMPORARY}lock.json", "rows_read.json"):  # of ours: the model is the same
+        (folder / name).write_text("{}")
+    assert open_checkpoint(str(folder)).folder == made.folder
+    convert.convert_bin(folder, tmp_path / "again", False)
+    assert not (tmp_path / "again" / f"{TEMPORARY}lock.json").exists()
 
     class Trap:
         def __reduce__(self):

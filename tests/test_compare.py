@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from core.checkpoints import open_checkpoint
 from core.controls import CONTROLS, control_residual
 from core.data import Row
 from core.hot_residual import load_residuals
-from core.runs import UserError
+from core.runs import Manifest, UserError
 from evaluation import compare_arms
 from evaluation.verdict import statistics, table
 
@@ -233,6 +235,29 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, sets,
                                           command.experiment))  # fmt: skip
     assert got[0][1] == got[-1][1] != got[1][1]
+
+
+@pytest.mark.parametrize(
+    ("arm", "changed", "refused"),
+    [
+        ("hot/seed0", {}, False),
+        ("no_hot/seed0", {"freeze_strategy": None}, False),  # it has no residual to freeze
+        ("hot/seed1", {"freeze_strategy": "none"}, True),
+        ("no_hot/seed0", {"epochs": 3.0}, True),
+    ],
+)
+def test_trainings_differ_in_what_their_scenario_has_alone(tmp_path, arm, changed, refused):
+    def training(place):
+        settings = {"training_scenario": place.split("/")[0], "freeze_strategy": "frozen_hot", "epochs": 1.0}
+        settings |= {"seed": place[-1]} | (changed if place == arm else {})
+        return Manifest(tmp_path, {"inputs": {"made_by": "f", "data": 1, "validation": 2, "settings": settings}})
+
+    arms = {"fused_adapted": ("hot/seed0", "hot/seed1"), "no_hot": ("no_hot/seed0",)}
+    adapted = {name: {tmp_path / place: training(place) for place in places} for name, places in arms.items()}
+    fused = Manifest(tmp_path, {"fingerprint": "f", "inputs": {"plans": "p"}})
+    plans = SimpleNamespace(manifest=Manifest(tmp_path, {"fingerprint": "p"}))
+    with pytest.raises(UserError, match="had other settings") if refused else nullcontext():
+        compare_arms.check_chain(tmp_path, plans, fused, adapted)
 
 
 def test_stages_that_do_not_belong_together_are_refused(fails, run, tmp_path):

@@ -170,21 +170,55 @@ OTHERS = {"str": "another", "int": 7, "float": 0.77, "bool": True, "tuple[float,
           "int | None": 7, "float | None": 0.77}  # fmt: skip
 
 
+LORA, DISTILL, TOKEN = {"use_lora": True}, {"training_scenario": "distill"}, {"pooling": "token"}
+# Setting -> the others with which it changes something, where these are not the defaults.
+NEEDS: dict[str, dict] = {
+    **dict.fromkeys(("seed", "max_rows"), TOKEN),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), LORA),
+    **dict.fromkeys(("distill_weight", "distill_temperature"), DISTILL),
+    "save_steps": {"early_stop": 3},
+}
+
+
 @pytest.mark.parametrize("stage", CHANGES)
 def test_every_setting_of_a_stage_is_decided_and_a_changed_one_changes_the_fingerprint(stage):
     """A new setting fails here until somebody has decided what it changes."""
     fields = [f for f in dataclasses.fields(Experiment) if stage in f.metadata["stages"]]
     decided = [*CHANGES[stage].split(), *INPUTS[stage].split(), *BESIDE[stage].split()]
     assert sorted(decided) == sorted(f.name for f in fields)
-    before = Experiment(early_stop=3)
     for f in fields:
+        before = Experiment(**NEEDS.get(f.name, {}))
         changed = dataclasses.replace(before, **{f.name: OTHERS[str(f.type)]}).deciding(stage)
         assert (changed != before.deciding(stage)) == (f.name in CHANGES[stage].split()), f.name
 
 
-def test_a_setting_that_another_one_needs_changes_nothing_without_it():
-    often, seldom = Experiment(save_steps=1), Experiment(save_steps=9)
-    assert often.deciding("3") == seldom.deciding("3") and often.deciding("3")["save_steps"] is None
+@pytest.mark.parametrize(
+    ("stage", "others", "names"),
+    [
+        ("1", {"pooling": "text"}, "seed max_rows"),
+        ("3", {"training_scenario": "no_hot"}, "freeze_strategy train_alpha alpha_search distill_weight"),
+        ("3", {"training_scenario": "distill"}, "freeze_strategy train_alpha alpha_search"),
+        ("3", {"training_scenario": "hot"}, "distill_weight distill_temperature"),
+        ("3", {"use_lora": False}, "lora_rank lora_alpha lora_dropout lora_targets"),
+        ("3", {"lr_search": (0.1,)}, "learning_rate"),
+        ("3", {"early_stop": None}, "save_steps"),
+        ("3", {"early_stop": 3}, "eval_steps"),
+    ],
+)
+def test_a_setting_that_changes_nothing_beside_the_others_is_in_no_fingerprint(stage, others, names):
+    """A finished folder would be emptied for it."""
+    before, types = Experiment(**others), {f.name: str(f.type) for f in dataclasses.fields(Experiment)}
+    for name in names.split():
+        changed = dataclasses.replace(before, **{name: OTHERS[types[name]]})
+        assert changed.deciding(stage) == before.deciding(stage) and changed.deciding(stage)[name] is None, name
+
+
+def test_a_seed_counts_in_training_and_evaluation_whatever_the_pooling():
+    for stage in "3e":
+        assert Experiment(seed=1).deciding(stage) != Experiment(seed=2).deciding(stage)
+
+
+def test_of_a_device_its_kind_counts():
     first, second = Experiment(device="cuda:0"), Experiment(device="cuda:1")
     assert first.deciding("1") == second.deciding("1") != Experiment(device="cpu").deciding("1")
 

@@ -11,7 +11,7 @@ from conftest import llama, make_tokenizer, run_main, save
 from test_malay_mmlu import rows, write
 
 from core.checkpoints import open_checkpoint
-from core.runs import UserError
+from core.runs import FORMAT_VERSION, UserError
 from evaluation import collect_results, generate_cmmlu_predictions, harness, run_lm_eval, run_task
 from evaluation import tasks as task_lists
 from evaluation.scores import Evaluated
@@ -80,7 +80,7 @@ def test_extra_tasks_and_groups_are_scored_and_stand_in_the_table(own, models, b
             name: f"{name}.json" for name in ("xcopa_id", "extra_group", "extra_two")
         }
     (place / "fused").mkdir()
-    (place / "fused/manifest.json").write_text("{}")
+    (place / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
     folder = place / "benchmarks/indonesian/base"
     one, two, both = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("extra_one", "extra_two", "extra_group")
@@ -115,7 +115,7 @@ def test_an_experiment_that_the_paper_does_not_have_counts_all_it_names(own, mod
     run(models["target"], benchmark_data, tmp_path / "runs/my-task/benchmarks/my-task/base", "my-task")
     run(models["other"], benchmark_data, place / "benchmarks/my-task/fused", "my-task")
     (place / "fused").mkdir()
-    (place / "fused/manifest.json").write_text("{}")
+    (place / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
     run_main(collect_results, "--results-dir", tmp_path / "runs", "--tasks", "my-task")
     found = collected(tmp_path / "runs", "my-task", "my-task-regression")
     values = [row["arms"]["fused"]["value"] for row in found["rows"].values()]

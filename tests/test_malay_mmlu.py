@@ -349,8 +349,10 @@ def test_a_killed_run_continues_to_the_same_bytes(models, data, tmp_path, monkey
     assert sum(seen) == 4 and "continuing after 16 of 20" in caplog.text
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["malay_mmlu.json"]
     assert (tmp_path / "killed" / "malay_mmlu.json").read_bytes() == expected
+    (tmp_path / "killed/malay_mmlu.partial.json").write_text("{}")  # killed between the score and its removal
     run_main(run_malay_mmlu, *flags, "--output-dir", tmp_path / "killed")
     assert sum(seen) == 4 and "is finished already" in caplog.text
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["malay_mmlu.json"]
     run_main(run_malay_mmlu, *flags, "--output-dir", tmp_path / "killed", "--limit", 5)
     assert sum(seen) == 9
     record = json.loads((tmp_path / "killed" / "malay_mmlu.json").read_text())

@@ -14,7 +14,7 @@ from stages import digests, fuse
 
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
-from core.files import atomic_file
+from core.files import LOCK, atomic_file
 from core.locks import hold, outputs_held
 from core.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from core.runs import UserError
@@ -29,7 +29,7 @@ def nothing_stays_locked():
 
 def names(folder: Path) -> list[str]:
     """What is in a folder but its lock."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".tmp-lock"))
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(LOCK))
 
 
 # Files
@@ -57,9 +57,9 @@ def test_two_writers_of_one_name_do_not_disturb_each_other(tmp_path):
 
 def test_a_kill_while_a_folder_begins_or_is_emptied_leaves_it_ours(tmp_path):
     folder = tmp_path / "x"
-    (folder / ".tmp-manifest.json").mkdir(parents=True)  # killed while the first manifest was written
+    (folder / ".tmp-transport-merge-manifest.json").mkdir(parents=True)  # killed while the first manifest was written
     Manifest.begin(folder, "plans", {"a": 1})
-    (folder / "below/.tmp-model.safetensors").mkdir(parents=True)
+    (folder / "below/.tmp-transport-merge-model.safetensors").mkdir(parents=True)
     (folder / "half").write_text("x")
     Manifest.begin(folder, "plans", {"a": 1})
     assert names(folder) == ["below", "half", MANIFEST] and not names(folder / "below")
@@ -96,6 +96,41 @@ def test_manifest_refuses_a_folder_of_another_stage(tmp_path):
         Manifest.begin(tmp_path / "x", "fused", {"a": 1})
     with pytest.raises(UserError, match="is not finished; run the command of stage 'plans'"):
         Manifest.read(tmp_path / "x", "plans")
+
+
+def test_an_output_inside_another_output_is_refused(tmp_path):
+    """Stage 1 made anew would remove it."""
+    Manifest.begin(tmp_path / "out", "plans", {"a": 1})
+    with pytest.raises(UserError, match=f"is inside {tmp_path / 'out'}, which is an output itself; give another"):
+        Manifest.begin(tmp_path / "out/below/fused", "fused", {"a": 1})
+    (tmp_path / MANIFEST).write_text('{"name": "of another program"}')
+    Manifest.begin(tmp_path / "fused", "fused", {"a": 1})
+
+
+def test_a_folder_with_a_lock_or_a_manifest_of_its_own_is_left_alone_by_the_one_around_it(tmp_path):
+    out = tmp_path / "out"
+    Manifest.begin(out, "plans", {"a": 1})
+    kept = [out / "fused/.tmp-transport-merge-x", out / "deep/locked/.tmp-transport-merge-x"]
+    for place in kept:  # of the stages that run there
+        place.mkdir(parents=True)
+    (out / "fused" / MANIFEST).write_text("{}")
+    hold(out / "deep/other")
+    (out / "deep/locked/.tmp-transport-merge-lock").touch()
+    (out / "deep/left.txt").write_text("of the first")
+    for settings in ({"a": 1}, {"a": 2}):
+        Manifest.begin(out, "plans", settings)
+        assert all(place.is_dir() for place in kept)
+    assert (out / "deep/other/.tmp-transport-merge-lock").is_file() and not (out / "deep/left.txt").exists()
+    assert names(out) == ["deep", "fused", MANIFEST] and names(out / "deep") == ["locked", "other"]
+
+
+def test_what_others_name_temporary_is_not_removed_with_our_leftovers(tmp_path):
+    """A user's own files, and a clone that download_assets.py is fetching."""
+    (tmp_path / ".tmp-MalayMMLU").mkdir()
+    (tmp_path / ".tmp-notes.txt").touch()
+    (tmp_path / ".tmp-transport-merge-all.md-x").mkdir()
+    hold(tmp_path)
+    assert names(tmp_path) == [".tmp-MalayMMLU", ".tmp-notes.txt"]
 
 
 def older(folder: Path, copy: Path) -> Path:
@@ -147,7 +182,7 @@ from core.locks import hold, outputs_held
 folder = Path(sys.argv[1])
 with outputs_held():
     hold(folder)
-    (folder / ".tmp-all.md-x").mkdir()
+    (folder / ".tmp-transport-merge-all.md-x").mkdir()
     print("held", flush=True)
     sys.stdin.readline()
     (folder / "of the holder").touch()
@@ -172,11 +207,11 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     assert "wait for it or give another output folder" in str(told.value)
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    assert (folder / ".tmp-lock").is_file() and (folder / ".tmp-all.md-x").is_dir()
+    assert (folder / ".tmp-transport-merge-lock").is_file() and (folder / ".tmp-transport-merge-all.md-x").is_dir()
     with outputs_held():
         hold(folder)  # the lock file that is left over stops nobody
         hold(folder)
-        assert not (folder / ".tmp-all.md-x").exists()
+        assert not (folder / ".tmp-transport-merge-all.md-x").exists()
     assert not (tmp_path / "x/y").exists() or not list(folder.iterdir())
 
 
@@ -223,12 +258,12 @@ def test_the_same_command_started_twice_is_refused_and_the_first_ends_with_the_r
     flags = ["--hot_dir", plans["token"], "--modelA_id", models["target"], "--modelB_id", models["source"],
              "--output_dir", out, "--feature-map", "regression", "--alpha", "0.3", "--top-k", "0"]  # fmt: skip
     first = started(STAGE, *flags)
-    (out / ".tmp-half-written").mkdir()  # of the first, which the second must leave alone
+    (out / ".tmp-transport-merge-half-written").mkdir()  # of the first, which the second must leave alone
     told = fails(stage2, *flags)
     assert f"{out} is being written by process {first.pid} on host" in told
     assert f"{out} is being written by" in fails(stage2, *flags, "--ridge", "0.1")  # nor is the folder emptied
-    assert (out / ".tmp-half-written").is_dir()
-    (out / ".tmp-half-written").rmdir()
+    assert (out / ".tmp-transport-merge-half-written").is_dir()
+    (out / ".tmp-transport-merge-half-written").rmdir()
     _, error = first.communicate("\n")
     assert first.returncode == 0, error
     assert digests(out) == digests(fused)

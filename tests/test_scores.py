@@ -34,7 +34,7 @@ def run_of(place, task, name="arc_id", **details):
     for which, items in (("base", [0.0, 0.0, 0.0, 1.0]), ("fused", [1.0, 1.0, 0.0, 1.0])):
         arm(place / f"benchmarks/{task}/{which}", name, items, **details)
     (place / "fused").mkdir()
-    (place / "fused/manifest.json").write_text("{}")
+    (place / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
 
 
 def test_tables_report_the_declared_metric_wherever_the_file_lists_it(tmp_path):

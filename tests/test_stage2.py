@@ -206,7 +206,7 @@ def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path
         manifest.pop(key)
     (out / "manifest.json").write_text(json.dumps(manifest))
     (out / "model.safetensors").unlink()
-    (out / ".tmp-model.safetensors").mkdir()
+    (out / ".tmp-transport-merge-model.safetensors").mkdir()
     fuse(plans["token"], models, out, "--feature-map", "regression", "--alpha", "0.3", "--top-k", "0")
     assert digests(out) == digests(fused)
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.checkpoints import open_checkpoint, write_folded
-from core.runs import UserError
+from core.runs import TEMPORARY, UserError
 from core.start import Start, save_folded
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -84,7 +84,7 @@ def test_what_we_wrote_about_a_target_is_not_copied_from_it(models, tmp_path):
     of_the_model = {path.name for path in folder.iterdir()} | {"vocab.json", "LICENSE", "special_tokens_map.json"}
     ours = ["manifest.json", "resolved.yaml", "README.md", "results.json", "loss_curve.json", "loss_curve.png",
             "fusion_report.json", "hot_residual.safetensors", "source_answers.jsonl", "task.json", "log.txt",
-            "provenance.json", "pytorch_model.bin.index.json"]  # fmt: skip
+            "provenance.json", "pytorch_model.bin.index.json", "rows_read.json", f"{TEMPORARY}lock.json"]  # fmt: skip
     for name in [*of_the_model, *ours]:
         if not (folder / name).exists():
             (folder / name).write_text("{}")

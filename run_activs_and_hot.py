@@ -49,7 +49,7 @@ from core.runs import (
     run_command,
     setup_logging,
 )
-from core.seen_rows import write_rows_read
+from core.seen_rows import recorded, write_rows_read
 from core.sinkhorn import no_cost
 
 log = logging.getLogger("stage1")
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     else:
         if state.is_main_process:
             save_resolved(experiment, "1", folder)
-            write_rows_read(folder, {"calibration": rows})
+            write_rows_read(folder, {"calibration": division.marks(rows)}, recorded(target, source))
         record_activations(folder, {"target": target, "source": source}, readings, aside, experiment, state)
         state.wait_for_everyone()
         make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment, state)

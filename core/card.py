@@ -211,7 +211,7 @@ def adapted_card(
 
     Args:
         lineage: `adapted_lineage`.
-        data: `data_identity` of the fine-tuning rows.
+        data: `Division.identity` of the fine-tuning rows.
         curve: `core.trainer.curve_of`.
         counts: of `core.sft.sft_examples`.
         method: how a teacher took part, in words.

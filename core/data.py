@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.rows import Row, row_of
 from core.runs import UserError, digest_of, first_line, write_text
-from core.split import SHARES, SIMILARITY, group_names, near_duplicates, part_of, seeded_order
+from core.split import SHARES, SIMILARITY, group_names, near_duplicates, part_of, seeded_order, shared_values
 
 # The folder datasets/ must never shadow the installed package `datasets`: its modules are flat and found last.
 _FOLDER = str(Path(__file__).resolve().parents[1] / "datasets")
@@ -64,12 +65,21 @@ class Division:
         where: the data set as messages name it.
         revision: commit of a data set of the hub, where it is known.
         parts: all rows of each part.
+        prompts: what so many rows share that it joins none of them; None where a column names every group, so that
+            what texts share decides nothing.
     """
 
     spec: DataSpec
     where: str
     revision: str | None
     parts: dict[str, list[Row]]
+    prompts: set[str] | None
+
+    def marks(self, rows: Sequence[Row]) -> set[str]:
+        """By what a later stage knows rows that were read, and rows that belong with them: the digests of the texts,
+        and the passages and questions that make groups here."""
+        shared = set() if self.prompts is None else {value for row in rows for value in shared_values(row)}
+        return {row.digest for row in rows} | shared - (self.prompts or set())
 
     def rows(self, part: str, limit: int) -> list[Row]:
         """At most `limit` rows of a part, of as many groups as possible, in a seeded order.
@@ -140,11 +150,11 @@ def divide(spec: DataSpec) -> Division:
     Raises:
         UserError: unknown or missing subset, missing file, unknown columns, or an empty text.
     """
-    records, where, revision = _read_rows(spec)
+    read = _read_rows(spec)
     parts: dict[str, list[Row]] = {part: [] for part in SHARES}
-    for _, row in records:
+    for _, row in read.rows:
         parts[part_of(row.group, spec.split_seed)].append(row)
-    return Division(spec, where, revision, parts)
+    return Division(spec, read.where, read.revision, parts, read.prompts)
 
 
 def load_rows(spec: DataSpec, part: str, limit: int) -> list[Row]:
@@ -158,15 +168,22 @@ def export_rows(spec: DataSpec, path: Path) -> int:
 
     Raises UserError as `divide` does.
     """
-    records, _, _ = _read_rows(spec)
-    lines = [{**record, GROUP_COLUMN: row.group} for record, row in records]
+    lines = [{**record, GROUP_COLUMN: row.group} for record, row in _read_rows(spec).rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
     return len(lines)
 
 
-def _read_rows(spec: DataSpec) -> tuple[list[tuple[dict[str, Any], Row]], str, str | None]:
-    """Records with their rows in groups, duplicates out; the data set's name for messages; its revision."""
+class Records(NamedTuple):
+    """Records with their rows in groups, duplicates out, and what `Division` says of them."""
+
+    rows: list[tuple[dict[str, Any], Row]]
+    where: str
+    revision: str | None
+    prompts: set[str] | None
+
+
+def _read_rows(spec: DataSpec) -> Records:
     records, where, revision = _read(spec)
     column = spec.group_column or GROUP_COLUMN
     if spec.group_column and not any(spec.group_column in record for record in records):
@@ -178,18 +195,41 @@ def _read_rows(spec: DataSpec) -> tuple[list[tuple[dict[str, Any], Row]], str, s
         row = row_of(record, f"{where}, row {number}", strict=spec.file is not None)
         empty += row is None
         if row is not None:
-            found.setdefault(row, record)
+            # Of equal rows the one whose group has the smallest name stays, in whatever order they come.
+            found[row] = min(found.get(row, record), record, key=lambda one: _rank(_given_group(one, column)))
     if len(found) + empty < len(records):
         log.info("%s: %d duplicate rows left out", where, len(records) - len(found) - empty)
     if empty:
         log.warning("%s: %d rows without a text, or with a role that is no one's, left out", where, empty)
-    given = [None if record.get(column) is None else str(record[column]) for record in found.values()]
-    names = group_names(list(found), given)
+    given = [_given_group(record, column) for record in found.values()]
+    names, prompts = group_names(list(found), given)
     named = sum(name is not None for name in given)
     how = f", {named} of the rows named by the column {column}" if named else ""
     log.info("%s: %d groups of %d rows%s", where, len(set(names)), len(names), how)
+    if named < len(names) and (named or spec.group_column):
+        log.warning(
+            f"{where}: {len(names) - named} of {len(names)} rows have no group in the column {column}, so all rows, "
+            "those with a group too, are joined by what their texts share; fill in the column if it shall decide alone"
+        )
     pairs = zip(found.items(), names, strict=True)
-    return [(record, replace(row, group=name)) for (row, record), name in pairs], where, revision
+    rows = [(record, replace(row, group=name)) for (row, record), name in pairs]
+    return Records(rows, where, revision, prompts)
+
+
+def _rank(group: str | None) -> tuple[bool, str]:
+    """Given groups in the order of their names, then none."""
+    return group is None, group or ""
+
+
+def _given_group(record: dict[str, Any], column: str) -> str | None:
+    """The group that a record names; None where the cell is empty.
+
+    One empty cell makes floats of a column of whole numbers in a CSV: 1.0 is the group 1.
+    """
+    value = record.get(column)
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    return None if value is None or not str(value).strip() else str(value)
 
 
 def _shown(row: Row) -> str:

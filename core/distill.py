@@ -107,7 +107,7 @@ def _prompt(row: Row, tokenizer: Any, block_size: int) -> tuple[list[int], int, 
     length = min(block_size, len(tokenized(tokenizer, answer, add_special_tokens=False)["input_ids"]) + 1)
     if tokenizer.chat_template:
         options = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
-        ids = templated(tokenizer, row.chat()[:-1], row.plain, **options)
+        ids = templated(tokenizer, row.chat()[:-1], row.own_text, **options)
     else:
         asked = "\n".join(content for _, content in row.messages[:-1])
         ids = tokenized(tokenizer, asked + "\n")["input_ids"]

@@ -34,7 +34,7 @@ class Row:
 
     messages: tuple[tuple[str | None, str], ...]
     # What the row belongs to (a topic, a document): rows of one group are never in two parts of the split, and groups
-    # are what statistics resample. Two rows with the same messages are the same row, whatever their groups.
+    # are the unit of the intervals. Two rows with the same messages are the same row, whatever their groups.
     group: str = field(default="", compare=False)
 
     @property
@@ -62,7 +62,7 @@ class Row:
         `templated`."""
         if not self.has_roles or not tokenizer.chat_template:
             return self.plain, True
-        return templated(tokenizer, self.chat(), self.plain, tokenize=False), False
+        return templated(tokenizer, self.chat(), self.own_text, tokenize=False), False
 
     def chat(self) -> list[dict[str, str]]:
         """Messages as chat templates take them."""

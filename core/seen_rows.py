@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.data import DataSpec, Division, Row
+from core.checkpoints import Checkpoint
+from core.data import DataSpec, Division
 from core.runs import UserError, read_json, write_json
+from core.split import shared_values
 
-# Part -> digests of the rows of it that this folder was made with, by its own stage or one before it.
+# Part -> marks (`Division.marks`) of the rows of it that this folder was made with, by its own stage or one before it.
 ROWS_READ = "rows_read.json"
 
 
-def write_rows_read(folder: Path, parts: Mapping[str, Sequence[Row]], before: Iterable[Path] = ()) -> None:
-    """Record the rows that a stage read, and those that the folders it started from were made with."""
-    digests = {part: {row.digest for row in rows} for part, rows in parts.items()}
+def write_rows_read(folder: Path, parts: Mapping[str, Iterable[str]], before: Iterable[Path] = ()) -> None:
+    """Record the marks of the rows that a stage read, and those that the folders it started from were made with."""
+    marks = {part: set(found) for part, found in parts.items()}
     for part, found in rows_read(before).items():
-        digests[part] = digests.get(part, set()) | found
-    write_json(folder / ROWS_READ, {part: sorted(found) for part, found in digests.items()})
+        marks[part] = marks.get(part, set()) | found
+    write_json(folder / ROWS_READ, {part: sorted(found) for part, found in marks.items()})
 
 
 def rows_read(folders: Iterable[Path]) -> dict[str, set[str]]:
-    """Part -> digests of all rows that these folders were made with. Raises UserError where the record is missing."""
-    digests: dict[str, set[str]] = {}
+    """Part -> marks of all rows that these folders were made with. Raises UserError where the record is missing."""
+    marks: dict[str, set[str]] = {}
     for folder in folders:
         for part, found in read_json(folder / ROWS_READ).items():
-            digests.setdefault(part, set()).update(found)
-    return digests
+            marks.setdefault(part, set()).update(found)
+    return marks
+
+
+def recorded(*checkpoints: Checkpoint | None) -> list[Path]:
+    """The folders of those models that a stage of ours made from rows: a target, source or start may be one."""
+    return [model.folder for model in checkpoints if model is not None and (model.folder / ROWS_READ).is_file()]
 
 
 def check_held_out(division: Division, folders: Iterable[Path]) -> None:
-    """Refuse (UserError) to hold out a row that was read already: the data has changed, and groups have joined.
+    """Refuse (UserError) to hold out a row that was read already, or that has a passage or a question in common with
+    one that was: the data has changed, and groups have joined, or fallen apart because too many rows now share it.
 
     All rows of the part count, whether or not they are scored: rows of one group are no news to each other.
     """
@@ -39,15 +47,17 @@ def check_held_out(division: Division, folders: Iterable[Path]) -> None:
     counts = dict.fromkeys(seen, 0)
     leaked = 0
     for row in division.parts["held_out"]:
-        readers = [part for part, digests in seen.items() if row.digest in digests]
+        marks = shared_values(row) | {row.digest}
+        readers = [part for part, found in seen.items() if marks & found]
         leaked += bool(readers)
         for part in readers:
             counts[part] += 1
     if leaked:
         told = ", ".join(f"{part} {count}" for part, count in counts.items() if count)
         raise UserError(
-            f"{leaked} held-out rows of {division.where} were read by an earlier stage ({told}): the data has changed "
-            "since; run all stages again with it, or give the data as it was"
+            f"{leaked} held-out rows of {division.where} were read by an earlier stage ({told}), or share a passage or "
+            "a question with rows that were: the data has changed since; run all stages again with it, or give the "
+            "data as it was"
         )
 
 

@@ -45,7 +45,7 @@ def sft_example(row: Row, tokenizer: Any, block_size: int) -> Example:
         labels = [t if marked else IGNORED for t, marked in zip(ids, marks, strict=False)]
     elif _GENERATION.search(_template(tokenizer)):
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
-        done = templated(tokenizer, row.chat(), row.plain, **options)
+        done = templated(tokenizer, row.chat(), row.own_text, **options)
         ids = done["input_ids"][:block_size]
         labels = [t if marked else IGNORED for t, marked in zip(ids, done["assistant_masks"], strict=False)]
     else:
@@ -67,7 +67,7 @@ def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
     marked = [{**message, "content": _MARK.format(turn)} if turn in answers else message
               for turn, message in enumerate(chat)]  # fmt: skip
-    text, rendered = (templated(tokenizer, turns, row.plain, tokenize=False) for turns in (chat, marked))
+    text, rendered = (templated(tokenizer, turns, row.own_text, tokenize=False) for turns in (chat, marked))
     for clean in (str, str.strip):  # some templates strip what they are given
         filled, rest, spans = "", rendered, []
         for turn in answers:

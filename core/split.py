@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from core.rows import Row, digest_of_text, normalised
 
@@ -30,44 +31,57 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u
 WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
-def group_names(rows: Sequence[Row], given: Sequence[str | None]) -> list[str]:
-    """The group of each row: the one given, else one that it shares with every row that has a question, a passage or
-    a whole text in common with it, directly or through other rows.
+def group_names(rows: Sequence[Row], given: Sequence[str | None]) -> tuple[list[str], set[str] | None]:
+    """The group of each row; and what too many rows have in common for it to join them, or None where the groups given
+    decide.
 
-    A found group is named after the first of these values in alphabetical order, which begins with single passages:
-    a row that is added later and shares the passage brings no other one, so the group keeps its name and its part.
+    Where every row has a given group, these are the groups. Otherwise a row is in one group with every row that has a
+    question, a passage, a whole text or a given group in common with it, directly or through other rows.
+
+    A group is named after the first given group in it, else after the first of these values in alphabetical order,
+    which begins with single passages. A row that is added later and shares the passage brings no other one, so the
+    group keeps its name and its part. A row that joins two groups, or one more row than the limit on what many rows
+    share, does change names: `core.seen_rows` refuses what was read and would then be held out.
     """
+    if None not in given:
+        return [name for name in given if name is not None], None
+    found = [shared_values(row) for row in tqdm(rows, desc="finding groups", unit="text", delay=1)]
+    too_many = _too_many(len(rows))
+    prompts = {value for value, count in Counter(value for one in found for value in one).items() if count > too_many}
+    values = [one - prompts | {f"text {row.digest}"} for row, one in zip(rows, found, strict=True)]
+    return _joined(values, given), prompts
+
+
+def _joined(values: list[set[str]], given: Sequence[str | None]) -> list[str]:
+    """The name of each row's group: rows that have a value or a given group in common are in one."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    values = [set() if name is not None else _values(row) for row, name in zip(rows, given, strict=True)]
-    too_many = _too_many(len(rows))
-    counts = Counter(value for found in values for value in found)
-    numbers: dict[str, int] = {}
+    rows = len(values)
+    numbers: dict[tuple[str, str], int] = {}
     pairs = []
-    for number, found in enumerate(values):
-        found -= {value for value in found if counts[value] > too_many}
-        pairs += [(number, numbers.setdefault(value, len(numbers))) for value in sorted(found)]
+    for number, (found, name) in enumerate(zip(values, given, strict=True)):
+        keys = [("", value) for value in sorted(found)] + ([] if name is None else [("given", name)])
+        pairs += [(number, numbers.setdefault(key, len(numbers))) for key in keys]
     # Rows and values are the nodes of one graph, with an edge from each row to each of its values.
-    size = len(rows) + len(numbers)
+    size = rows + len(numbers)
     ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(ends)), (ends[:, 0], len(rows) + ends[:, 1])), shape=(size, size))
+    graph = coo_array((np.ones(len(ends)), (ends[:, 0], rows + ends[:, 1])), shape=(size, size))
     components = connected_components(graph, directed=False)[1]
-    names: dict[int, str] = {}
-    for number, row in enumerate(rows):
-        # A row of which nothing is left to share has the name of its own text.
-        smallest = min(values[number], default=f"text {row.digest}")
-        component = int(components[number])
+    # The smallest of each component, given groups before values.
+    names: dict[int, tuple[bool, str]] = {}
+    for component, found, name in zip(components.tolist(), values, given, strict=False):
+        smallest = (name is None, name or min(found))
         names[component] = min(names.get(component, smallest), smallest)
-    return [name or names[int(component)] for name, component in zip(given, components, strict=False)]
+    return [names[component][1] for component in components.tolist()[:rows]]
 
 
-def _values(row: Row) -> set[str]:
-    """What a row may share with others of its group: its whole text, its question (the first thing that the user
-    says), and the passages of what the user says: each paragraph or line, and several of them. Answers and system
+def shared_values(row: Row) -> set[str]:
+    """What a row may share with others of its group besides its whole text: its question (the first thing that the
+    user says), and the passages of what the user says: each paragraph or line, and several of them. Answers and system
     prompts do not count."""
     asked = [content for role, content in row.messages if role in (None, "user")]
-    found = {f"text {row.digest}"}
+    found = set()
     if asked and row.has_roles:
         found.add(f"question {digest_of_text(normalised(asked[0]))}")
     for content in asked:
@@ -93,7 +107,7 @@ def _too_many(rows: int) -> float:
 def part_of(group: str, split_seed: int) -> str:
     """The part of a group: a number in [0, 1) made from the seed and the name, compared with the cumulative shares.
 
-    Nothing else has a say in it, so no group changes its part when the data grows.
+    Nothing else has a say in it, so a group never changes its part; which rows are in it can change when data grows.
     """
     number = _number(f"{split_seed}\n{group}")
     reached = 0.0
@@ -138,7 +152,8 @@ def near_duplicates(held_out: Sequence[Row], others: Sequence[Row]) -> list[Row]
         if len(ours[number]):
             index.insert(number, sketch)
     found: set[int] = set()
-    for shingles, sketch in zip(theirs, MinHash.generator(theirs, **options), strict=True):
+    sketches = zip(theirs, MinHash.generator(theirs, **options), strict=True)
+    for shingles, sketch in tqdm(sketches, "finding near duplicates", len(theirs), unit="text", delay=1):
         if len(shingles):
             candidates = set(index.query(sketch)) - found
             found |= {number for number in candidates if _jaccard(ours[number], shingles) >= SIMILARITY}

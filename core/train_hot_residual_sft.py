@@ -41,7 +41,7 @@ from core.runs import (
     write_safetensors,
     write_text,
 )
-from core.seen_rows import check_held_out, check_same_split, write_rows_read
+from core.seen_rows import check_held_out, check_same_split, recorded, write_rows_read
 from core.sft import Example, sft_examples
 from core.start import Start, open_source, open_start, resolved, save_folded
 
@@ -72,11 +72,14 @@ def main(argv: list[str]) -> None:
     division = divide(experiment.data_spec)
     if start.made_by is not None:
         check_same_split(start.made_by["data"], division.spec, division.revision)
-        check_held_out(division, [start.checkpoint.folder])
+    made_with = recorded(start.checkpoint, source)
+    if start.made_by is not None and start.checkpoint.folder not in made_with:
+        made_with.append(start.checkpoint.folder)  # its record is missing, which reading it tells
+    check_held_out(division, made_with)
     rows = division.rows("sft", experiment.sft_samples)
     validation = division.rows("validation", experiment.validation_samples) if experiment.validation_samples else []
     data, validation_data = division.identity(rows), division.identity(validation)
-    read = {"sft": rows, "validation": validation}
+    read = {"sft": division.marks(rows), "validation": division.marks(validation)}
     state = process_state(experiment.device)
     settings = {**experiment.deciding("3"), "processes": state.num_processes}
     inputs = {"model": start.checkpoint.identity, "made_by": start.made_by and start.made_by["fingerprint"],
@@ -260,7 +263,7 @@ def finish(
         settings = {**settings, "chosen alpha": best["alpha"], "chosen learning rate": best["learning_rate"]}
         write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials,
                                       "chosen": chosen})  # fmt: skip
-    write_rows_read(folder, told["read"], [start.checkpoint.folder] if start.made_by else [])
+    write_rows_read(folder, told["read"], recorded(start.checkpoint, told["teacher"]))
     lineage = adapted_lineage(start.checkpoint, (start.made_by or {}).get("lineage"), hot, settings, told["teacher"])
     write_text(folder / CARD, adapted_card(lineage, told["data"], curve, told["counts"], told["method"]))
     losses = [point["loss"] for point in curve["train"]]
@@ -283,6 +286,7 @@ def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
     if not manifest.complete:
         state = {name: value.to("cpu") for name, value in start.load(hot, alpha).state_dict().items()}
         save_folded(start, place, state, hot, alpha, experiment.max_shard_bytes)
+        write_rows_read(place, {}, recorded(start.checkpoint))
         manifest.finish(**provenance())
     log.info("%s holds what training starts from", place)
 

@@ -51,13 +51,13 @@ def joined(data: Path, folder: Path, *readers: str) -> Path:
 def test_every_folder_records_the_rows_it_was_made_with(run):
     folder, data, _ = run
     parts = divide(DataSpec("file", str(data))).parts
-    expected = {part: {row.digest for row in rows} for part, rows in parts.items()}
+    expected = {part: divide(DataSpec("file", str(data))).marks(rows) for part, rows in parts.items()}
     plans, fused = (rows_read([folder / name]) for name in ("plans", "fused"))
     assert plans == fused == {"calibration": expected["calibration"]}
     for scenario in ("hot", "no_hot"):
         adapted = rows_read([folder / f"adapted/{scenario}/seed0"])
         assert adapted["calibration"] == plans["calibration"] and adapted["validation"] == expected["validation"]
-        assert len(adapted["sft"]) == 8 and adapted["sft"] < expected["sft"]
+        assert len({row.digest for row in parts["sft"]} & adapted["sft"]) == 8 and adapted["sft"] < expected["sft"]
 
 
 def test_held_out_rows_that_a_stage_read_are_refused_by_count(run, fails, tmp_path):
@@ -67,7 +67,8 @@ def test_held_out_rows_that_a_stage_read_are_refused_by_count(run, fails, tmp_pa
     for part in ("calibration", "validation"):
         (tmp_path / part).mkdir()
         grown = joined(data, tmp_path / part, part)
-        told = f"3 held-out rows of {grown} were read by an earlier stage ({part} 3): the data has changed since"
+        # The fourth is the new row, which shares passages with the three that were read.
+        told = f"4 held-out rows of {grown} were read by an earlier stage ({part} 4), or share"
         given = ["--data-subset", "file", "--data-file", grown]
         assert told in fails(compare_arms, "--run-dir", folder, *pair, *given)
         assert not (folder / "results.json").exists()
@@ -93,9 +94,9 @@ def test_only_a_row_that_was_read_counts_whatever_its_case_and_system_prompt(tmp
         first = () if system is None else (("system", system),)
         return Row((*first, ("user", text), ("assistant", "a")), "g")
 
-    write_rows_read(tmp_path, {"sft": [row("Read before")]})
-    assert json.loads((tmp_path / ROWS_READ).read_text()) == {"sft": [row("read  BEFORE", "be brief").digest]}
     division = divide(DataSpec("file", write(tmp_path / "t.jsonl", [{"text": "x"}])))
+    write_rows_read(tmp_path, {"sft": division.marks([row("Read before")])})
+    assert row("read  BEFORE", "be brief").digest in json.loads((tmp_path / ROWS_READ).read_text())["sft"]
     division.parts["held_out"] = [row("unread"), row("never read")]
     check_held_out(division, [tmp_path])
     division.parts["held_out"] += [row("READ before", "be brief")]
@@ -103,6 +104,43 @@ def test_only_a_row_that_was_read_counts_whatever_its_case_and_system_prompt(tmp
         check_held_out(division, [tmp_path])
     with pytest.raises(UserError, match=rf"{ROWS_READ} does not exist"):
         check_held_out(division, [tmp_path / "nothing"])
+
+
+@pytest.mark.parametrize("asked", [12, 25])
+def test_rows_of_a_passage_that_was_read_are_refused_when_its_group_falls_apart(tmp_path, asked):
+    """A passage with ten questions makes a group; with more, among so few rows, it counts as a prompt."""
+    records = [{"instruction": f"Question {n}?", "input": LONG, "output": "a"} for n in range(10)]
+    before = divide(DataSpec("file", write(tmp_path / "few.jsonl", records)))
+    (rows,) = filter(None, before.parts.values())
+    write_rows_read(tmp_path, {"calibration": before.marks(rows)})
+    more = [{**records[0], "instruction": f"Another question {n}?"} for n in range(asked)]
+    after = divide(DataSpec("file", write(tmp_path / "many.jsonl", records + more)))
+    assert len({row.group for found in after.parts.values() for row in found}) == 10 + asked
+    after.parts["held_out"] = [row for row in after.parts["held_out"] if row not in rows]
+    count = len(after.parts["held_out"])
+    with pytest.raises(UserError, match=rf"{count} held-out rows .* \(calibration {count}\), or share a passage"):
+        check_held_out(after, [tmp_path])
+    # What was a prompt already when it was read says nothing, nor do texts whose groups a column names.
+    write_rows_read(tmp_path, {"calibration": after.marks(after.parts["calibration"])})
+    check_held_out(after, [tmp_path])
+    named = [{**record, "group": str(n)} for n, record in enumerate(records + more)]
+    apart = divide(DataSpec("file", write(tmp_path / "named.jsonl", named)))
+    write_rows_read(tmp_path, {"calibration": apart.marks(apart.parts["calibration"])})
+    check_held_out(apart, [tmp_path])
+
+
+def test_what_a_target_or_start_of_ours_was_made_with_is_recorded_and_refused(run, models, fails, tmp_path):
+    """Of a checkpoint without a residual, too: nothing else says that it was trained on rows of this data."""
+    folder, data, pair = run
+    trained = folder / "adapted/no_hot/seed0"
+    given = ["--data-subset", "file", "--data-file", data]
+    run_main(stage1, "--target-model", trained, *pair[2:], *given, "--max-tokens", 24, "--out-dir", tmp_path / "plans")
+    assert rows_read([tmp_path / "plans"]) == rows_read([trained])
+    train(trained, tmp_path / "again", *given, "--training-scenario", "no_hot", "--save-untrained-folded")
+    assert rows_read([tmp_path / "again"]) == rows_read([trained]) == rows_read([tmp_path / "again-untrained"])
+    other = ["--split-seed", 1, "--output_dir", tmp_path / "other"]
+    told = fails(stage3, "--model_dir", trained, *given, *other, "--training-scenario", "no_hot")
+    assert "were read by an earlier stage (" in told and not (tmp_path / "other").exists()
 
 
 def test_another_split_of_the_same_data_is_refused_whatever_its_spelling(tmp_path, monkeypatch):

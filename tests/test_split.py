@@ -25,7 +25,7 @@ def asked(question, answer="a", system=None):
 def groups(*rows):
     """The groups as sets of row numbers, among enough other rows that nothing is shared by too many."""
     others = [Row(((None, f"other {n}"),)) for n in range(1000)]
-    names = group_names([*rows, *others], [None] * (len(rows) + len(others)))
+    names, _ = group_names([*rows, *others], [None] * (len(rows) + len(others)))
     assert len(set(names[len(rows) :])) == len(others)
     found = {}
     for number, name in enumerate(names[: len(rows)]):
@@ -105,9 +105,9 @@ def test_system_prompts_answers_and_what_many_rows_share_make_no_groups():
     few, many = ([asked(f"{n}\n\n{LONG}") for n in range(count)] for count in (20, 21))  # of 1020 and 1021 rows
     assert len(groups(*few)) == 1 and len(groups(*many)) == 21
     template = [asked("Say something.", f"answer {n}") for n in range(40)]  # a whole file with one prompt
-    assert len(set(group_names(template, [None] * 40))) == 40
+    assert len(set(group_names(template, [None] * 40)[0])) == 40
     passages = [asked(f"{n}\n\n{n // 8}{LONG}") for n in range(40)]  # eight questions on each of five passages
-    assert len(set(group_names(passages, [None] * 40))) == 5
+    assert len(set(group_names(passages, [None] * 40)[0])) == 5
 
 
 def test_a_column_names_the_groups(tmp_path, caplog):
@@ -120,6 +120,35 @@ def test_a_column_names_the_groups(tmp_path, caplog):
     assert {row.group for row in all_rows("file", path)} == {"one"}
     with pytest.raises(UserError, match=r"no column 'doc' \(--group-column\); it has text, document, group"):
         divide(DataSpec("file", path, group_column="doc"))
+
+
+def test_a_blank_group_is_none_and_a_number_has_one_name(tmp_path, caplog):
+    rows = [{"text": f"text {n}", "group": blank} for n, blank in enumerate(("", "  ", None))]
+    assert len({row.group for row in all_rows("file", write(tmp_path / "blank.jsonl", rows))}) == 3
+    lines = [f"text {n},{n % 4}" for n in range(40)]
+    found = []
+    for name, more in (("full", []), ("gap", ["one more text,"])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,group", *lines, *more]) + "\n")
+        found.append({row.plain: row.group for row in all_rows("file", str(tmp_path / f"{name}.csv"))})
+    assert set(found[0].values()) == set("0123") and found[1].items() > found[0].items()
+    assert found[1]["one more text"].startswith("text ")
+    assert "1 of 41 rows have no group in the column group, so all rows" in caplog.text
+
+
+def test_rows_without_a_group_join_the_rows_that_have_one():
+    rows = [asked(f"{n}?\n\n{passage}") for n, passage in enumerate((LONG, LONG, f"1{LONG}", f"2{LONG}"))]
+    assert group_names(rows, ["b", None, "b", None])[0][:3] == ["b"] * 3
+    assert group_names(rows, ["b", "a", None, None])[0][:2] == ["a", "a"]
+    assert group_names(rows, ["b", "a", "b", "c"]) == (["b", "a", "b", "c"], None)
+    many = [asked(f"{n}?") for n in range(40)]
+    assert set(group_names(many, ["all"] * 39 + [None])[0][:39]) == {"all"}
+
+
+def test_of_two_groups_of_one_row_the_smallest_name_stays_whatever_the_order(tmp_path):
+    rows = [{"text": "twice", "group": name} for name in ("b", "", "a")]
+    for number, order in enumerate((rows, rows[::-1])):
+        (row,) = all_rows("file", write(tmp_path / f"{number}.jsonl", order))
+        assert row.group == "a"
 
 
 def test_small_and_empty_parts_are_told(tmp_path, caplog):

@@ -50,7 +50,7 @@ def test_a_template_that_refuses_a_row_is_told(template, fails, models, chats, t
         fails(stage3, *distill, *data, "--training-scenario", "distill"),
     ]
     for line in told:
-        assert f"the chat template of {refusing} does not take the text that begins 'be kind question" in line
+        assert f"the chat template of {refusing} does not take the text that begins 'question" in line
         assert SAYS[template] in line and "leave it out" in line
 
 

@@ -66,7 +66,7 @@ class Division:
 
     Attributes:
         where: the data set as messages name it.
-        revision: commit of a data set of the hub, where it is known.
+        revision: commit of a data set of the hub, or of the one that a file was exported from, where it is known.
         parts: all rows of each part.
         prompts: what so many rows share that it joins none of them; None where a column names every group, so that
             what texts share decides nothing.
@@ -175,12 +175,15 @@ def load_rows(spec: DataSpec, part: str, limit: int) -> list[Row]:
 
 def export_rows(spec: DataSpec, path: Path) -> int:
     """Write the rows of a data set of the hub to a .jsonl, with the groups they have here, so that the file is divided
-    as the data set is; how many.
+    as the data set is, and beside it the revision, which stages that read the file record; how many.
 
     Raises UserError as `divide` does.
     """
-    lines = [{**record, GROUP_COLUMN: row.group} for record, row in _read_rows(spec).rows]
+    read = _read_rows(spec)
+    lines = [{**record, GROUP_COLUMN: row.group} for record, row in read.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if read.revision is not None:
+        write_text(_revision_file(path), read.revision + "\n")
     write_text(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
     return len(lines)
 
@@ -192,6 +195,11 @@ class Records(NamedTuple):
     where: str
     revision: str | None
     prompts: set[str] | None
+
+
+def _revision_file(path: Path) -> Path:
+    """What `export_rows` writes beside a file: the revision of the data set of which it has the rows."""
+    return path.with_name(path.name + ".revision")
 
 
 def _read_rows(spec: DataSpec) -> Records:
@@ -252,7 +260,11 @@ def _read(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None]:
     """Raw records, where they came from, and the revision of a data set of the hub."""
     subset = spec.subset
     if spec.file is not None:
-        return _read_local(Path(spec.file), spec.max_samples, spec.split_seed), spec.file, None
+        records, beside = (
+            _read_local(Path(spec.file), spec.max_samples, spec.split_seed),
+            _revision_file(Path(spec.file)),
+        )
+        return records, spec.file, beside.read_text("utf-8").strip() if beside.is_file() else None
     if subset == "file":
         raise UserError("--data-subset file needs --data-file")
     if subset not in DATA_SUBSETS:

@@ -83,6 +83,6 @@ def check_same_split(made_from: Mapping[str, Any], spec: DataSpec, revision: str
             )
     if None not in (revision, made_from["revision"]) and revision != made_from["revision"]:
         raise UserError(
-            f"{spec.subset} has the revision {revision}, but the plans were made with {made_from['revision']}: run all "
-            "stages again"
+            f"{spec.file or spec.subset} has the revision {revision}, but the plans were made with "
+            f"{made_from['revision']}: run all stages again"
         )

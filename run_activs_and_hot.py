@@ -78,6 +78,8 @@ def main(argv: list[str]) -> None:
     check_output_folder(folder, target.folder, source.folder)
     preflight(target, source, folder, experiment, dry_run)
     division = divide(experiment.data_spec)
+    for part in ("sft", "validation", "held_out"):  # later stages need them, when it is too late to split anew
+        division.tell_share(part)
     rows = division.rows("calibration", experiment.calibration_samples)
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")

@@ -34,6 +34,9 @@ HUB_IDS = {name: source.hub_id for name, source in SOURCES.items()}
 MAX_SAMPLES = 40_000
 # The column that says what a row belongs to, where no other one is named.
 GROUP_COLUMN = "group"
+# What to do about a part with too few rows, and about texts of several parts that are too alike.
+MORE_ROWS = "take another --split-seed, more texts, or finer groups (--group-column), and run all stages again"
+NAME_SHARED = "name what the texts share in a column (--group-column), and run all stages again"
 # What the log shows of the rows.
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 100
 
@@ -63,7 +66,7 @@ class Division:
 
     Attributes:
         where: the data set as messages name it.
-        revision: commit of a data set of the hub, where it is known.
+        revision: commit of a data set of the hub, or of the one that a file was exported from, where it is known.
         parts: all rows of each part.
         prompts: what so many rows share that it joins none of them; None where a column names every group, so that
             what texts share decides nothing.
@@ -90,10 +93,17 @@ class Division:
             UserError: no row is left.
         """
         rows = self.parts[part]
+        self.tell_share(part)
+        if not rows:
+            less = "; or give --validation-samples 0" if part == "validation" else ""
+            raise UserError(f"{self._there}, none of them in the {part} part; {MORE_ROWS}{less}")
         if part == "held_out" and self._alike:
             alike = set(self._alike)
             rows = [row for row in rows if row not in alike]
-        self._check_share(part, len(rows))
+            if not rows:
+                raise UserError(
+                    f"{self.where}: every held-out text is a near duplicate of another part's; {NAME_SHARED}"
+                )
         kept = seeded_order(rows, part, self.spec.split_seed)[:limit]
         groups = len({row.group for row in kept})
         average = sum(len(row.plain) for row in kept) / max(1, len(kept))
@@ -105,17 +115,18 @@ class Division:
             log.info("  e.g. %s", _shown(row))
         return kept
 
-    def _check_share(self, part: str, rows: int) -> None:
-        """Groups get their part by chance. Tell a part that came out small, refuse one that is empty."""
+    def tell_share(self, part: str) -> None:
+        """Groups get their part by chance. Warn of a part that came out small or empty, whether or not it is read."""
+        share = len(self.parts[part]) / max(1, sum(map(len, self.parts.values())))
+        if share < SHARES[part] / 2:
+            got, wanted = 100 * share, 100 * SHARES[part]
+            log.warning(f"{self._there}, {got:.0f} % of them in the {part} part instead of {wanted:.0f} %; {MORE_ROWS}")
+
+    @property
+    def _there(self) -> str:
+        """How many texts and groups there are."""
         everything = [row for members in self.parts.values() for row in members]
-        there = f"{self.where} has {len(everything)} texts in {len({row.group for row in everything})} groups"
-        todo = "take another --split-seed, more texts, or finer groups (--group-column)"
-        if rows == 0:
-            less = ", or --validation-samples 0" if part == "validation" else ""
-            raise UserError(f"{there}, none of them left in the {part} part; {todo}{less}")
-        if rows < SHARES[part] * len(everything) / 2:
-            got, wanted = 100 * rows / len(everything), 100 * SHARES[part]
-            log.warning(f"{there}, {got:.0f} % of them in the {part} part instead of {wanted:.0f} %; for more {todo}")
+        return f"{self.where} has {len(everything)} texts in {len({row.group for row in everything})} groups"
 
     @cached_property
     def _alike(self) -> list[Row]:
@@ -126,7 +137,7 @@ class Division:
         if found:
             log.warning(
                 f"{self.where}: {len(found)} of {len(held_out)} held-out texts are near duplicates (Jaccard similarity "
-                f"of at least {SIMILARITY}) of texts of other parts and are left out, e.g."
+                f"of at least {SIMILARITY}) of texts of other parts and are left out; to keep more, {NAME_SHARED}; e.g."
             )
         for row in found[:EXAMPLES]:
             log.warning("  %s", _shown(row))
@@ -164,12 +175,15 @@ def load_rows(spec: DataSpec, part: str, limit: int) -> list[Row]:
 
 def export_rows(spec: DataSpec, path: Path) -> int:
     """Write the rows of a data set of the hub to a .jsonl, with the groups they have here, so that the file is divided
-    as the data set is; how many.
+    as the data set is, and beside it the revision, which stages that read the file record; how many.
 
     Raises UserError as `divide` does.
     """
-    lines = [{**record, GROUP_COLUMN: row.group} for record, row in _read_rows(spec).rows]
+    read = _read_rows(spec)
+    lines = [{**record, GROUP_COLUMN: row.group} for record, row in read.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if read.revision is not None:
+        write_text(_revision_file(path), read.revision + "\n")
     write_text(path, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
     return len(lines)
 
@@ -181,6 +195,11 @@ class Records(NamedTuple):
     where: str
     revision: str | None
     prompts: set[str] | None
+
+
+def _revision_file(path: Path) -> Path:
+    """What `export_rows` writes beside a file: the revision of the data set of which it has the rows."""
+    return path.with_name(path.name + ".revision")
 
 
 def _read_rows(spec: DataSpec) -> Records:
@@ -241,7 +260,11 @@ def _read(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None]:
     """Raw records, where they came from, and the revision of a data set of the hub."""
     subset = spec.subset
     if spec.file is not None:
-        return _read_local(Path(spec.file), spec.max_samples, spec.split_seed), spec.file, None
+        records, beside = (
+            _read_local(Path(spec.file), spec.max_samples, spec.split_seed),
+            _revision_file(Path(spec.file)),
+        )
+        return records, spec.file, beside.read_text("utf-8").strip() if beside.is_file() else None
     if subset == "file":
         raise UserError("--data-subset file needs --data-file")
     if subset not in DATA_SUBSETS:

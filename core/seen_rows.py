@@ -79,10 +79,10 @@ def check_same_split(made_from: Mapping[str, Any], spec: DataSpec, revision: str
         if made_from[name] != value:
             raise UserError(
                 f"{name} is {value}, but the plans were made with {made_from[name]}: held-out texts would be trained "
-                f"on; use the same {name}"
+                f"on; use the same {name}, or run all stages again"
             )
     if None not in (revision, made_from["revision"]) and revision != made_from["revision"]:
         raise UserError(
-            f"{spec.subset} has the revision {revision}, but the plans were made with {made_from['revision']}: run all "
-            "stages again"
+            f"{spec.file or spec.subset} has the revision {revision}, but the plans were made with "
+            f"{made_from['revision']}: run all stages again"
         )

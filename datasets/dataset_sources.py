@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from core.hub import HUB_TIMEOUT_S
+
 # Rows held while a stream is shuffled.
 SHUFFLE_BUFFER = 10_000
 COMMIT = re.compile("hf://datasets/[^@]+@([0-9a-f]{40})/")
@@ -69,7 +71,7 @@ SOURCES = {
 
 def read_source(name: str, limit: int, seed: int) -> tuple[list[dict[str, Any]], str | None]:
     """At most `limit` rows of a data set in a seeded order, its columns renamed to those of `core.data`; and the
-    revision that was read: the table's, else the one that `datasets` recorded, else None.
+    revision that was read: the table's, else the hub's newest, else the one that `datasets` recorded, else None.
 
     Raises:
         OSError, ValueError, datasets' own errors: it cannot be had.
@@ -77,10 +79,23 @@ def read_source(name: str, limit: int, seed: int) -> tuple[list[dict[str, Any]],
     import datasets
 
     source = SOURCES[name]
-    options = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
+    revision = source.revision or _newest(source.hub_id)
+    options = {"split": source.split, "revision": revision, "streaming": source.streaming}
     data = datasets.load_dataset(source.hub_id, source.config, **options)
     shuffled = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if source.streaming else data.shuffle(seed=seed)
-    return list(islice(_rows(shuffled, source), limit)), source.revision or _resolved(data)
+    return list(islice(_rows(shuffled, source), limit)), revision or _resolved(data)
+
+
+def _newest(hub_id: str) -> str | None:
+    """The commit of a data set's newest state, so that what is read has a name; None where there is no hub. A stream
+    does not say what it was read from."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S).sha
+    except (HTTPError, OSError):  # what the hub has against the request, loading tells
+        return None
 
 
 def _resolved(data: Any) -> str | None:

@@ -71,12 +71,14 @@ def main(argv: list[str]) -> None:
     check_same_split(plans.manifest.inputs["data"], division.spec, division.revision)
     check_held_out(division, stages)
     rows = division.rows("held_out", experiment.held_out_samples)
+    near_duplicates = {"held_out": division.near_duplicates}
     general, general_data = [], None
     if experiment.general_file is not None:
         apart = divide(DataSpec("file", experiment.general_file, experiment.split_seed))
         check_held_out(apart, stages)
         general = apart.rows("held_out", experiment.held_out_samples)
         general_data = apart.identity(general)
+        near_duplicates["general"] = apart.near_duplicates
     tokenizer = target.load_tokenizer()
     named = {"held_out": rows, "general": general}
     sets = {name: text_set(name, of, tokenizer, experiment.max_tokens) for name, of in named.items() if of}
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> None:
         "made_from": made_from,
         "per_text": kept,
     }
-    record["near_duplicates"] = division.near_duplicates
+    record["near_duplicates"] = near_duplicates
     settings = FusionSettings(**fused_manifest.inputs["settings"])
     missing = [arm for arm in made_from if arm not in record["per_text"]]
     for arm, sums in evaluate_arms(missing, folders, plans, target, source, settings, sets, experiment):

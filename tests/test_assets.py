@@ -20,7 +20,9 @@ def hub(monkeypatch, tmp_path):
     asked = fake_hub(monkeypatch, [{"text": f" text {n} "} for n in range(40)] + [{"text": ""}])
     sizes = [SimpleNamespace(size=2**30, file_size=2**30, will_download=True)]
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(siblings=sizes))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(siblings=sizes, sha="e" * 40)
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: sizes)
     monkeypatch.setattr(download_assets, "model_folder", lambda name, *_, **__: asked.append(name))
 
@@ -48,6 +50,7 @@ def test_a_task_is_fetched_once_and_its_rows_divide_as_the_hubs(hub, tmp_path, c
     kept = (tmp_path / "data/thai.jsonl").read_bytes()
     local, there = (divide(DataSpec(*data)) for data in (("file", str(tmp_path / "data/thai.jsonl")), ("thai",)))
     assert local.parts == there.parts and sum(map(len, local.parts.values())) == 40
+    assert local.revision == there.revision == "e" * 40
     groups = [{row: row.group for rows in found.parts.values() for row in rows} for found in (local, there)]
     assert groups[0] == groups[1]
     hub.clear()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHARED_DATA
@@ -257,6 +258,22 @@ def test_the_revision_of_a_hub_data_set_is_recorded(monkeypatch):
     fake_hub(monkeypatch, records)
     assert divide(DataSpec("medical")).identity([])["revision"] is None
     assert len(pinned) == 40
+
+
+def test_a_stream_is_read_at_the_hubs_newest_commit_and_says_so(monkeypatch):
+    """A stream itself does not say what it was read from."""
+    import huggingface_hub
+
+    newest = SimpleNamespace(sha="d" * 40)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: newest)
+    asked = fake_hub(monkeypatch, [{"text": f"t {n}"} for n in range(60)])
+    assert divide(DataSpec("thai")).identity([])["revision"] == "d" * 40 == asked[0][3]
+
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    assert divide(DataSpec("thai")).revision is None and asked[1][3] is None
 
 
 def test_wikitext_has_no_headings_and_hub_rows_without_text_are_left_out(monkeypatch, caplog):

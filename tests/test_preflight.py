@@ -48,6 +48,15 @@ def test_stage1_dry_run_says_what_it_would_do(no_weights, models, texts, tmp_pat
     assert not (tmp_path / "p").exists()
 
 
+def test_stage1_dry_run_tells_every_part_that_a_later_stage_would_find_empty(no_weights, models, tmp_path, caplog):
+    lines = [json.dumps({"text": f"text {n}", "group": "a"}) for n in range(30)]  # all of them calibration
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    run_main(stage1, *stage1_flags(models, tmp_path / "t.jsonl", tmp_path / "p"), "--dry-run")
+    for part in ("sft", "validation", "held_out"):
+        assert f"0 % of them in the {part} part instead of" in caplog.text
+    assert "take another --split-seed" in caplog.text and "and run all stages again" in caplog.text
+
+
 def test_stage1_dry_run_converts_nothing(no_weights, models, texts, tmp_path, monkeypatch, capsys):
     """A folder of .bin weights is told as one that waits; what its config says is printed."""
     monkeypatch.setenv("MODELS_ROOT", str(tmp_path / "root"))

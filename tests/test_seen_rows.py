@@ -83,10 +83,13 @@ def test_a_row_more_that_joins_nothing_changes_nothing(run, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "run")
     grown = tmp_path / data.name
     grown.write_text(data.read_text("utf-8") + json.dumps({"text": "one text more"}) + "\n", "utf-8")
-    run_main(compare_arms, "--run-dir", tmp_path / "run", *pair, "--data-subset", "file", "--data-file", grown)
+    general = write(tmp_path / "general.jsonl", [{"text": text} for text in sentences(60, 12)])
+    given = ["--data-subset", "file", "--data-file", grown, "--general-file", general]
+    run_main(compare_arms, "--run-dir", tmp_path / "run", *pair, *given)
     results = json.loads((tmp_path / "run/results.json").read_text())
-    rows = divide(DataSpec("file", str(grown))).parts["held_out"]
-    assert results["near_duplicates"] == {"left_out": 0, "held_out": len(rows), "jaccard_at_least": 0.8}
+    for name, path in (("held_out", str(grown)), ("general", general)):
+        rows = divide(DataSpec("file", path)).parts["held_out"]
+        assert results["near_duplicates"][name] == {"left_out": 0, "held_out": len(rows), "jaccard_at_least": 0.8}
 
 
 def test_only_a_row_that_was_read_counts_whatever_its_case_and_system_prompt(tmp_path):

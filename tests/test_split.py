@@ -157,13 +157,24 @@ def test_small_and_empty_parts_are_told(tmp_path, caplog):
     there = part_of("b", 0)
     assert len(division.rows(there, 99)) == 30
     for part in SHARES.keys() - {there}:
-        told = f"30 texts in 1 groups, none of them left in the {part} part; take another --split-seed, more texts,"
-        with pytest.raises(UserError, match=rf"{told} or finer groups \(--group-column\)"):
+        told = f"30 texts in 1 groups, none of them in the {part} part; take another --split-seed, more texts,"
+        with pytest.raises(UserError, match=rf"{told} or finer groups \(--group-column\), and run all stages again"):
             division.rows(part, 1)
     small = next(f"name {n}" for n in range(99) if part_of(f"name {n}", 0) == "validation")
     rows = [{"text": f"text {n}", "group": "b" if n else small} for n in range(30)]
     assert len(load_rows(DataSpec("file", write(tmp_path / "two.jsonl", rows)), "validation", 9)) == 1
-    assert "3 % of them in the validation part instead of 15 %; for more take another --split-seed" in caplog.text
+    assert "3 % of them in the validation part instead of 15 %; take another --split-seed" in caplog.text
+
+
+def test_near_duplicates_are_not_taken_for_a_small_part(tmp_path, caplog):
+    """Another seed would help nothing: the texts share what no column names."""
+    text = " ".join(random.Random(0).choices(WORDS, k=200))
+    rows = [{"text": f"{text} {n}", "group": "c" if n < 4 else "a"} for n in range(9)]
+    division = divide(DataSpec("file", write(tmp_path / "t.jsonl", rows)))
+    assert len(division.parts["held_out"]) == 4
+    with pytest.raises(UserError, match=r"every held-out text is a near duplicate .* share in a column \(--group-col"):
+        division.rows("held_out", 9)
+    assert "in the held_out part instead" not in caplog.text and "to keep more, name what the texts" in caplog.text
 
 
 def test_near_duplicates_are_found_whatever_the_script():

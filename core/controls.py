@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from core.fusion import Plans, Residual, Transport, keep_mean, transport_into
+from core.fusion import Plans, Transport, keep_mean, transport_into
+from core.residual import Residual
 from core.runs import UserError
 
 CONTROLS = ("damped", "damped_mean", "permuted", "wrong_layer", "self")

@@ -15,9 +15,10 @@ import torch
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.data import DATA_SUBSETS, MAX_SAMPLES, DataSpec
-from core.fusion import FEATURE_MAPS, RESIDUAL_FORMS, FusionSettings
+from core.fusion import FEATURE_MAPS, FusionSettings
 from core.hot_residual import FREEZE_STRATEGIES
 from core.hub import check_repo_id
+from core.residual import RESIDUAL_FORMS
 from core.runs import UserError
 
 MIN_TEXTS = 16

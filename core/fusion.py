@@ -1,4 +1,4 @@
-"""Transported weights, selection and mixing (Eqs. 14-16, 20-22): tensors in, tensors out.
+"""Transported weights (Eqs. 14, 20, 21) of every projection, from plans and the source's weights.
 
 For target layer l and projection c:  W~ = sum over m of p[m] * Out[m] @ W_source[m] @ In[m].
 Four feature maps say what p, Out and In are; see `Transport`. Shapes: n, n' target outputs and inputs of a
@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from core.residual import Residual, check_finite, select
 from core.ridge import ridge_factor, solve_ridge
 from core.runs import UserError
 
 FEATURE_MAPS = ("coupling", "barycentric", "calibrated", "regression")
-RESIDUAL_FORMS = ("interpolate", "additive")
 PROJECTIONS = ("q", "k", "v", "o")
 # q, k and v read the same input.
 INPUT_SIDE = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in"}
@@ -63,53 +63,6 @@ class FusionSettings:
     p_topk: int | None = None
     q_topk: int | None = None
     ridge: float = 0.01
-
-
-@dataclass(frozen=True)
-class Residual:
-    """The transported part of one projection: W~ on the selected rows or columns.
-
-    Attributes:
-        layer, projection: which target projection.
-        axis: 0 when rows are selected (q, k, v), 1 when columns are (o).
-        index: [k] selected rows or columns, ascending.
-        weight: W~ on them, [k, n'] or [n, k], float32.
-        bias: b~, [k] (rows) or [n] (columns); None where the bias is not fused.
-        original_weight, original_bias: the target's own values at the same places.
-    """
-
-    layer: int
-    projection: str
-    axis: int
-    index: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    original_weight: Tensor
-    original_bias: Tensor | None
-
-    def to(self, device: str) -> Residual:
-        """The same residual with its tensors on `device`."""
-        return Residual(
-            self.layer, self.projection, self.axis, self.index.to(device), self.weight.to(device),
-            None if self.bias is None else self.bias.to(device), self.original_weight.to(device),
-            None if self.original_bias is None else self.original_bias.to(device),
-        )  # fmt: skip
-
-
-def select(strongest: Tensor, top_k: int) -> Tensor:
-    """The `top_k` strongest neurons in ascending order (section 4.2); all of them for 0 or top_k >= n."""
-    k = len(strongest) if top_k == 0 else min(top_k, len(strongest))
-    return strongest[:k].sort().values
-
-
-def mix(base: Tensor, transported: Tensor, alpha: float, form: str) -> Tensor:
-    """W_eff on selected neurons: (1 - alpha) W + alpha W~ (`interpolate`, Eqs. 14, 22) or W + alpha W~
-    (`additive`, Eqs. 15, 16, 18). alpha 0 returns `base` bit for bit."""
-    if alpha == 0:
-        return base.clone()
-    if form == "interpolate":
-        return torch.lerp(base, transported, alpha)
-    return torch.add(base, transported, alpha=alpha)
 
 
 class Transport:
@@ -294,22 +247,6 @@ def fuse_attention_only_from_hot_dir(
         for residual in transport_into(empty, transport, layer):
             check_finite(residual)
             yield residual, _report(residual, plans, source, transport)
-
-
-def check_finite(residual: Residual) -> None:
-    """Raises ValueError for weights that are no numbers: of a damaged model, or beyond float32."""
-    values = {
-        "target's weight": residual.original_weight,
-        "target's bias": residual.original_bias,
-        "transported weight": residual.weight,
-        "transported bias": residual.bias,
-    }
-    for what, value in values.items():
-        if value is not None and not torch.isfinite(value).all():
-            raise ValueError(
-                f"layer {residual.layer}, projection {residual.projection}: the {what} has NaN or infinite entries; "
-                "check the weights of both models, or raise --ridge"
-            )
 
 
 def transport_into(residuals: Sequence[Residual], transport: Transport, from_layer: int) -> list[Residual]:

@@ -23,7 +23,7 @@ from core.card import CARD, fused_card, fused_lineage, licence_warning
 from core.checkpoints import Checkpoint, write_folded
 from core.command import parse_command, save_resolved
 from core.experiment import Experiment, open_pair
-from core.fusion import PROJECTIONS, FusionSettings, Residual, fuse_attention_only_from_hot_dir
+from core.fusion import PROJECTIONS, FusionSettings, fuse_attention_only_from_hot_dir
 from core.hot_residual import (
     RESIDUAL_FILE,
     enable_hot_residual_for_model,
@@ -35,6 +35,7 @@ from core.hot_residual import (
 )
 from core.hub import push_folder
 from core.plans import PlanDirectory
+from core.residual import Residual
 from core.runs import (
     Manifest,
     UserError,

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from core.attention import linear_at
-from core.fusion import Residual, mix
+from core.residual import Residual, mix
 from core.runs import UserError, write_safetensors
 
 RESIDUAL_FILE = "hot_residual.safetensors"

@@ -15,7 +15,6 @@ from torch import Tensor
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint, write_folded
 from core.experiment import Experiment
-from core.fusion import Residual
 from core.hot_residual import (
     RESIDUAL_FILE,
     enable_hot_residual_for_model,
@@ -26,6 +25,7 @@ from core.hot_residual import (
     restore_base,
     save_residuals,
 )
+from core.residual import Residual
 from core.runs import Manifest, UserError
 
 log = logging.getLogger(__name__)

@@ -23,10 +23,11 @@ from core.command import parse_command
 from core.controls import CONTROLS, control_residual
 from core.data import DataSpec, Row, divide
 from core.experiment import Experiment, of_one_scenario, open_pair
-from core.fusion import FusionSettings, Residual, Transport
+from core.fusion import FusionSettings, Transport
 from core.heldout import text_nll, trained_tokens
 from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
 from core.plans import PlanDirectory
+from core.residual import Residual
 from core.runs import (
     FORMAT_VERSION,
     Manifest,

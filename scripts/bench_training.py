@@ -29,8 +29,9 @@ import torch
 
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import load_experiment
-from core.fusion import PROJECTIONS, Residual
+from core.fusion import PROJECTIONS
 from core.hot_residual import enable_hot_residual_for_model, set_trainable
+from core.residual import Residual
 
 VARIANTS = {"plain": None, "k = 128": 128, "dense": 0, "plain again": None}
 MIB = 2**20

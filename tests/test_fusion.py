@@ -17,10 +17,9 @@ from core.fusion import (
     explained_variance,
     fuse_attention_only_from_hot_dir,
     keep_mean,
-    mix,
-    select,
 )
 from core.hot_transport import effective_layer_plan
+from core.residual import mix, select
 from core.ridge import ridge_factor, solve_ridge
 from core.runs import UserError
 

@@ -7,7 +7,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from core import hot_residual
-from core.fusion import Residual
 from core.hot_residual import (
     HotResidualLinear,
     enable_hot_residual_for_model,
@@ -19,6 +18,7 @@ from core.hot_residual import (
     save_residuals,
     set_trainable,
 )
+from core.residual import Residual
 from core.runs import UserError
 
 

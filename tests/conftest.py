@@ -232,6 +232,16 @@ def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_benchmarks(tmp_path_factory.mktemp("benchmarks"))
 
 
+@pytest.fixture(scope="session")
+def environment(
+    models: dict[str, Path], benchmark_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The variables with which `run_train_final.sh` runs on the pico models and on generated rows."""
+    from six_tasks import make_environment
+
+    return make_environment(models, benchmark_data, tmp_path_factory.mktemp("six"))
+
+
 def run_main(module: ModuleType, *arguments: Any) -> None:
     """Call a command's main in this process."""
     module.main([str(argument) for argument in arguments])

@@ -67,6 +67,13 @@ def script(environment: dict[str, str], results: Path, **variables: str) -> subp
                           env=environment | {"TRANSPORT_RESULTS_ROOT": str(results)} | variables)  # fmt: skip
 
 
+def run_tasks(environment: dict[str, str], results: Path, tasks: tuple[str, ...]) -> Path:
+    """The results of some tasks, as one command makes them."""
+    done = script(environment, results, TASKS=" ".join(tasks))
+    assert done.returncode == 0, done.stderr
+    return results
+
+
 def check_task(whole: Path, name: str) -> None:
     """All that one task of a run leaves behind."""
     manifest = json.loads((whole / name / "fused/manifest.json").read_text())["inputs"]["settings"]

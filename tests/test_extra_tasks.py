@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import llama, make_tokenizer, run_main, save
-from test_malay_mmlu import rows, write
+from malay_rows import rows, write
 
 from core.checkpoints import open_checkpoint
 from core.runs import FORMAT_VERSION, UserError

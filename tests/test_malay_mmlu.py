@@ -1,55 +1,16 @@
 """MalayMMLU: every line of the table in docs/benchmarks.md against stock transformers one by one; files, bad input."""
 
 import json
-import random
-import shutil
 
 import pytest
 import torch
-from conftest import llama, make_tokenizer, run_main, save, sentences
+from conftest import llama, make_tokenizer, run_main, save
+from malay_rows import CATEGORIES, rows, write
 
 from core.checkpoints import open_checkpoint
-from core.runs import UserError
-from core.tokens import DATE_STRING
 from evaluation import run_malay_mmlu
-from evaluation.malay_questions import LETTERS, Form, read_options, read_questions
+from evaluation.malay_questions import LETTERS, Form, read_questions
 from evaluation.option_scores import encode, letter_ids, option_scores
-from evaluation.prompts import Asking, is_llama, rendered, target_name
-from evaluation.scores import Evaluated
-
-CATEGORIES = ("Humanities", "Language", "Others", "STEM", "Social science")
-
-
-def rows(count: int = 20, shots: int = 0) -> list[dict]:
-    """Rows of the benchmark's schema, whose prompts do not end in "Jawapan:": 4 and 5 options, as a list and as lines,
-    with their letters but for one kind."""
-    rng = random.Random(shots)
-    out = []
-    for n, question in enumerate(sentences(count, 5)):
-        texts = [answer.partition(" ")[2] for answer in sentences(4 + n % 2, n, 2 + n % 7)]
-        lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
-        prompt = question * (1 + n % 4) + "\n" + "\n".join(lettered)
-        key = rng.choice(LETTERS[: len(texts)])
-        row = {
-            "prompt": prompt,
-            "subject": f"subjek {n % 3}",
-            "category": CATEGORIES[n % 5],
-            "key": key,
-            "options": (lettered, texts, "\n".join(lettered), "\n\n".join(lettered))[n % 4],
-        }
-        if shots:
-            examples = "contoh Jawapan: A\n\n" * shots + prompt
-            row |= {
-                f"full_question_{shots}shot": f"{examples}\nJawapan:",
-                f"full_question_{shots}shot_llama": f"{examples} (llama)",
-            }
-        out.append(row)
-    return out
-
-
-def write(folder, *given: dict, shots: int = 0):
-    (folder / f"MalayMMLU_{shots}shot.json").write_text(json.dumps(given, ensure_ascii=False), "utf-8")
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -249,47 +210,6 @@ def test_a_letter_is_the_last_token_of_its_text_with_special_tokens(tmp_path, da
     assert "expected different ones, so it cannot be scored by letter" in line
 
 
-@pytest.mark.parametrize("variable", ["date_string", "strftime_now('%d %b %Y')"])
-def test_templates_with_a_date_get_the_same_one_every_day(variable):
-    tokenizer = make_tokenizer(400, 1)
-    tokenizer.chat_template = "{{ " + variable + " }}: {{ messages[0]['content'] }}"
-    assert rendered(tokenizer, "x") == f"{DATE_STRING}: x" == "26 Jul 2024: x"
-    today = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, date_string="today")
-    assert not today.startswith(DATE_STRING)
-
-
-def test_a_template_that_refuses_is_told_with_the_text():
-    tokenizer = make_tokenizer(400, 1)
-    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    with pytest.raises(UserError, match="text that begins 'soalan': no such role"):
-        rendered(tokenizer, "soalan")
-
-
-def test_the_name_that_counts_is_the_whole_one_or_the_target_s(models, tmp_path):
-    def counts(folder, **asking):
-        return is_llama(Asking(**asking), Evaluated(open_checkpoint(str(folder))))
-
-    for name, expected in (("my-LLaMA-org/small", True), ("other/small", False)):
-        folder = shutil.copytree(models["target"], tmp_path / "a" / name)
-        assert counts(folder)[0] == expected and f"by the name {folder}" in counts(folder)[1]
-        assert counts(folder, policy="plain")[0] is False
-    assert counts(folder, llama_name="yes") == (True, "--llama-name yes")
-    # A checkpoint of ours has its target's name, a training that of what it began with.
-    fused, trained = tmp_path / "llama/fused", shutil.copytree(folder, tmp_path / "llama/adapted")
-    shutil.copytree(folder, fused)
-    (fused / "manifest.json").write_text(json.dumps({"inputs": {"target": {"id": "org/Small"}}}))
-    assert counts(fused) == (False, "by the name org/Small")
-    lineage = {"models": {"target": {"name": "LLAMA-1B"}}}
-    for start, made_by, expected in ((str(fused), "f", "org/Small"), ("gone", "f", "LLAMA-1B"), ("a/b", None, "a/b")):
-        record = {"inputs": {"model": {"id": start}, "made_by": made_by}, "lineage": lineage}
-        (trained / "manifest.json").write_text(json.dumps(record))
-        assert target_name(trained) == expected
-
-
-def test_real_manifests_say_what_the_target_is(fused, models):
-    assert target_name(fused) == str(models["target"])
-
-
 def test_equal_scores_take_the_first_option(models, data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         run_malay_mmlu,
@@ -365,46 +285,6 @@ def test_what_other_inputs_left_behind_is_not_continued(models, data, tmp_path):
     run_main(run_malay_mmlu, "--model", models["target"], "--output-dir", tmp_path, "--data-dir", data)
     record = json.loads((tmp_path / "malay_mmlu.json").read_text())
     assert len(record["items"]["ids"]) == 20 and record["details"]["cut_prompts"] == 0
-
-
-def test_options_stay_as_they_stand_in_the_file():
-    plain, lettered = ("satu", "dua", "tiga"), ("A. satu", "B) dua", "(C) tiga")
-    for options in (plain, lettered):
-        for given in (list(options), "\n".join(options), "\n\n".join(options) + "\n", "\r\n".join(options)):
-            assert read_options(given, "row") == options
-    assert read_options("A. satu\nlagi\nB. C. dua", "row") == ("A. satu\nlagi", "B. C. dua")
-    assert read_options("A. satu\nD. Ali\nB. dua", "row") == ("A. satu\nD. Ali", "B. dua")
-    assert read_options(["A. Samad Said", "C. Achebe"], "row") == ("A. Samad Said", "C. Achebe")
-    assert read_options("A.\nB. dua", "row") == ("A.", "B. dua")
-
-
-def test_texts_may_hold_separators_that_json_allows(tmp_path):
-    """JSON leaves U+2028 and U+0085 as they are, and only a line feed ends a line of JSON."""
-    given = rows(3)
-    given[0] |= {"prompt": "so\u2028alan\x85 satu", "options": "A. sa\u2028tu\nB. du\x0ba\x85", "key": "B"}
-    path = tmp_path / "MalayMMLU_0shot.json"
-    for text in (
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given),
-        json.dumps(given, ensure_ascii=False),
-    ):
-        path.write_text(text, encoding="utf-8")
-        questions = read_questions(path)
-        assert [q.text for q in questions] == [row["prompt"] for row in given]
-        assert questions[0].options == ("A. sa\u2028tu", "B. du\x0ba\x85")
-
-
-def test_prompt_and_option_are_joined_without_a_separator_and_tokenised_as_one(models):
-    """Also where a token spans their border: every text is what the tokenizer makes of it whole."""
-    tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
-    prompt, answers = "the model ", ("model cost", "cost")
-    wholes = [tokenizer(text)["input_ids"] for text in (prompt, *(prompt + answer for answer in answers))]
-    assert any(whole[: len(wholes[0])] != wholes[0] for whole in wholes)
-    found = encode(tokenizer, prompt, answers, 100)
-    assert [found.stem + tail for tail in found.tails] == wholes and found.tails[0]
-    model, layout = llama().eval(), open_checkpoint(str(models["target"])).layout
-    with torch.no_grad():
-        logits = model(torch.tensor([wholes[0]])).logits[0, -1]
-        assert option_scores(model, layout, [found], [5, 9])[0][0] == pytest.approx(logits[[5, 9]].tolist(), abs=1e-5)
 
 
 def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path, data, caplog):

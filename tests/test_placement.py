@@ -17,10 +17,10 @@ import torch
 from conftest import run_main
 from device_rules import PlacementError
 from imaginary_device import imaginary_device
+from malay_rows import rows, write
 from removed_placements import Placement, placements, removed, watched
 from safetensors.torch import load_file, save_file
 from stages import fuse, train
-from test_malay_mmlu import rows, write
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 from conftest import run_main
+from malay_rows import rows, write
 from safetensors.torch import load_file, save_file
-from test_malay_mmlu import rows, write
 
 from core.checkpoints import open_checkpoint
 from core.command import load_experiment

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from six_tasks import SETTINGS, check_task, make_environment, script
+from six_tasks import SETTINGS, check_task, run_tasks, script
 
 from core.command import load_experiment
 
@@ -26,18 +26,9 @@ def test_settings_are_the_papers(name):
 
 
 @pytest.fixture(scope="module")
-def environment(models, benchmark_data, tmp_path_factory):
-    return make_environment(models, benchmark_data, tmp_path_factory.mktemp("six"))
-
-
-@pytest.fixture(scope="module")
 def whole(environment, tmp_path_factory):
-    """The results of three tasks, as one command makes them; the other three have a file of their own, so that both
-    run at a time."""
-    results = tmp_path_factory.mktemp("whole")
-    done = script(environment, results, TASKS=" ".join(TASKS))
-    assert done.returncode == 0, done.stderr
-    return results
+    """Three tasks; the others are in test_six_tasks_script.py, so that both files run at a time."""
+    return run_tasks(environment, tmp_path_factory.mktemp("whole"), TASKS)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -260,10 +260,8 @@ def _read(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None]:
     """Raw records, where they came from, and the revision of a data set of the hub."""
     subset = spec.subset
     if spec.file is not None:
-        records, beside = (
-            _read_local(Path(spec.file), spec.max_samples, spec.split_seed),
-            _revision_file(Path(spec.file)),
-        )
+        records = _read_local(Path(spec.file), spec.max_samples, spec.split_seed)
+        beside = _revision_file(Path(spec.file))
         return records, spec.file, beside.read_text("utf-8").strip() if beside.is_file() else None
     if subset == "file":
         raise UserError("--data-subset file needs --data-file")

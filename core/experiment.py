@@ -30,7 +30,8 @@ def results_root() -> Path:
     return Path(os.environ.get("TRANSPORT_RESULTS_ROOT") or "runs")
 
 
-# Conditions of `option`: whether a setting can change a byte of a stage, with the others as they are.
+# Conditions of `option`: whether a setting can change a byte of a stage, with the others as they are. In stage 1 the
+# seed draws the rows of token pooling and nothing else; in the other stages it always counts.
 CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
     "token pooling": lambda e, stage: stage != "1" or e.pooling == "token",
     "hot": lambda e, _: e.training_scenario == "hot",

@@ -7,7 +7,6 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from core.card import add_results, results_section
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import parse_command
 from core.controls import CONTROLS, control_residual
-from core.data import DataSpec, Row, divide
 from core.experiment import Experiment, of_one_scenario, open_pair
 from core.fusion import FusionSettings, Transport
-from core.heldout import text_nll, trained_tokens
+from core.heldout import text_nll
 from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
 from core.plans import PlanDirectory
 from core.residual import Residual
@@ -42,9 +40,8 @@ from core.runs import (
     setup_logging,
     write_json,
 )
-from core.seen_rows import check_held_out, check_same_split
-from core.sft import Example, sft_example
 from evaluation.tasks import TRAINED
+from evaluation.texts import TextSet, text_sets
 from evaluation.verdict import statistics, table
 
 log = logging.getLogger("compare")
@@ -68,52 +65,25 @@ def main(argv: list[str]) -> None:
     target, source = open_pair(experiment)
     plans.check_models(target, source)
     stages = [plans.folder, run / "fused", *(place for found in adapted.values() for place in found)]
-    division = divide(experiment.data_spec)
-    check_same_split(plans.manifest.inputs["data"], division.spec, division.revision)
-    check_held_out(division, stages)
-    rows = division.rows("held_out", experiment.held_out_samples)
-    near_duplicates = {"held_out": division.near_duplicates}
-    general, general_data = [], None
-    if experiment.general_file is not None:
-        apart = divide(DataSpec("file", experiment.general_file, experiment.split_seed))
-        check_held_out(apart, stages)
-        general = apart.rows("held_out", experiment.held_out_samples)
-        general_data = apart.identity(general)
-        near_duplicates["general"] = apart.near_duplicates
-    tokenizer = target.load_tokenizer()
-    named = {"held_out": rows, "general": general}
-    sets = {name: text_set(name, of, tokenizer, experiment.max_tokens) for name, of in named.items() if of}
+    sets = text_sets(experiment, plans.manifest.inputs["data"], stages, target.load_tokenizer())
     hold(run)
     log_to_file(command.log_file("run_dir", "."))
-    inputs = {
-        "fused": fused_manifest.record["fingerprint"],
-        "data": division.identity(rows),
-        "general": general_data,
-        "settings": experiment.deciding("e"),
-    }  # fmt: skip
-    path = run / "results.json"
-    record = read_json(path) if path.is_file() else {}
-    if (record.get("format"), record.get("inputs")) != (FORMAT_VERSION, inputs):
-        record = {"metric": "negative log-likelihood per token (nats)", "inputs": inputs, "per_text": {}}
-    folders = {"fused": run / "fused",
-               **{f"{arm}/{place.name}": place for arm, found in adapted.items() for place in found}}  # fmt: skip
+    folders = {"fused": run / "fused"}
     impossible = impossible_controls(plans.shape[0])
     untrained = ("base", *(control for control in CONTROLS if control not in impossible), "fused")
     made_from = dict.fromkeys(untrained, digest_of(fused_manifest.record))
     for arm, found in adapted.items():
+        folders |= {f"{arm}/{place.name}": place for place in found}
         made_from |= {f"{arm}/{place.name}": digest_of(manifest.record) for place, manifest in found.items()}
-    before = record.get("made_from", {})
-    kept = {arm: sums for arm, sums in record["per_text"].items()
-            if arm in made_from and before.get(arm) == made_from[arm]}  # fmt: skip
-    # No figures until all of them are there: those of an earlier run would stand beside new losses.
-    record = {
-        "format": FORMAT_VERSION,
-        "metric": record["metric"],
-        "inputs": inputs,
-        "made_from": made_from,
-        "per_text": kept,
+    inputs = {
+        "fused": fused_manifest.record["fingerprint"],
+        "data": sets["held_out"].identity,
+        "general": sets["general"].identity if "general" in sets else None,
+        "settings": experiment.deciding("e"),
     }
-    record["near_duplicates"] = near_duplicates
+    path = run / "results.json"
+    record = begun(path, inputs, made_from)
+    record["near_duplicates"] = {name: texts.near_duplicates for name, texts in sets.items()}
     settings = FusionSettings(**fused_manifest.inputs["settings"])
     missing = [arm for arm in made_from if arm not in record["per_text"]]
     for arm, sums in evaluate_arms(missing, folders, plans, target, source, settings, sets, experiment):
@@ -135,44 +105,19 @@ def main(argv: list[str]) -> None:
             log.warning("the results are not in the card of %s: %s", place, error)
 
 
-@dataclass(frozen=True)
-class TextSet:
-    """Texts on which arms are compared, each with at least one token to score.
-
-    Attributes:
-        examples: token ids and labels of every text.
-        groups: the group of every text.
-        left_out: number of texts that have no token to score.
-        end_of_turn: whether losses include a token that ends an answer.
-    """
-
-    examples: list[Example]
-    groups: list[str]
-    left_out: int
-    end_of_turn: bool
-
-    @property
-    def tokens(self) -> list[int]:
-        """Tokens with loss of every text."""
-        return trained_tokens(self.examples)
-
-    def counts(self) -> dict[str, Any]:
-        """What the results say of the texts."""
-        counted = {"texts": len(self.examples), "tokens": sum(self.tokens), "groups": len(set(self.groups))}
-        return {**counted, "left_out": self.left_out, "end_of_turn": self.end_of_turn}
-
-
-def text_set(name: str, rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> TextSet:
-    """The texts of `rows` that have a token to score. Raises UserError when none has."""
-    examples = [sft_example(row, tokenizer, max_tokens) for row in rows]
-    scored = [number for number, count in enumerate(trained_tokens(examples)) if count]
-    if not scored:
-        raise UserError(f"the {name} texts have no token with loss within {max_tokens} tokens; raise --max-tokens")
-    kept = [examples[number] for number in scored]
-    groups = [rows[number].group for number in scored]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = any(rows[number].has_roles and special & set(examples[number]["labels"]) for number in scored)
-    return TextSet(kept, groups, len(rows) - len(kept), ends)
+def begun(path: Path, inputs: Mapping[str, Any], made_from: Mapping[str, str]) -> dict[str, Any]:
+    """The results to go on with: of an earlier run with the same inputs the losses of those arms that are still the
+    same models. Its figures go, because they would stand beside new losses until all of these are there."""
+    before = read_json(path) if path.is_file() else {}
+    same = (before.get("format"), before.get("inputs")) == (FORMAT_VERSION, inputs)
+    models, losses = before.get("made_from", {}), before.get("per_text", {}) if same else {}
+    return {
+        "format": FORMAT_VERSION,
+        "metric": "negative log-likelihood per token (nats)",
+        "inputs": inputs,
+        "made_from": made_from,
+        "per_text": {arm: sums for arm, sums in losses.items() if models.get(arm) == made_from.get(arm, "gone")},
+    }
 
 
 def impossible_controls(n_layers: int) -> dict[str, str]:

@@ -144,8 +144,10 @@ def adjust(rows: Mapping[str, Mapping[str, Any]], mean: Mapping[str, dict[str, A
 
 
 def reasons(absent: Mapping[str, Mapping[str, str]], rows: Mapping[str, Any]) -> dict[str, str]:
-    """Why benchmarks are absent, for all arms or for some of them. A recorded reason says more than that of an arm for
-    which the benchmark was never asked for."""
+    """Why benchmarks are absent, for all arms or for some of them.
+
+    Where no arm has a benchmark, a reason that a run recorded is given before that of an arm that never asked for it.
+    """
     out: dict[str, str] = {}
     for name, by_arm in absent.items():
         if name in rows:
@@ -198,7 +200,7 @@ def caption(found: Mapping[str, Any]) -> str:
         )
     single = dict.fromkeys(arm for arm, score in scores if arm in TRAINED and score["seeds"] == 1)
     if single:
-        told += f" Trained with one seed, of which alone the differences speak: {', '.join(single)}."
+        told += f" Trained with one seed, so that their differences speak of this seed alone: {', '.join(single)}."
     return told
 
 

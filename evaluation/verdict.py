@@ -99,11 +99,11 @@ def table(
         if rival in arms:
             found = arms["fused_adapted"][f"minus_{rival}"]
             lines.append(f"After fine-tuning: fused_adapted minus {rival} = {interval(found)}{by_seed(found)}.")
-    if general:
+    if general and general_counts:
         changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", *TRAINED) if arm in general)
-        count = f"{general['base']['n']} texts of {general['base']['groups']} groups"
+        count = f"{general_counts['texts']} texts of {general_counts['groups']} groups"
         lines.append(f"On general text ({count}, base {general['base']['nll']:.4f}), minus base: {changes}.")
-        lines += [f"General text: {note}" for note in notes(general_counts or {})]
+        lines += [f"General text: {note}" for note in notes(general_counts)]
     return "\n".join(lines)
 
 
@@ -114,7 +114,7 @@ def notes(counts: Mapping[str, Any]) -> list[str]:
         lines.append(f"{counts['left_out']} more texts have no token to score and are left out.")
     if counts.get("end_of_turn"):
         lines.append("Losses are on answers and include the token that ends an answer.")
-    groups = counts.get("groups", FEW_GROUPS)
+    groups = counts["groups"]
     if groups == 1:
         lines.append("All texts belong to one group: no interval can be given, and nothing can be shown.")
     elif groups < FEW_GROUPS:
@@ -123,7 +123,7 @@ def notes(counts: Mapping[str, Any]) -> list[str]:
 
 
 def seed_notes(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Whose figures speak of a single training."""
+    """A sentence on the arms that were trained with a single seed, where there are any."""
     trained = {arm: len(r["seeds"]) for arm, r in arms.items() if "seeds" in r}
     single = [arm for arm, count in trained.items() if count == 1]
     if not single:

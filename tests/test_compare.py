@@ -20,6 +20,7 @@ from core.data import Row
 from core.hot_residual import load_residuals
 from core.runs import Manifest, UserError
 from evaluation import compare_arms
+from evaluation.texts import TextSet, text_set
 
 
 def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
@@ -125,7 +126,7 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     settings = compare_arms.FusionSettings("regression", top_k=7)
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
     arms, places = ["base", "damped", "permuted", "wrong_layer", "base"], {"fused": folder / "fused"}
-    sets = {"held_out": compare_arms.TextSet(examples, ["a"], 0, False)}
+    sets = {"held_out": TextSet(examples, ["a"], 0, False)}
     got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, sets,
                                           command.experiment))  # fmt: skip
     assert got[0][1] == got[-1][1] != got[1][1]
@@ -206,23 +207,21 @@ def test_texts_without_a_token_to_score_are_told(fails, run):
 def test_texts_without_a_token_to_score_are_left_out_and_counted(models):
     tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
     rows = [Row(((None, "model layer neuron"),), "a"), Row(((None, "x"),), "b"), Row(((None, "plan weight"),), "a")]
-    texts = compare_arms.text_set("held_out", rows, tokenizer, 100)
+    texts = text_set("held_out", rows, tokenizer, 100)
     tokens = [len(tokenizer(row.plain)["input_ids"]) - 1 for row in rows]
     assert tokens[1] == 0 and texts.tokens == [tokens[0], tokens[2]]
     assert texts.counts() == {"texts": 2, "tokens": sum(tokens), "groups": 1, "left_out": 1, "end_of_turn": False}
     answers = [Row((("user", "plan"), ("assistant", "weight")), "a")]
-    assert compare_arms.text_set("held_out", answers, tokenizer, 100).end_of_turn
+    assert text_set("held_out", answers, tokenizer, 100).end_of_turn
     cut = [Row((("user", "plan"), ("assistant", "weight " * 50)), "a")]
-    assert not compare_arms.text_set("held_out", cut, tokenizer, 12).end_of_turn  # the end is beyond the cut
+    assert not text_set("held_out", cut, tokenizer, 12).end_of_turn  # the end is beyond the cut
 
 
 def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
     folder, flags = run
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    results = json.loads((copy / "results.json").read_text())
-    results["per_text"].pop("fused", None)
-    (copy / "results.json").write_text(json.dumps(results))
+    (copy / "results.json").unlink(missing_ok=True)
     weights = load_file(copy / "fused/model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, copy / "fused/model.safetensors", {"format": "pt"})

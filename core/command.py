@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
 
     def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
-        """As in argparse, but what is switched on can be switched off again: a file or an earlier flag may be on."""
+        """As in argparse, but every switch gets a `--no-` form, which turns off what the experiment file turns on."""
         if options.get("action") == "store_true":
             options = {"default": False, **options, "action": argparse.BooleanOptionalAction}
         return super().add_argument(*flags, **options)

@@ -161,11 +161,19 @@ def stage1_cost(target: Model, source: Model, experiment: Experiment, timed: boo
 
 
 def plans_memory(n: int, m: int, T: int, M: int, experiment: Experiment) -> float:
-    """Peak bytes of the plans of one side: the source's rows where the budget holds all of them, one pair's own
-    memory (on an accelerator as many pairs as fit in the rest of the budget), and what is kept of the M results."""
+    """Peak memory of solving one side, in bytes.
+
+    Three things are in memory at the same time: the rows of all source layers, where `pairs_budget_mb` holds them; what
+    the pair of layers in work needs (on an accelerator as many pairs as fit in the rest of the budget); and the
+    potentials and probes that are kept of the M results.
+
+    Args:
+        n, m: neurons of the target and of the source.
+        T, M: rows per layer, and source layers.
+    """
     budget, rows = experiment.pairs_budget_mb * 2**20, 4 * M * T * m
     kept = rows if rows <= budget else 0
-    target, one = 8.0 * T * n, 8.0 * T * m  # standardised and scaled; as stored and standardised
+    target, one = 8.0 * T * n, 8.0 * T * m  # two copies of each layer: standardised and scaled, stored and standardised
     results = 8.0 * M * (n + m) + 4.0 * PROBE_ROWS * n * M
     matrix = entry_bytes(n, m, experiment.regularisation) * n * m
     if experiment.device != "cpu":
@@ -173,7 +181,8 @@ def plans_memory(n: int, m: int, T: int, M: int, experiment: Experiment) -> floa
         return kept + target + pairs * (matrix + 4.0 * T * m) + one + results
     if 4 * n * m <= CACHED_BYTES:
         matrix += 4 * n * m  # K has a buffer of its own
-    # Two layers, since the place that a freed one leaves is not always used again; and a block in float64, twice.
+    # Two source layers, because the allocator does not always re-use the memory of a freed one; and two float64 blocks
+    # of the standardisation.
     solving = 2 * one + matrix + 2 * min(STANDARDIZE_BYTES, one)
     measuring = 4.0 * T * m + max(8.0 * PROBE_ROWS * n * M, 28.0 * min(n, PLAN_BLOCK_ROWS) * m)
     return kept + target + results + max(solving, measuring)

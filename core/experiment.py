@@ -54,9 +54,10 @@ def option(
     """A dataclass field that is also a flag of the commands in `stages` (1, 2, 3; e for evaluation).
 
     Args:
-        changes: those of `stages` whose output has other bytes with another value: there the value is part of the
-            fingerprint. All of them, unless said otherwise: a setting that only names an input (a model, rows) is
-            recorded by the input's contents, and what is left changes where or how fast something is done.
+        changes: those of `stages` whose output has other bytes when the value is another one; there the value is part
+            of the fingerprint. The default is all of them. It is narrower for a setting that names an input (a model,
+            rows), whose contents are in the fingerprint instead, and for one that only decides where or how fast
+            something is done.
         only_with: the one of CONDITIONS without which the value changes nothing; None: it always counts.
     """
     changes = stages if changes is None else changes

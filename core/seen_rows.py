@@ -38,10 +38,11 @@ def recorded(*checkpoints: Checkpoint | None) -> list[Path]:
 
 
 def check_held_out(division: Division, folders: Iterable[Path]) -> None:
-    """Refuse (UserError) to hold out a row that was read already, or that has a passage or a question in common with
-    one that was: the data has changed, and groups have joined, or fallen apart because too many rows now share it.
+    """Refuse (UserError) to hold out a row that was read already, or that shares a passage or a question with one that
+    was. Both happen when the data has changed since: groups have joined, or have fallen apart because too many rows now
+    share what had joined them.
 
-    All rows of the part count, whether or not they are scored: rows of one group are no news to each other.
+    All rows of the held-out part are checked, not only those that are scored, because rows of one group are alike.
     """
     seen = rows_read(folders)
     counts = dict.fromkeys(seen, 0)

@@ -39,9 +39,9 @@ def group_names(rows: Sequence[Row], given: Sequence[str | None]) -> tuple[list[
     question, a passage, a whole text or a given group in common with it, directly or through other rows.
 
     A group is named after the first given group in it, else after the first of these values in alphabetical order,
-    which begins with single passages. A row that is added later and shares the passage brings no other one, so the
-    group keeps its name and its part. A row that joins two groups, or one more row than the limit on what many rows
-    share, does change names: `core.seen_rows` refuses what was read and would then be held out.
+    where passages come first. A row that is added later because it shares that passage leaves the name, and so the
+    part, as it was. Two things can change a name when the data grows: a row that joins two groups, and a value that
+    becomes so common that it no longer joins rows. `core.seen_rows` then refuses to hold out what was read before.
     """
     if None not in given:
         return [name for name in given if name is not None], None

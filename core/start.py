@@ -163,9 +163,10 @@ def save_folded(
 def trained_sources(checkpoint: Checkpoint, state: Mapping[str, Tensor], hot: bool) -> dict[str, str]:
     """Tensor of the checkpoint -> the trained weight it is written from.
 
-    Not in it is what no text reaches: parts outside the text decoder and its head (a vision tower), and what no model
-    has as a weight (frequencies of rope, which old checkpoints store). Of tied weights one may be absent on either
-    side: it is the other.
+    Tensors that training on text cannot change are not among them: parts outside the text decoder and its head (a
+    vision tower), and buffers that old checkpoints store although no model has them as weights (the frequencies of
+    rope). Where input and output embeddings are tied, either side may hold only one of the two, which then stands for
+    both.
 
     Raises:
         UserError: a weight that was trained has no tensor, or a tensor that should have been trained no weight.

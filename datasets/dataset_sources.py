@@ -87,14 +87,16 @@ def read_source(name: str, limit: int, seed: int) -> tuple[list[dict[str, Any]],
 
 
 def _newest(hub_id: str) -> str | None:
-    """The commit of a data set's newest state, so that what is read has a name; None where there is no hub. A stream
-    does not say what it was read from."""
+    """The newest commit of a data set on the hub; None where the hub cannot be asked.
+
+    It is asked for before reading because a streamed data set does not tell afterwards which commit it was read from.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
     try:
         return HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S).sha
-    except (HTTPError, OSError):  # what the hub has against the request, loading tells
+    except (HTTPError, OSError):  # a reason to refuse (gated, unknown) is told when the data set is loaded
         return None
 
 

@@ -112,8 +112,8 @@ def harness_version() -> str:
 
 @functools.cache
 def task_manager(folder: str | None = None) -> Any:
-    """The harness's index of tasks, or of one folder (of its own, or of the user): reading all of its 14,000 files
-    takes ten seconds."""
+    """The harness's index of all tasks, or of the tasks in one folder, which is read at once; all of the harness's
+    14,000 task files take ten seconds."""
     import lm_eval.tasks
 
     if folder is None:

@@ -24,7 +24,7 @@ from core.attention import SIDES
 from core.checkpoints import Checkpoint
 from core.command import parse_command, save_resolved
 from core.data import Row, divide
-from core.experiment import MIN_TEXTS, Experiment, open_pair
+from core.experiment import Experiment, open_pair
 from core.hot_transport import (
     SinkhornResult,
     compute_P,
@@ -50,6 +50,7 @@ from core.runs import (
     setup_logging,
 )
 from core.seen_rows import recorded, write_rows_read
+from core.settings_check import MIN_TEXTS
 from core.sinkhorn import no_cost
 
 log = logging.getLogger("stage1")

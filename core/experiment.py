@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.attention import SEED_MODEL_TYPES
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.data import DATA_SUBSETS, MAX_SAMPLES, DataSpec
 from core.fusion import FEATURE_MAPS, FusionSettings
 from core.hot_residual import FREEZE_STRATEGIES
-from core.hub import check_repo_id
 from core.residual import RESIDUAL_FORMS
 from core.runs import UserError
+from core.settings_check import check_settings
 
-MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
 
@@ -82,8 +78,12 @@ class Experiment:
     source_revision: str | None = option(None, "123e", "hub revision of the source", changes="")
     trust_remote_code: bool = option(False, "13e", "allow code that comes with a model", changes="")
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
-    dtype: str = option("auto", "13e", "compute dtype; auto: float32 on a CPU, else the model's own",
-                        ("auto", "float32", "bfloat16", "float16"))  # fmt: skip
+    dtype: str = option(
+        "auto",
+        "13e",
+        "compute dtype; auto: float32 on a CPU, else the model's own",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
     seed: int = option(
         0, "13e", "seed of the row sample, of training and of the permuted control", only_with="token pooling"
     )
@@ -112,33 +112,48 @@ class Experiment:
     )
     calibration_samples: int = option(2000, "1", "at most so many texts are read by both models", changes="")
     max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens")
-    pooling: str = option("text", "1", "text: one mean per text (the paper); token: one row per aligned position",
-                          ("text", "token"))  # fmt: skip
+    pooling: str = option(
+        "text", "1", "text: one mean per text (the paper); token: one row per aligned position", ("text", "token")
+    )
     max_rows: int = option(4096, "1", "at most so many rows with token pooling", only_with="token pooling")
     tokens_per_batch: int = option(4096, "13e", "tokens per forward pass, padding included; a longer text goes alone")
-    activations_budget_mb: int = option(16384, "1", "memory for one model's rows in each process; beyond it they are "
-                                        "kept in a temporary file of the plan directory", changes="")  # fmt: skip
-    device_map: str | None = option(None, "1", "spread each model over devices and disk while it reads; default all "
-                                    "of it on --device", DEVICE_MAPS)  # fmt: skip
+    activations_budget_mb: int = option(
+        16384,
+        "1",
+        "memory for one model's rows in each process; beyond it they are "
+        "kept in a temporary file of the plan directory",
+        changes="",
+    )
+    device_map: str | None = option(
+        None, "1", "spread each model over devices and disk while it reads; default all of it on --device", DEVICE_MAPS
+    )
 
     epsilon: float | None = option(None, "1", "entropic regularisation of Q; default 0.1, and 0.03 for gsm8k")
     eta: float = option(0.1, "1", "entropic regularisation of P")
     sinkhorn_iters: int = option(1000, "1", "upper bound on Sinkhorn iterations")
     sinkhorn_tol: float = option(1e-6, "1", "bound on the larger L1 marginal error of Q")
-    sinkhorn_mode: str = option("auto", "1", "auto, or paper: exactly --sinkhorn-iters plain iterations (it used 200)",
-                                ("auto", "paper"))  # fmt: skip
-    pairs_budget_mb: int = option(8192, "1", "memory for the source's rows of one side; beyond it they are read "
-                                  "again for every target layer", changes="")  # fmt: skip
-    layer_cost_scale: str = option("median", "1", "scale of the layer cost: median, or none (the paper's letter)",
-                                   ("median", "none"))  # fmt: skip
+    sinkhorn_mode: str = option(
+        "auto", "1", "auto, or paper: exactly --sinkhorn-iters plain iterations (it used 200)", ("auto", "paper")
+    )
+    pairs_budget_mb: int = option(
+        8192,
+        "1",
+        "memory for the source's rows of one side; beyond it they are read again for every target layer",
+        changes="",
+    )
+    layer_cost_scale: str = option(
+        "median", "1", "scale of the layer cost: median, or none (the paper's letter)", ("median", "none")
+    )
 
-    feature_map: str = option("coupling", "2", "how plans become linear maps (README: four feature maps)",
-                              FEATURE_MAPS)  # fmt: skip
+    feature_map: str = option("coupling", "2", "how plans become linear maps (README: four feature maps)", FEATURE_MAPS)
     residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
     alpha: float = option(0.1, "2", "fusion strength, 0 to 1")
     top_k: int = option(128, "2", "strongest neurons fused per layer and projection; 0: all")
-    p_topk: int | None = option(None, "2", "source layers per target layer; default 1 for regression, else all with at "
-                                "least 1e-4 of the row of P")  # fmt: skip
+    p_topk: int | None = option(
+        None,
+        "2",
+        "source layers per target layer; default 1 for regression, else all with at least 1e-4 of the row of P",
+    )
     q_topk: int | None = option(None, "2", "entries kept per row of Q (not for regression); default all")
     ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal")
 
@@ -151,14 +166,23 @@ class Experiment:
     )
     max_shard_size: str = option("5GB", "23", "largest file of weights, e.g. 5GB or 500MB; one is in memory at a time")
 
-    model_type: str | None = option(None, "3", "family of --model_dir; detected when left out",
-                                    tuple(SEED_MODEL_TYPES), changes="")  # fmt: skip
-    training_scenario: str = option("hot", "3", "hot: train from the fused start with its residual; no_hot: the same "
-                                    "from the unfused target; distill: no_hot with the source as teacher",
-                                    ("hot", "no_hot", "distill"))  # fmt: skip
-    freeze_strategy: str = option("frozen_hot", "3", "with hot: frozen_hot (= frozen_transport) fixes the residual; "
-                                  "frozen_base: only it trains; none: both train", FREEZE_STRATEGIES,
-                                  only_with="hot")  # fmt: skip
+    model_type: str | None = option(
+        None, "3", "family of --model_dir; detected when left out", tuple(SEED_MODEL_TYPES), changes=""
+    )
+    training_scenario: str = option(
+        "hot",
+        "3",
+        "hot: train from the fused start with its residual; no_hot: the same "
+        "from the unfused target; distill: no_hot with the source as teacher",
+        ("hot", "no_hot", "distill"),
+    )
+    freeze_strategy: str = option(
+        "frozen_hot",
+        "3",
+        "with hot: frozen_hot (= frozen_transport) fixes the residual; frozen_base: only it trains; none: both train",
+        FREEZE_STRATEGIES,
+        only_with="hot",
+    )
     train_alpha: float | None = option(
         None, "3", "with hot: residual strength while training; default the fused one", only_with="hot"
     )
@@ -170,27 +194,41 @@ class Experiment:
     gradient_accumulation: int = option(8, "3", "steps per optimizer update")
     gradient_checkpointing: bool = option(False, "3", "compute activations again in the backward pass: less memory")
     learning_rate: float = option(1e-6, "3", "peak learning rate", only_with="no search of rates")
-    lr_scheduler: str = option("linear", "3", "how the learning rate ends",
-                               ("linear", "cosine", "constant", "constant_with_warmup"))  # fmt: skip
+    lr_scheduler: str = option(
+        "linear", "3", "how the learning rate ends", ("linear", "cosine", "constant", "constant_with_warmup")
+    )
     warmup: float = option(0.0, "3", "updates in which the learning rate rises; below 1, share of all updates")
     weight_decay: float = option(0.0, "3", "of AdamW")
     max_grad_norm: float = option(1.0, "3", "gradients are clipped at this norm; 0: not at all")
     save_steps: int = option(
         200, "3", "optimizer updates between training checkpoints (resume points)", only_with="early stop"
     )
-    validation_samples: int = option(32, "3", "at most so many validation rows (of groups that nothing else reads); "
-                                     "their loss is recorded before, during and after; 0: none")  # fmt: skip
+    validation_samples: int = option(
+        32,
+        "3",
+        "at most so many validation rows (of groups that nothing else reads); "
+        "their loss is recorded before, during and after; 0: none",
+    )
     eval_steps: int | None = option(
         None, "3", "updates between validations; default once per epoch", only_with="no early stop"
     )
-    early_stop: int | None = option(None, "3", "stop when the validation loss has not fallen in so many validations, "
-                                    "one at each --save-steps, and take the best; default never")  # fmt: skip
-    alpha_search: tuple[float, ...] = option((), "3", "with hot: train with each of these alphas, e.g. 0.03,0.1, and "
-                                             "keep the best on the validation rows", only_with="hot")  # fmt: skip
+    early_stop: int | None = option(
+        None,
+        "3",
+        "stop when the validation loss has not fallen in so many validations, "
+        "one at each --save-steps, and take the best; default never",
+    )
+    alpha_search: tuple[float, ...] = option(
+        (),
+        "3",
+        "with hot: train with each of these alphas, e.g. 0.03,0.1, and keep the best on the validation rows",
+        only_with="hot",
+    )
     lr_search: tuple[float, ...] = option((), "3", "the same for learning rates; both: every combination")
     report_to: str = option("none", "3", "logging service of the Trainer, e.g. tensorboard or wandb", changes="")
-    save_untrained_folded: bool = option(False, "3", "also write <output_dir>-untrained: what training starts from, "
-                                         "folded", changes="")  # fmt: skip
+    save_untrained_folded: bool = option(
+        False, "3", "also write <output_dir>-untrained: what training starts from, folded", changes=""
+    )
 
     use_lora: bool = option(False, "3", "train LoRA adapters (merged at the end) instead of the base weights")
     lora_rank: int = option(8, "3", "rank of the adapters", only_with="LoRA")
@@ -200,8 +238,12 @@ class Experiment:
         "q_proj,k_proj,v_proj,o_proj", "3", "layers that get adapters, or all-linear", only_with="LoRA"
     )
 
-    distill_weight: float = option(0.5, "3", "share of the teacher's divergence in the loss of distill, where both "
-                                   "models have the same vocabulary", only_with="distill")  # fmt: skip
+    distill_weight: float = option(
+        0.5,
+        "3",
+        "share of the teacher's divergence in the loss of distill, where both models have the same vocabulary",
+        only_with="distill",
+    )
     distill_temperature: float = option(1.0, "3", "softens both distributions in that divergence", only_with="distill")
 
     held_out_samples: int = option(64, "e", "at most so many held-out texts", changes="")
@@ -211,8 +253,9 @@ class Experiment:
         "local general text; what fusion costs there is reported beside the gain",
         changes="",
     )
-    benchmarks: tuple[str, ...] = option((), "", "what evaluation/run_task.py runs: malay_mmlu, yue_mmlu, and names of "
-                                         "lm-evaluation-harness")  # fmt: skip
+    benchmarks: tuple[str, ...] = option(
+        (), "", "what evaluation/run_task.py runs: malay_mmlu, yue_mmlu, and names of lm-evaluation-harness"
+    )
 
     @property
     def run_dir(self) -> Path:
@@ -253,70 +296,9 @@ class Experiment:
         """The part that stage 2 needs."""
         return FusionSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FusionSettings)})
 
-    def _check_training(self) -> None:
-        for name in ("warmup", "weight_decay", "max_grad_norm", "validation_samples"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{name} is {value}; expected 0 or more")
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise UserError(f"warmup is {self.warmup}; expected a share below 1, or a whole number of updates")
-        if any(not 0 <= alpha <= 1 for alpha in self.alpha_search):
-            raise UserError(f"alpha_search is {self.alpha_search}; expected numbers from 0 to 1")
-        if any(not (rate > 0 and math.isfinite(rate)) for rate in self.lr_search):
-            raise UserError(f"lr_search is {self.lr_search}; expected positive numbers")
-        if (self.alpha_search or self.lr_search or self.early_stop) and not self.validation_samples:
-            raise UserError("a search and early_stop choose on validation rows; give --validation-samples")
-        if self.alpha_search and self.train_alpha is not None:
-            raise UserError("train_alpha and alpha_search exclude each other; give one of them")
-        if self.early_stop and self.eval_steps not in (None, self.save_steps):
-            raise UserError("early_stop validates at each of save_steps; leave eval_steps out")
-        if self.warmup and self.lr_scheduler == "constant":
-            raise UserError("lr_scheduler constant has no warmup; take constant_with_warmup")
-        if self.eval_steps and not self.validation_samples:
-            raise UserError("eval_steps needs rows to validate on; give --validation-samples")
-        if self.save_untrained_folded and len(self.alpha_search) > 1 and self.training_scenario == "hot":
-            raise UserError("save_untrained_folded writes one alpha; leave alpha_search out")
-        if self.freeze_strategy == "frozen_base" and self.use_lora:
-            raise UserError("LoRA adapts the base, which frozen_base freezes; leave out one of the two")
-
     def check(self) -> None:
-        """Raise UserError for a value out of range."""
-        for name in ("alpha", "train_alpha", "distill_weight", "lora_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{name} is {value}; expected a number from 0 to 1")
-        for name in ("epsilon", "eta", "sinkhorn_tol", "ridge", "epochs", "learning_rate", "lora_alpha",
-                     "distill_temperature"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{name} is {value}; expected a positive number")
-        if self.max_rows < MIN_TEXTS:
-            raise UserError(f"max_rows is {self.max_rows}; plans need at least {MIN_TEXTS} rows")
-        if self.seed < 0 or self.split_seed < 0:
-            raise UserError(f"seed is {min(self.seed, self.split_seed)}; expected 0 or more")
-        if self.q_topk is not None and self.feature_map == "regression":
-            raise UserError("q_topk thins out plans, which regression does not read; leave it out")
-        for name in ("max_tokens", "max_samples", "tokens_per_batch", "sinkhorn_iters", "pairs_budget_mb", "p_topk",
-                     "q_topk", "sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "save_steps",
-                     "eval_steps", "early_stop", "lora_rank", "held_out_samples"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; expected at least 1")
-        self._check_training()
-        check_repo_id(self.push_to_hub)
-        if self.max_shard_bytes < 1:
-            raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB")
-        if self.activations_budget_mb < 0:
-            raise UserError(f"activations_budget_mb is {self.activations_budget_mb}; expected 0 (all on disk) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; expected 0 (all neurons) or more")
-        if self.calibration_samples < MIN_TEXTS:
-            raise UserError(f"calibration_samples is {self.calibration_samples}; plans need at least {MIN_TEXTS} texts")
-        check_device(self.device)
-        for f in dataclasses.fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value not in (None, "") and value not in choices:
-                raise UserError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
+        """Raise UserError for a value out of range, or for settings that exclude each other."""
+        check_settings(self)
 
 
 def of_one_scenario() -> set[str]:
@@ -324,20 +306,10 @@ def of_one_scenario() -> set[str]:
     return {f.name for f in dataclasses.fields(Experiment) if f.metadata["only_with"] in ("hot", "distill")}
 
 
-def check_device(name: str) -> None:
-    """Raise UserError for a device that this machine does not have."""
-    try:
-        device = torch.device(name)
-        present = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
-        usable = (device.index or 0) < present
-    except RuntimeError:
-        usable = False
-    if not usable:
-        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU")
-
-
 def open_pair(experiment: Experiment) -> tuple[Checkpoint, Checkpoint]:
     """The experiment's (target, source), opened on its device. Raises UserError as `open_checkpoint`."""
     code, device = experiment.trust_remote_code, experiment.device
-    return (open_checkpoint(experiment.target_model, experiment.target_revision, code, device),
-            open_checkpoint(experiment.source_model, experiment.source_revision, code, device))  # fmt: skip
+    return (
+        open_checkpoint(experiment.target_model, experiment.target_revision, code, device),
+        open_checkpoint(experiment.source_model, experiment.source_revision, code, device),
+    )

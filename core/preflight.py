@@ -52,8 +52,10 @@ def disk_problems(folder: Path, needed: float) -> list[str]:
     free = shutil.disk_usage(place).free
     if free >= needed:
         return []
-    return [f"{place} has {free / GIB:.1f} GiB free and {folder} needs {needed / GIB:.1f}; free some space or write "
-            f"elsewhere"]  # fmt: skip
+    return [
+        f"{place} has {free / GIB:.1f} GiB free and {folder} needs {needed / GIB:.1f}; free some space or write "
+        f"elsewhere"
+    ]
 
 
 def memory_problems(needed: float, device: str) -> list[str]:
@@ -61,8 +63,10 @@ def memory_problems(needed: float, device: str) -> list[str]:
     available = psutil.virtual_memory().available
     if device != "cpu" or available >= needed:
         return []
-    return [f"about {needed / GIB:.1f} GiB of memory are needed and {available / GIB:.1f} are available; try --dtype "
-            f"bfloat16, --device-map auto, or less data"]  # fmt: skip
+    return [
+        f"about {needed / GIB:.1f} GiB of memory are needed and {available / GIB:.1f} are available; try --dtype "
+        f"bfloat16, --device-map auto, or less data"
+    ]
 
 
 def describe(role: str, model: Checkpoint) -> str:
@@ -71,10 +75,12 @@ def describe(role: str, model: Checkpoint) -> str:
     dtypes = sorted({dtype for _, dtype in model.headers.values()})
     n_files = len(set(model.files.values()))
     biased = [c for c in PROJECTIONS if model.tensor_name(0, c) + ".bias" in model.headers]
-    return (f"{role} {model.name}: {layout.model_type}, {layout.n_layers} layers, hidden {layout.hidden}, "
-            f"{layout.n_heads} heads of {layout.head_dim}, {layout.n_kv_heads} kv heads, biases "
-            f"{''.join(biased) or 'none'}, {sum(model.sizes.values()) / GIB:.2f} GiB of {'/'.join(dtypes)} in "
-            f"{n_files} file{'s' if n_files > 1 else ''}")  # fmt: skip
+    return (
+        f"{role} {model.name}: {layout.model_type}, {layout.n_layers} layers, hidden {layout.hidden}, "
+        f"{layout.n_heads} heads of {layout.head_dim}, {layout.n_kv_heads} kv heads, biases "
+        f"{''.join(biased) or 'none'}, {sum(model.sizes.values()) / GIB:.2f} GiB of {'/'.join(dtypes)} in "
+        f"{n_files} file{'s' if n_files > 1 else ''}"
+    )
 
 
 def stage2_memory(plans: PlanDirectory, target: Checkpoint, source: Checkpoint, max_shard_bytes: int) -> float:
@@ -109,14 +115,20 @@ def stage2_report(
     plans: PlanDirectory, target: Checkpoint, source: Checkpoint, settings: FusionSettings, memory: float, disk: float
 ) -> str:
     """What stage 2 would do."""
-    lines = [describe("target", target), describe("source", source),
-             f"plans {plans.folder}: {plans.shape[0]} x {plans.shape[1]} layers, {plans.manifest.record['rows']} rows",
-             f"{settings.feature_map}, {settings.residual_form}, alpha {settings.alpha}"]  # fmt: skip
+    lines = [
+        describe("target", target),
+        describe("source", source),
+        f"plans {plans.folder}: {plans.shape[0]} x {plans.shape[1]} layers, {plans.manifest.record['rows']} rows",
+        f"{settings.feature_map}, {settings.residual_form}, alpha {settings.alpha}",
+    ]
     for projection in PROJECTIONS:
-        kind, size = ("columns", target.layout.size("o_in")) if projection == "o" else (
-            "rows", target.layout.size(projection))  # fmt: skip
+        kind, size = (
+            ("columns", target.layout.size("o_in")) if projection == "o" else ("rows", target.layout.size(projection))
+        )
         both = all(model.tensor_name(0, projection) + ".bias" in model.headers for model in (target, source))
-        lines.append(f"{projection}: {min(settings.top_k or size, size)} of {size} {kind} in each of "
-                     f"{plans.shape[0]} layers, bias {'fused' if both else 'not fused'}")  # fmt: skip
+        lines.append(
+            f"{projection}: {min(settings.top_k or size, size)} of {size} {kind} in each of "
+            f"{plans.shape[0]} layers, bias {'fused' if both else 'not fused'}"
+        )
     lines.append(f"peak memory about {memory / GIB:.1f} GiB, on disk {disk / GIB:.2f} GiB")
     return "\n".join(lines)

@@ -86,11 +86,17 @@ def open_source(start: Start, experiment: Experiment) -> Checkpoint:
     made_from = (start.made_by or {}).get("inputs", {}).get("source") or {}
     if not name and not made_from:
         raise UserError(f"{start.checkpoint.folder} does not say what the teacher is; give --source-model")
-    source = open_checkpoint(name or made_from["id"], revision if name else made_from["revision"],
-                             experiment.trust_remote_code, experiment.device)  # fmt: skip
+    source = open_checkpoint(
+        name or made_from["id"],
+        revision if name else made_from["revision"],
+        experiment.trust_remote_code,
+        experiment.device,
+    )
     if made_from and not source.same_model(made_from):
-        raise UserError(f"{source.folder} is not the source of {start.checkpoint.folder} ({made_from['id']}); the "
-                        f"comparison needs the same one: leave --source-model out")  # fmt: skip
+        raise UserError(
+            f"{source.folder} is not the source of {start.checkpoint.folder} ({made_from['id']}); the "
+            f"comparison needs the same one: leave --source-model out"
+        )
     return source
 
 
@@ -194,9 +200,11 @@ def trained_sources(checkpoint: Checkpoint, state: Mapping[str, Tensor], hot: bo
         if tied not in written or not torch.equal(value, state[tied]):
             missing.append(name)
     if missing:
-        raise UserError(f"{', '.join(missing[:3])} ({len(missing)} in all) cannot be written: the names of the trained "
-                        f"weights are not those of {checkpoint.folder}; train from a copy that transformers' "
-                        "save_pretrained wrote")  # fmt: skip
+        raise UserError(
+            f"{', '.join(missing[:3])} ({len(missing)} in all) cannot be written: the names of the trained "
+            f"weights are not those of {checkpoint.folder}; train from a copy that transformers' "
+            "save_pretrained wrote"
+        )
     return found
 
 

@@ -41,8 +41,12 @@ PAPER = Path(__file__).with_name("paper_results.json")
 def main(argv: list[str]) -> None:
     setup_logging()
     parser = Parser(__doc__ or "")
-    parser.add_argument("--results-dir", type=Path, default=results_root(),
-                        help="holds the runs (default $TRANSPORT_RESULTS_ROOT, or runs)")  # fmt: skip
+    parser.add_argument(
+        "--results-dir",
+        type=Path,
+        default=results_root(),
+        help="holds the runs (default $TRANSPORT_RESULTS_ROOT, or runs)",
+    )
     parser.add_argument("--tasks", nargs="+", help="print only these (default: every task that has a run)")
     parser.add_argument("--output-dir", type=Path, help="default RESULTS_DIR/tables")
     given = parser.parse(argv)
@@ -131,12 +135,17 @@ def check_held_out(place: Path, record: Mapping[str, Any]) -> None:
     if "arms" not in record:
         raise UserError(f"{place / 'results.json'} is not finished; run evaluation/compare_arms.py again to finish it")
     made_from = record.get("made_from", {})
-    trained = {f"{arm}/{path.name}": digest_of(manifest(path)) for arm, folder in TRAINED.items()
-               for path in (place / folder).glob("seed*[0-9]") if (path / MANIFEST).is_file()}  # fmt: skip
+    trained = {
+        f"{arm}/{path.name}": digest_of(manifest(path))
+        for arm, folder in TRAINED.items()
+        for path in (place / folder).glob("seed*[0-9]")
+        if (path / MANIFEST).is_file()
+    }
     fused = manifest(place / "fused").get("fingerprint")
     if (record.get("inputs", {}).get("fused"), {arm: made for arm, made in made_from.items() if "/" in arm}) != (
-        fused, trained
-    ):  # fmt: skip
+        fused,
+        trained,
+    ):
         raise UserError(f"{place / 'results.json'} is of earlier models; run evaluation/compare_arms.py again")
 
 
@@ -191,16 +200,31 @@ def arm_scores(place: Path, shared: Path, kind: str, arm: str) -> dict[str, Any]
                 continue
             score = read_score(file.parent / result["file"])
             metric = score["metric"]
-            note = "; ".join(part for part in (
-                f"in place of {result['stands_in_for']}" if "stands_in_for" in result else "",
-                f"first {record['limit']} items of each file" if record["limit"] else "",
-                score["details"].get("metric_note")) if part)  # fmt: skip
-            one = out.setdefault(name, {"metric": metric, "ids": score["items"]["ids"], "runs": [], "note": note,
-                                        "prompt": score["details"].get("prompt_policy"),
-                                        "in_place_of": result.get("stands_in_for", name),
-                                        "categories": score["item_groups"], "n": score["metrics"][metric]["n"],
-                                        "model": score["inputs"]["model"], "made": {},
-                                        "inputs": comparable(score["inputs"])})  # fmt: skip
+            note = "; ".join(
+                part
+                for part in (
+                    f"in place of {result['stands_in_for']}" if "stands_in_for" in result else "",
+                    f"first {record['limit']} items of each file" if record["limit"] else "",
+                    score["details"].get("metric_note"),
+                )
+                if part
+            )
+            one = out.setdefault(
+                name,
+                {
+                    "metric": metric,
+                    "ids": score["items"]["ids"],
+                    "runs": [],
+                    "note": note,
+                    "prompt": score["details"].get("prompt_policy"),
+                    "in_place_of": result.get("stands_in_for", name),
+                    "categories": score["item_groups"],
+                    "n": score["metrics"][metric]["n"],
+                    "model": score["inputs"]["model"],
+                    "made": {},
+                    "inputs": comparable(score["inputs"]),
+                },
+            )
             if (one["ids"], one["inputs"]) != (score["items"]["ids"], comparable(score["inputs"])):
                 raise UserError(f"{file.parent / result['file']} has other items than another seed's; run it again")
             one["made"][file.parent.name] = score["inputs"]["model"].get("made")
@@ -215,20 +239,27 @@ def check_current(place: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
     for arm, scores in arms.items():
         for name, result in scores.items():
             model = result.get("model", {})
-            if arm == "base" and any(key in model and key in target and model[key] != target[key]
-                                     for key in ("config", "weights", "made")):  # fmt: skip
-                raise UserError(f"{name}: the base that was scored is not the target of {place}; run "
-                                "evaluation/run_task.py again for the base")  # fmt: skip
+            if arm == "base" and any(
+                key in model and key in target and model[key] != target[key] for key in ("config", "weights", "made")
+            ):
+                raise UserError(
+                    f"{name}: the base that was scored is not the target of {place}; run "
+                    "evaluation/run_task.py again for the base"
+                )
             for run, made in result.get("made", {}).items() if arm != "base" else ():
                 folder = place / "fused" if arm == "fused" else place / TRAINED[arm] / run
                 found = manifest(folder)
                 if made != found.get("fingerprint"):
-                    raise UserError(f"{name}: {folder} is not the model that was scored, it was made anew since or is "
-                                    "gone; run evaluation/run_task.py again for it, or remove its scores")  # fmt: skip
+                    raise UserError(
+                        f"{name}: {folder} is not the model that was scored, it was made anew since or is "
+                        "gone; run evaluation/run_task.py again for it, or remove its scores"
+                    )
                 start = found.get("inputs", {}).get("made_by")  # of a training: the fused checkpoint it began with
                 if arm != "fused" and start != fused.get("fingerprint"):
-                    raise UserError(f"{name}: {folder} was trained from another fused model ({start}); run stage 3 and "
-                                    "evaluation/run_task.py again for it, or remove its scores")  # fmt: skip
+                    raise UserError(
+                        f"{name}: {folder} was trained from another fused model ({start}); run stage 3 and "
+                        "evaluation/run_task.py again for it, or remove its scores"
+                    )
 
 
 def comparable(inputs: Mapping[str, Any]) -> dict[str, Any]:

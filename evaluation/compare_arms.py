@@ -134,21 +134,23 @@ def trained_arms(run: Path) -> dict[str, dict[Path, Manifest]]:
     Raises:
         UserError: a training that is missing or not finished.
     """
-    found = {arm: {path.name: path for path in sorted((run / place).glob("seed*[0-9]"))}
-             for arm, place in TRAINED.items()}  # fmt: skip
+    found = {
+        arm: {path.name: path for path in sorted((run / place).glob("seed*[0-9]"))} for arm, place in TRAINED.items()
+    }
     if not any(found.values()):
         return {}
     if not found["distill"]:
         del found["distill"]
     seeds = sorted(set().union(*found.values()))
-    return {arm: {run / TRAINED[arm] / seed: Manifest.read(run / TRAINED[arm] / seed, "adapted") for seed in seeds}
-            for arm in found}  # fmt: skip
+    return {
+        arm: {run / TRAINED[arm] / seed: Manifest.read(run / TRAINED[arm] / seed, "adapted") for seed in seeds}
+        for arm in found
+    }
 
 
 def searches(adapted: dict[str, dict[Path, Manifest]]) -> str:
     """A line of the table when an arm was chosen among several trials: it had more chances than the others."""
-    trials = {arm: max(len(manifest.record["trials"]) for manifest in found.values())
-              for arm, found in adapted.items()}  # fmt: skip
+    trials = {arm: max(len(manifest.record["trials"]) for manifest in found.values()) for arm, found in adapted.items()}
     if set(trials.values()) <= {1}:
         return ""
     counts = ", ".join(f"{arm} {count}" for arm, count in trials.items())
@@ -175,9 +177,15 @@ def check_chain(run: Path, plans: PlanDirectory, fused: Manifest, adapted: dict[
 
 
 def evaluate_arms(
-    arms: Sequence[str], folders: dict[str, Path], plans: PlanDirectory, target: Checkpoint, source: Checkpoint,
-    settings: FusionSettings, sets: Mapping[str, TextSet], experiment: Experiment,
-) -> Iterator[tuple[str, dict[str, list[float]]]]:  # fmt: skip
+    arms: Sequence[str],
+    folders: dict[str, Path],
+    plans: PlanDirectory,
+    target: Checkpoint,
+    source: Checkpoint,
+    settings: FusionSettings,
+    sets: Mapping[str, TextSet],
+    experiment: Experiment,
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """(arm, {set of texts: negative log-likelihood of each text in nats}) of each arm asked for.
 
     base and controls share one loaded target; fused and adapted arms are the folders on disk, loaded by stock
@@ -211,8 +219,7 @@ def evaluate_arms(
         del model
     for arm in arms:
         if arm not in in_memory:
-            checkpoint = open_checkpoint(str(folders[arm]), None, experiment.trust_remote_code,
-                                         experiment.device)  # fmt: skip
+            checkpoint = open_checkpoint(str(folders[arm]), None, experiment.trust_remote_code, experiment.device)
             yield measure(checkpoint.load_model(experiment.dtype), arm)
 
 

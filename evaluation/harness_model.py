@@ -91,9 +91,12 @@ def evaluate(
     set_shots(task, num_fewshot)
     name = task.config.task
     results = harness_evaluate(
-        lm=lm, task_dict={"tasks": {name: task}}, limit=limit,
+        lm=lm,
+        task_dict={"tasks": {name: task}},
+        limit=limit,
         bootstrap_iters=2,  # of metrics that are no means, whose error is not reported; the others have a formula
-        samples=None if samples is None else {name: list(samples)})  # fmt: skip
+        samples=None if samples is None else {name: list(samples)},
+    )
     return {"metrics": results["results"][name], "samples": results["samples"][name]}
 
 

@@ -16,26 +16,37 @@ from torch import Tensor
 
 from core.checkpoints import Checkpoint, open_checkpoint
 from core.command import Parser
-from core.experiment import check_device
 from core.runs import FORMAT_VERSION, UserError, digest_of, provenance, read_json, write_json
+from core.settings_check import check_device
 
 log = logging.getLogger(__name__)
 # Beside weights and config, what a score depends on: tokens, prompts, where an answer ends.
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-              "chat_template.jinja", "generation_config.json")  # fmt: skip
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def runner_flags(description: str, folder: str | None = None) -> Parser:
     """The flags that every runner takes. `folder`: what --output-dir is said to default to; None: it must be given."""
     parser = Parser(description)
     parser.add_argument("--model", required=True, help="folder, GGUF file, id in $MODELS_ROOT, or hub id")
-    parser.add_argument("--output-dir", type=Path, required=folder is None,
-                        help=f"one file per benchmark goes here (default {folder})")  # fmt: skip
+    parser.add_argument(
+        "--output-dir", type=Path, required=folder is None, help=f"one file per benchmark goes here (default {folder})"
+    )
     parser.add_argument("--limit", type=int, help="only the first N items of every file (for a trial)")
     parser.add_argument("--tokens-per-batch", type=int, default=4096, help="padding included (default 4096)")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                        help="auto: float32 on a CPU, else the model's own")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on a CPU, else the model's own",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the model")
     return parser
 
@@ -79,8 +90,11 @@ class Evaluated:
         """What a score depends on: contents, not names and times of files."""
         folder, identity = self.checkpoint.folder, self.checkpoint.identity
         contents = {key: identity[key] for key in ("config", "weights", "made")}
-        texts = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                 for name in TEXT_FILES if (folder / name).is_file()}  # fmt: skip
+        texts = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in TEXT_FILES
+            if (folder / name).is_file()
+        }
         device = self.checkpoint.device.partition(":")[0]
         return {**contents, **texts, "dtype": self.dtype, "device": device}
 
@@ -177,17 +191,25 @@ def write_score(path: Path, score: Score, inputs: Mapping[str, Any]) -> None:
     for place, group in enumerate(score.groups):
         groups.setdefault(group, []).append(place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {
-        "format": FORMAT_VERSION,
-        "benchmark": score.benchmark,
-        "metric": score.metric,
-        "metrics": {metric: mean_and_error(values) for metric, values in score.metrics.items()},
-        "groups": {group: {metric: mean_and_error([values[place] for place in places])
-                           for metric, values in score.metrics.items()} for group, places in sorted(groups.items())},
-        "item_groups": list(score.groups),
-        "details": dict(score.details),
-        "fingerprint": digest_of(inputs),
-        "inputs": dict(inputs),
-        "items": {"ids": list(score.ids), **{metric: list(values) for metric, values in score.metrics.items()}},
-        **provenance(),
-    })  # fmt: skip
+    write_json(
+        path,
+        {
+            "format": FORMAT_VERSION,
+            "benchmark": score.benchmark,
+            "metric": score.metric,
+            "metrics": {metric: mean_and_error(values) for metric, values in score.metrics.items()},
+            "groups": {
+                group: {
+                    metric: mean_and_error([values[place] for place in places])
+                    for metric, values in score.metrics.items()
+                }
+                for group, places in sorted(groups.items())
+            },
+            "item_groups": list(score.groups),
+            "details": dict(score.details),
+            "fingerprint": digest_of(inputs),
+            "inputs": dict(inputs),
+            "items": {"ids": list(score.ids), **{metric: list(values) for metric, values in score.metrics.items()}},
+            **provenance(),
+        },
+    )

@@ -16,11 +16,18 @@ SETTINGS = {
     "thai": ("scb10x/llama3.2-typhoon2-1b-instruct", LLAMA, 0.01, 0.01, 1e-7, "thai", 8000),
     "finance": ("unsloth/Llama-3.2-1B-Instruct", LLAMA, 0.03, 0.03, 1e-6, "finance", 2000),
     "finance_paper": ("TEL-LLM/LLaMA-3.2-1B-TEL-A-finance", "Qwen/Qwen2.5-7B", 0.03, 0.03, 1e-6, "finance", 2000),
-    "cantonese": ("unsloth/Llama-3.2-1B-Instruct", "FlagAlpha/Llama3-Chinese-8B-Instruct", 0.01, 0.1, 1e-8, "cantonese",
-                  2000),
+    "cantonese": (
+        "unsloth/Llama-3.2-1B-Instruct",
+        "FlagAlpha/Llama3-Chinese-8B-Instruct",
+        0.01,
+        0.1,
+        1e-8,
+        "cantonese",
+        2000,
+    ),
     "indonesian": ("digo-prayudha/Llama-3.2-1B-Indonesian-lora", LLAMA, 0.01, 0.1, 1e-6, "indonesian", 2000),
     "malay": ("mesolitica/Malaysian-Llama-3.2-1B-Instruct", LLAMA, 0.1, 0.1, 1e-6, "malay", 2000),
-}  # fmt: skip
+}
 
 
 def roles(*pairs):
@@ -56,15 +63,26 @@ def make_environment(models: dict[str, Path], benchmark_data: Path, folder: Path
         (folder / f"data/{name}.jsonl").write_text("\n".join(lines), "utf-8")
     cleared = {name: value for name, value in os.environ.items() if not name.endswith(("_REPO", "_ROOT"))}
     return cleared | {
-        "MODELS_ROOT": str(folder / "models"), "TARGET_MODEL": str(models["target"]), "LIMIT": "3",
-        "SOURCE_MODEL": str(models["source"]), "WORKSPACE_ROOT": str(folder), "BENCHMARK_DATA": str(benchmark_data),
-        "DATA_DIR": str(folder / "data"), "MAX_SAMPLES": "24", "SFT_SAMPLES": "8",
-    }  # fmt: skip
+        "MODELS_ROOT": str(folder / "models"),
+        "TARGET_MODEL": str(models["target"]),
+        "LIMIT": "3",
+        "SOURCE_MODEL": str(models["source"]),
+        "WORKSPACE_ROOT": str(folder),
+        "BENCHMARK_DATA": str(benchmark_data),
+        "DATA_DIR": str(folder / "data"),
+        "MAX_SAMPLES": "24",
+        "SFT_SAMPLES": "8",
+    }
 
 
 def script(environment: dict[str, str], results: Path, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "run_train_final.sh"], cwd=ROOT / "scripts", capture_output=True, text=True,
-                          env=environment | {"TRANSPORT_RESULTS_ROOT": str(results)} | variables)  # fmt: skip
+    return subprocess.run(
+        ["bash", "run_train_final.sh"],
+        cwd=ROOT / "scripts",
+        capture_output=True,
+        text=True,
+        env=environment | {"TRANSPORT_RESULTS_ROOT": str(results)} | variables,
+    )
 
 
 def run_tasks(environment: dict[str, str], results: Path, tasks: tuple[str, ...]) -> Path:
@@ -82,8 +100,16 @@ def check_task(whole: Path, name: str) -> None:
         used = json.loads((whole / name / f"adapted/{scenario}/seed0/manifest.json").read_text())
         assert used["status"] == "complete"
     arms = json.loads((whole / name / "results.json").read_text())["arms"]
-    assert arms.keys() >= {"base", "damped", "damped_mean", "permuted", "wrong_layer", "fused", "no_hot",
-                           "fused_adapted"}  # fmt: skip
+    assert arms.keys() >= {
+        "base",
+        "damped",
+        "damped_mean",
+        "permuted",
+        "wrong_layer",
+        "fused",
+        "no_hot",
+        "fused_adapted",
+    }
     collected = json.loads((whole / f"tables/{name}.json").read_text())["runs"][name]["sets"][name]
     assert collected["rows"].keys() == SCORED[name]
     for row in collected["rows"].values():

@@ -120,18 +120,27 @@ def test_gguf_is_converted_once_to_a_plain_folder(tmp_path, monkeypatch):
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in merges])
     writer.add_eos_token_id(0)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-             "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     for name, value in model.state_dict().items():
         array = value.numpy()
         if name.startswith("model.layers"):
             _, _, layer, *rest = name.split(".")
             writer.add_tensor(f"blk.{layer}.{names['.'.join(rest[:-1])]}.weight", array)
         elif name != "lm_head.weight":
-            writer.add_tensor({"model.embed_tokens.weight": "token_embd.weight",
-                               "model.norm.weight": "output_norm.weight"}[name], array)  # fmt: skip
+            writer.add_tensor(
+                {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name],
+                array,
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -235,14 +244,21 @@ def test_converting_twice_at_once_waits_for_the_first(models, tmp_path, monkeypa
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     original, others = convert.convert_bin, []
-    command = ("from core import convert; from pathlib import Path; import sys; a, b = map(Path, sys.argv[1:])\n"
-               "convert.convert_bin = lambda *_: sys.exit('converted a second time')\n"
-               "import logging; logging.basicConfig(level=logging.INFO)\n"
-               "print(convert.converted(a, b))")  # fmt: skip
+    command = (
+        "from core import convert; from pathlib import Path; import sys; a, b = map(Path, sys.argv[1:])\n"
+        "convert.convert_bin = lambda *_: sys.exit('converted a second time')\n"
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "print(convert.converted(a, b))"
+    )
 
     def with_another_meanwhile(*arguments):
-        other = subprocess.Popen([sys.executable, "-c", command, str(folder), str(cache)], cwd=ROOT, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        other = subprocess.Popen(
+            [sys.executable, "-c", command, str(folder), str(cache)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         others.append(other)
         while "waiting for it" not in (line := other.stderr.readline()):
             assert line, "it did not wait"

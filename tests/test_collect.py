@@ -27,8 +27,17 @@ def test_places_of_a_mean():
 def scored(*runs, ids=None) -> dict:
     """What is known of one arm on one benchmark."""
     ids = ids or [str(n) for n in range(len(runs[0]))]
-    return {"metric": "acc", "ids": ids, "runs": list(runs), "categories": [], "n": len(ids), "note": "",
-            "prompt": None, "in_place_of": "", "inputs": {}}  # fmt: skip
+    return {
+        "metric": "acc",
+        "ids": ids,
+        "runs": list(runs),
+        "categories": [],
+        "n": len(ids),
+        "note": "",
+        "prompt": None,
+        "in_place_of": "",
+        "inputs": {},
+    }
 
 
 def test_benchmarks_on_the_same_questions_are_one_part_of_the_mean():
@@ -36,8 +45,10 @@ def test_benchmarks_on_the_same_questions_are_one_part_of_the_mean():
     rng = np.random.default_rng(0)
     base, ours = rng.uniform(size=(2, 40))
     other_base, other = rng.uniform(size=(2, 60))
-    arms = {"base": {"a": scored(other_base), "mc1": scored(base), "mc2": scored(base)},
-            "fused": {"a": scored(other), "mc1": scored(ours), "mc2": scored(ours)}}  # fmt: skip
+    arms = {
+        "base": {"a": scored(other_base), "mc1": scored(base), "mc2": scored(base)},
+        "fused": {"a": scored(other), "mc1": scored(ours), "mc2": scored(ours)},
+    }
     both = benchmark_rows(arms, {"counted_once": [["mc1", "mc2"]]})["mean"]["fused"]
     alone = benchmark_rows({arm: {"a": s["a"], "mc1": s["mc1"]} for arm, s in arms.items()}, {})["mean"]["fused"]
     assert both["diff"] == pytest.approx(alone["diff"]) and both["ci95"] == pytest.approx(alone["ci95"])
@@ -78,8 +89,10 @@ def results(tmp_path):
         put(place / f"fused_adapted/seed{seed}", "malay", {"malay_mmlu": items})
     put(runs / "malay-regression/benchmarks/malay/fused", "malay", {"malay_mmlu": [1.0] * 20})
     gain = {"diff": -0.1, "ci95": [-0.2, -0.05]}
-    arms = {"base": {"nll": 3.0, "diff": 0.0, "ci95": [0.0, 0.0], "fused_minus_arm": gain},
-            "fused": {"nll": 2.9, **gain}}  # fmt: skip
+    arms = {
+        "base": {"nll": 3.0, "diff": 0.0, "ci95": [0.0, 0.0], "fused_minus_arm": gain},
+        "fused": {"nll": 2.9, **gain},
+    }
     held_out = {"texts": 64, "tokens": 900, "groups": 12}
     for name in ("malay", "malay-regression"):
         (runs / name / "fused").mkdir()
@@ -88,7 +101,8 @@ def results(tmp_path):
             "{target_model: small, source_model: big, feature_map: coupling, alpha: 0.1, top_k: 0}"
         )
         (runs / name / "results.json").write_text(
-            json.dumps({"format": FORMAT_VERSION, "arms": arms, "held_out": held_out}))  # fmt: skip
+            json.dumps({"format": FORMAT_VERSION, "arms": arms, "held_out": held_out})
+        )
     return runs
 
 
@@ -121,8 +135,12 @@ def test_tables_stand_beside_the_papers_figures(results, capsys):
         "fused_adapted": 62.5,
     }
     assert rows["mean"]["fused"]["p"] == arms["fused"]["p"]  # one benchmark is its own mean
-    tested = {(place, arm): score["p"] for place, scores in (("all", arms), *groups.items())
-              for arm, score in scores.items() if arm != "base"}  # fmt: skip
+    tested = {
+        (place, arm): score["p"]
+        for place, scores in (("all", arms), *groups.items())
+        for arm, score in scores.items()
+        if arm != "base"
+    }
     assert arms["fused"]["p_holm"] == holm(tested)["all", "fused"] and len(tested) == 6
     assert "Holm's correction over the 6 differences of this table" in told
     assert rows["normalised"]["fused"]["min_max"] == 1 and rows["absent"] == {"arc_id": "no network"}
@@ -213,9 +231,13 @@ def test_losses_of_earlier_models_are_told_in_their_place(results):
     (results / "malay/adapted/hot/seed0-untrained").mkdir()
     (results / "malay/adapted/hot/seed0-untrained/manifest.json").write_text(OURS)
     current = {**whole, "inputs": {"fused": None}, "made_from": {"fused_adapted/seed0": digest_of(manifest)}}
-    for record, shown in ((current, True), ({**current, "inputs": {"fused": "old"}}, False),
-                          ({**current, "made_from": {"fused_adapted/seed0": "old"}}, False),
-                          ({**current, "made_from": {}}, False), ({**current, "format": 2}, False)):  # fmt: skip
+    for record, shown in (
+        (current, True),
+        ({**current, "inputs": {"fused": "old"}}, False),
+        ({**current, "made_from": {"fused_adapted/seed0": "old"}}, False),
+        ({**current, "made_from": {}}, False),
+        ({**current, "format": 2}, False),
+    ):
         path.write_text(json.dumps(record))
         run_main(collect_results, "--results-dir", results)
         found = json.loads((results / "tables/malay.json").read_text())["runs"]
@@ -281,8 +303,10 @@ def test_an_older_or_unfinished_run_hides_no_other(results, caplog):
 
 def test_a_category_of_an_extra_benchmark_has_no_figure_of_the_paper():
     categories = ["STEM", "Humanities"] * 10
-    rows = {name: {**scored([0.0, 1.0] * 10), "categories": categories, "in_place_of": name}
-            for name in ("malay_mmlu", "other")}  # fmt: skip
+    rows = {
+        name: {**scored([0.0, 1.0] * 10), "categories": categories, "in_place_of": name}
+        for name in ("malay_mmlu", "other")
+    }
     paper = {"benchmarks": ["malay_mmlu"], "rows": {"STEM": [1.0, 2.0, 3.0]}}
     lines = benchmark_table(benchmark_rows({"base": rows, "fused": rows}, paper), paper)
     assert [line.startswith("| STEM | 1.00 |") for line in lines if "STEM" in line] == [True, False]

@@ -25,8 +25,10 @@ from evaluation.texts import TextSet, text_set
 
 def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
     model = open_checkpoint(str(models["source"])).load_model("float32")
-    examples = [{"input_ids": list(range(n)), "labels": [-100] * skip + list(range(skip, n))}
-                for n, skip in ((9, 0), (4, 2), (15, 7), (2, 0))]  # fmt: skip
+    examples = [
+        {"input_ids": list(range(n)), "labels": [-100] * skip + list(range(skip, n))}
+        for n, skip in ((9, 0), (4, 2), (15, 7), (2, 0))
+    ]
     expected = []
     for example in examples:
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
@@ -47,17 +49,59 @@ def run(models, texts, tmp_path_factory):
     """All stages on the pico pair, into a run directory."""
     folder = tmp_path_factory.mktemp("run")
     data = ["--data-subset", "file", "--data-file", texts]
-    run_main(stage1, "--target-model", models["target"], "--source-model", models["source"], *data,
-             "--pooling", "token", "--out-dir", folder / "plans")  # fmt: skip
-    run_main(stage2, "--hot_dir", folder / "plans", "--output_dir", folder / "fused", "--feature-map", "regression",
-             "--top-k", 7)  # fmt: skip
+    run_main(
+        stage1,
+        "--target-model",
+        models["target"],
+        "--source-model",
+        models["source"],
+        *data,
+        "--pooling",
+        "token",
+        "--out-dir",
+        folder / "plans",
+    )
+    run_main(
+        stage2,
+        "--hot_dir",
+        folder / "plans",
+        "--output_dir",
+        folder / "fused",
+        "--feature-map",
+        "regression",
+        "--top-k",
+        7,
+    )
     for scenario in ("hot", "no_hot", "distill"):
         for seed in (0, 1):
-            run_main(stage3, "--model_dir", folder / "fused", "--output_dir", folder / "adapted" / scenario /
-                     f"seed{seed}", "--sft-samples", 8, "--training-scenario", scenario, "--seed", seed,
-                     "--gradient-accumulation", 2, "--learning-rate", "1e-3")  # fmt: skip
-    return folder, ["--run-dir", folder, "--target-model", models["target"], "--source-model", models["source"], *data,
-                    "--general-file", texts]  # fmt: skip
+            run_main(
+                stage3,
+                "--model_dir",
+                folder / "fused",
+                "--output_dir",
+                folder / "adapted" / scenario / f"seed{seed}",
+                "--sft-samples",
+                8,
+                "--training-scenario",
+                scenario,
+                "--seed",
+                seed,
+                "--gradient-accumulation",
+                2,
+                "--learning-rate",
+                "1e-3",
+            )
+    return folder, [
+        "--run-dir",
+        folder,
+        "--target-model",
+        models["target"],
+        "--source-model",
+        models["source"],
+        *data,
+        "--general-file",
+        texts,
+    ]
 
 
 def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsys):
@@ -127,8 +171,7 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
     arms, places = ["base", "damped", "permuted", "wrong_layer", "base"], {"fused": folder / "fused"}
     sets = {"held_out": TextSet(examples, ["a"], 0, False)}
-    got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, sets,
-                                          command.experiment))  # fmt: skip
+    got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, sets, command.experiment))
     assert got[0][1] == got[-1][1] != got[1][1]
 
 

@@ -53,11 +53,22 @@ def test_flags_override_the_file_and_dashes_are_underscores():
 
 
 def test_seed_letters_mean_what_the_seed_says():
-    one = parse("--model-a-path", "big", "--model-b-path", "small",
-                aliases={"model_a_path": "source_model", "model_b_path": "target_model"}).experiment  # fmt: skip
+    one = parse(
+        "--model-a-path",
+        "big",
+        "--model-b-path",
+        "small",
+        aliases={"model_a_path": "source_model", "model_b_path": "target_model"},
+    ).experiment
     assert (one.source_model, one.target_model) == ("big", "small")
-    two = parse("--modelA_id", "small", "--modelB_id", "big", stage="2",
-                aliases={"modelA_id": "target_model", "modelB_id": "source_model"}).experiment  # fmt: skip
+    two = parse(
+        "--modelA_id",
+        "small",
+        "--modelB_id",
+        "big",
+        stage="2",
+        aliases={"modelA_id": "target_model", "modelB_id": "source_model"},
+    ).experiment
     assert (two.source_model, two.target_model) == ("big", "small")
 
 
@@ -142,23 +153,23 @@ def test_missing_folder_flag_is_named():
 # Stage -> its settings with which the bytes of its output change.
 CHANGES = {
     "1": "device dtype seed max_tokens pooling max_rows tokens_per_batch device_map epsilon eta sinkhorn_iters "
-         "sinkhorn_tol sinkhorn_mode layer_cost_scale",
+    "sinkhorn_tol sinkhorn_mode layer_cost_scale",
     "2": "device feature_map residual_form alpha top_k p_topk q_topk ridge max_shard_size",
     "3": "device dtype seed tokens_per_batch max_shard_size training_scenario freeze_strategy train_alpha block_size "
-         "packing epochs train_batch_size gradient_accumulation gradient_checkpointing learning_rate lr_scheduler "
-         "warmup weight_decay max_grad_norm save_steps validation_samples eval_steps early_stop alpha_search lr_search "
-         "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_weight distill_temperature",
+    "packing epochs train_batch_size gradient_accumulation gradient_checkpointing learning_rate lr_scheduler "
+    "warmup weight_decay max_grad_norm save_steps validation_samples eval_steps early_stop alpha_search lr_search "
+    "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_weight distill_temperature",
     "e": "device dtype seed max_tokens tokens_per_batch",
-}  # fmt: skip
+}
 # Those that only name an input: the contents of the model, or of the rows, are recorded in their place.
 INPUTS = {
     "1": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column "
-         "split_seed calibration_samples",
+    "split_seed calibration_samples",
     "2": "target_model target_revision source_model source_revision",
     "3": "source_model source_revision data_subset data_file max_samples group_column split_seed sft_samples",
     "e": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column "
-         "split_seed held_out_samples general_file",
-}  # fmt: skip
+    "split_seed held_out_samples general_file",
+}
 # Those that say where, how fast, or what else: no byte of the output depends on them.
 BESIDE = {
     "1": "trust_remote_code activations_budget_mb pairs_budget_mb",
@@ -166,8 +177,16 @@ BESIDE = {
     "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
     "e": "trust_remote_code",
 }
-OTHERS = {"str": "another", "int": 7, "float": 0.77, "bool": True, "tuple[float, ...]": (0.5,), "str | None": "another",
-          "int | None": 7, "float | None": 0.77}  # fmt: skip
+OTHERS = {
+    "str": "another",
+    "int": 7,
+    "float": 0.77,
+    "bool": True,
+    "tuple[float, ...]": (0.5,),
+    "str | None": "another",
+    "int | None": 7,
+    "float | None": 0.77,
+}
 
 
 LORA, DISTILL, TOKEN = {"use_lora": True}, {"training_scenario": "distill"}, {"pooling": "token"}
@@ -251,7 +270,10 @@ def test_every_switch_of_every_command_has_its_other_form(capsys):
     parser = Parser("")
     parser.add_argument("--dry-run", action="store_true")
     assert [parser.parse(argv)["dry_run"] for argv in ([], ["--dry_run"], ["--dry-run", "--no_dry_run"])] == [
-        False, True, False]  # fmt: skip
+        False,
+        True,
+        False,
+    ]
     given = runner_flags("", "x").parse(["--model", "m", "--trust-remote-code", "--no-trust_remote_code"])
     assert given["trust_remote_code"] is False
 

@@ -191,8 +191,14 @@ with outputs_held():
 
 def started(code: str, *arguments: object) -> subprocess.Popen:
     """A second process that runs `code`, once it has printed a line."""
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "held\n", process.stderr.read()
     return process
 
@@ -255,8 +261,22 @@ def test_the_same_command_started_twice_is_refused_and_the_first_ends_with_the_r
     fails, fused, plans, models, tmp_path
 ):
     out = tmp_path / "f"
-    flags = ["--hot_dir", plans["token"], "--modelA_id", models["target"], "--modelB_id", models["source"],
-             "--output_dir", out, "--feature-map", "regression", "--alpha", "0.3", "--top-k", "0"]  # fmt: skip
+    flags = [
+        "--hot_dir",
+        plans["token"],
+        "--modelA_id",
+        models["target"],
+        "--modelB_id",
+        models["source"],
+        "--output_dir",
+        out,
+        "--feature-map",
+        "regression",
+        "--alpha",
+        "0.3",
+        "--top-k",
+        "0",
+    ]
     first = started(STAGE, *flags)
     (out / ".tmp-transport-merge-half-written").mkdir()  # of the first, which the second must leave alone
     told = fails(stage2, *flags)

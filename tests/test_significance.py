@@ -119,8 +119,10 @@ def test_holm_by_hand():
 
 def test_the_mean_of_benchmarks_has_their_joint_error():
     rng = np.random.default_rng(4)
-    found = {name: difference(rng.normal(0, s, (3, n)), [np.zeros(n)], [1.0] * n, range(n))
-             for name, s, n in (("a", 1, 50), ("b", 2, 80))}  # fmt: skip
+    found = {
+        name: difference(rng.normal(0, s, (3, n)), [np.zeros(n)], [1.0] * n, range(n))
+        for name, s, n in (("a", 1, 50), ("b", 2, 80))
+    }
     whole = combined(found, {"a": 0.25, "b": 0.75})
     assert whole.diff == pytest.approx(0.25 * found["a"].diff + 0.75 * found["b"].diff)
     assert whole.variance == pytest.approx(found["a"].variance / 16 + found["b"].variance * 9 / 16)

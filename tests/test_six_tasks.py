@@ -13,8 +13,15 @@ from six_tasks import SETTINGS, check_task, run_tasks, script
 from core.command import load_experiment
 
 TASKS = ("medical", "thai", "finance")
-SHARED = {"calibration_samples": 2000, "top_k": 128, "feature_map": "coupling", "epochs": 1, "train_batch_size": 1,
-          "gradient_accumulation": 8, "block_size": 2048}  # fmt: skip
+SHARED = {
+    "calibration_samples": 2000,
+    "top_k": 128,
+    "feature_map": "coupling",
+    "epochs": 1,
+    "train_batch_size": 1,
+    "gradient_accumulation": 8,
+    "block_size": 2048,
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -41,9 +48,13 @@ def test_a_run_killed_anywhere_ends_with_the_same_tables(environment, whole, tmp
     results = tmp_path / "killed"
     for path in deadly:
         running = subprocess.Popen(
-            ["bash", "scripts/run_train_final.sh"], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, env=environment | {"TASKS": "medical", "TRANSPORT_RESULTS_ROOT": str(results)},
-        )  # fmt: skip
+            ["bash", "scripts/run_train_final.sh"],
+            cwd=ROOT,
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment | {"TASKS": "medical", "TRANSPORT_RESULTS_ROOT": str(results)},
+        )
         while not (results / "medical" / path).is_file():
             assert running.poll() is None
             time.sleep(0.05)

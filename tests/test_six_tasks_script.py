@@ -38,11 +38,13 @@ def test_a_failed_task_does_not_stop_the_others(environment, tmp_path):
 
 
 def test_wrong_variables_are_told_before_anything_runs(environment, tmp_path):
-    for variables, told in (({"STEPS": "plans tables"}, "STEPS is tables; expected one of: plans fuse train eval"),
-                            ({"FEATURE_MAP": "ot"}, "FEATURE_MAP is ot; expected one of: coupling"),
-                            ({"NUM_GPUS": "two"}, "NUM_GPUS is two; expected a number"),
-                            ({"VARIANT": "size"}, "VARIANT is size; expected one of: source_size"),
-                            ({"LM_EVAL_REPO": str(tmp_path)}, "is no clone of lm-evaluation-harness")):  # fmt: skip
+    for variables, told in (
+        ({"STEPS": "plans tables"}, "STEPS is tables; expected one of: plans fuse train eval"),
+        ({"FEATURE_MAP": "ot"}, "FEATURE_MAP is ot; expected one of: coupling"),
+        ({"NUM_GPUS": "two"}, "NUM_GPUS is two; expected a number"),
+        ({"VARIANT": "size"}, "VARIANT is size; expected one of: source_size"),
+        ({"LM_EVAL_REPO": str(tmp_path)}, "is no clone of lm-evaluation-harness"),
+    ):
         done = script(environment, tmp_path / "results", **variables)
         assert done.returncode == 2 and told in done.stderr and not (tmp_path / "results").exists()
 
@@ -73,12 +75,25 @@ def test_dry_run_prints_the_papers_settings_of_every_task(environment, tmp_path)
         name, _, rest = part.partition(":")
         shown = dict(line.strip().split(": ", 1) for line in rest.splitlines() if re.match(r"    \w+: ", line))
         target, source, alpha, train_alpha, rate, data, rows = SETTINGS[name]
-        for key, value in {"target_model": target, "source_model": source, "data_subset": data,
-                           "feature_map": "coupling"}.items():  # fmt: skip
+        for key, value in {
+            "target_model": target,
+            "source_model": source,
+            "data_subset": data,
+            "feature_map": "coupling",
+        }.items():
             assert shown[key] == value
-        numbers = {"alpha": alpha, "train_alpha": train_alpha, "learning_rate": rate, "sft_samples": rows, "epochs": 1,
-                   "calibration_samples": 2000, "top_k": 128, "train_batch_size": 1, "gradient_accumulation": 8,
-                   "block_size": 2048}  # fmt: skip
+        numbers = {
+            "alpha": alpha,
+            "train_alpha": train_alpha,
+            "learning_rate": rate,
+            "sft_samples": rows,
+            "epochs": 1,
+            "calibration_samples": 2000,
+            "top_k": 128,
+            "train_batch_size": 1,
+            "gradient_accumulation": 8,
+            "block_size": 2048,
+        }
         assert {key: float(shown[key]) for key in numbers} == numbers
         commands = [line for line in rest.splitlines() if line.startswith("  python ")]
         assert len(commands) == 3 and "--feature-map coupling" in commands[0]
@@ -88,10 +103,17 @@ def test_dry_run_prints_the_papers_settings_of_every_task(environment, tmp_path)
 
 def test_dry_run_goes_on_after_what_is_missing_and_takes_paths_from_where_it_is_started(environment, tmp_path):
     (tmp_path / "mine").mkdir()
-    own = environment | {"DRY_RUN": "1", "TASKS": "thai", "TARGET_MODEL": "no/model", "DATA_DIR": "mine",
-                         "BENCHMARK_DATA": "typo", "TRANSPORT_RESULTS_ROOT": "r"}  # fmt: skip
-    done = subprocess.run(["bash", str(ROOT / "scripts/run_train_final.sh")], cwd=tmp_path, capture_output=True,
-                          text=True, env=own)  # fmt: skip
+    own = environment | {
+        "DRY_RUN": "1",
+        "TASKS": "thai",
+        "TARGET_MODEL": "no/model",
+        "DATA_DIR": "mine",
+        "BENCHMARK_DATA": "typo",
+        "TRANSPORT_RESULTS_ROOT": "r",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/run_train_final.sh")], cwd=tmp_path, capture_output=True, text=True, env=own
+    )
     assert done.returncode == 1 and f"{tmp_path}/typo does not exist" in done.stderr
     assert "no/model is neither a folder" in done.stderr  # a model that is no path is an id
     assert done.stdout.count("\n  python ") == 10 and f"--data-file {tmp_path}/mine/thai.jsonl" in done.stdout

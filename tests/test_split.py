@@ -191,8 +191,10 @@ def test_near_duplicates_are_found_whatever_the_script():
 
 def test_a_template_makes_no_near_duplicates():
     template = " ".join(random.Random(0).choices(WORDS, k=150))  # most of each text
-    rows = [Row((("system", template * 3), ("user", f"{template} {' '.join(text.split()[1:])}"), ("assistant", f"{n}")))
-            for n, text in enumerate(sentences(60, 8))]  # fmt: skip
+    rows = [
+        Row((("system", template * 3), ("user", f"{template} {' '.join(text.split()[1:])}"), ("assistant", f"{n}")))
+        for n, text in enumerate(sentences(60, 8))
+    ]
     assert near_duplicates(rows[:20], rows[20:]) == []
     again = replace(rows[30], messages=(*rows[30].messages[:2], ("assistant", "another")))
     assert near_duplicates([*rows[:20], again], rows[20:]) == [again]

@@ -82,9 +82,23 @@ def test_what_we_wrote_about_a_target_is_not_copied_from_it(models, tmp_path):
     """The target is a checkpoint of ours with results, or one that another tool indexed in a format of its own."""
     folder = shutil.copytree(models["target"], tmp_path / "ours")
     of_the_model = {path.name for path in folder.iterdir()} | {"vocab.json", "LICENSE", "special_tokens_map.json"}
-    ours = ["manifest.json", "resolved.yaml", "README.md", "results.json", "loss_curve.json", "loss_curve.png",
-            "fusion_report.json", "hot_residual.safetensors", "source_answers.jsonl", "task.json", "log.txt",
-            "provenance.json", "pytorch_model.bin.index.json", "rows_read.json", f"{TEMPORARY}lock.json"]  # fmt: skip
+    ours = [
+        "manifest.json",
+        "resolved.yaml",
+        "README.md",
+        "results.json",
+        "loss_curve.json",
+        "loss_curve.png",
+        "fusion_report.json",
+        "hot_residual.safetensors",
+        "source_answers.jsonl",
+        "task.json",
+        "log.txt",
+        "provenance.json",
+        "pytorch_model.bin.index.json",
+        "rows_read.json",
+        f"{TEMPORARY}lock.json",
+    ]
     for name in [*of_the_model, *ours]:
         if not (folder / name).exists():
             (folder / name).write_text("{}")

@@ -81,17 +81,31 @@ def bytes_read() -> int:
 @pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="only Linux counts what a process reads")
 def test_a_70b_model_is_opened_without_its_weights_being_read(tmp_path, monkeypatch):
     """140 GB of weights in 30 sparse files, which take no room: 3 samples of 720 tensors, and the small files."""
-    config = llama().config.to_dict() | {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-                                         "hidden_size": 8192, "intermediate_size": 28672, "head_dim": 128}  # fmt: skip
+    config = llama().config.to_dict() | {
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "head_dim": 128,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     make_tokenizer(400, 1).save_pretrained(tmp_path)
-    shapes = {"self_attn.q_proj": (8192, 8192), "self_attn.k_proj": (1024, 8192), "self_attn.v_proj": (1024, 8192),
-              "self_attn.o_proj": (8192, 8192), "mlp.gate_proj": (28672, 8192), "mlp.up_proj": (28672, 8192),
-              "mlp.down_proj": (8192, 28672), "input_layernorm": (8192,),
-              "post_attention_layernorm": (8192,)}  # fmt: skip
+    shapes = {
+        "self_attn.q_proj": (8192, 8192),
+        "self_attn.k_proj": (1024, 8192),
+        "self_attn.v_proj": (1024, 8192),
+        "self_attn.o_proj": (8192, 8192),
+        "mlp.gate_proj": (28672, 8192),
+        "mlp.up_proj": (28672, 8192),
+        "mlp.down_proj": (8192, 28672),
+        "input_layernorm": (8192,),
+        "post_attention_layernorm": (8192,),
+    }
     tensors = {f"model.layers.{layer}.{name}.weight": shape for layer in range(80) for name, shape in shapes.items()}
-    where = {name: f"model-{number * 30 // len(tensors) + 1:05}-of-00030.safetensors"
-             for number, name in enumerate(tensors)}  # fmt: skip
+    where = {
+        name: f"model-{number * 30 // len(tensors) + 1:05}-of-00030.safetensors" for number, name in enumerate(tensors)
+    }
     for file in dict.fromkeys(where.values()):
         header, end = {}, 0
         for name in (name for name in tensors if where[name] == file):

@@ -15,47 +15,53 @@ from evaluation.yue_mmlu import CATEGORIES, NAMES, Question, prompt, read_questi
 PREDICTIONS = SHARED_DATA / "eval/yue_benchmark_predictions"
 QUESTIONS = SHARED_DATA / "eval/yue_benchmark/Yue-MMLU"
 published = pytest.mark.skipif(not PREDICTIONS.is_dir(), reason="the public data folder is not on this machine")
-OTHER_EXAMPLES = {("high_school_geography", 5): [54], ("logical", 5): [85, 93],
-                  ("security_study", 5): [32, 85, 86, 87, 88, 89]}  # fmt: skip
+OTHER_EXAMPLES = {
+    ("high_school_geography", 5): [54],
+    ("logical", 5): [85, 93],
+    ("security_study", 5): [32, 85, 86, 87, 88, 89],
+}
 PROMPT = "問題：邊個\nA. 蔡元培\nB. 黃遵憲\nC. 胡適\nD. 梁啟超\n"
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("D. 梁啟超", ("D", 1)),
-    (" b ", ("B", 1)),
-    ("答案係B", ("B", 1)),
-    ("", (None, None)),
-    (" \n", ("A", 8)),  # white space alone is an answer like no option
-    ("因此A錯\n答案\n是 C", ("C", 2)),
-    ("因此A錯答案是 \n 甲 d", ("D", 2)),  # white space and other text between 是 and the letter
-    ("結論係B，A錯", ("A", 8)),  # 結論 alone is a conclusion, but no answer word follows
-    ("結論是字母是C，唔係A", ("C", 2)),
-    ("所以答案是 c，唔係 d", ("C", 2)),
-    ("A唔啱。所以" + "一" * 20 + "答案是 B 唔係 C", ("B", 2)),
-    ("A唔啱。所以" + "一" * 21 + "答案, B 唔係 C", ("B", 6)),
-    ("我揀字母為" + "一" * 10 + "B, C", ("B", 5)),
-    ("我揀字母為BA, C", ("A", 5)),  # the first letter that ends a word
-    ("我揀選項為" + "BA, C", ("C", 6)),  # 選項 is not among the words, 选项 is
-    ("所以答案是C類，即是 B", ("B", 2)),  # C does not end a word; the next 是 is within reach
-    ("a B\tc答案: d, not a", ("D", 3)),
-    ("x\n答案为b。 a", ("B", 3)),
-    ("The correct 答案: d, not a", ("D", 5)),  # letters other than A to D are no beginning
-    ("A: x。選擇是 C", ("C", 3)),
-    ("B是 x C", ("B", 4)),
-    ("x。A。 C", ("A", 4)),
-    ("x。 \tA \n。 C", ("A", 4)),
-    ("x。a。 C d", ("C", 6)),  # case matters in rules 4 and 6
-    ("我話答案: C, A", ("C", 5)),
-    ("我話答案：C, A", ("C", 6)),  # a full-width colon is none of the words
-    ("我話答案: c, A", ("C", 5)),
-    ("AB, C", ("C", 6)),
-    ("選A. 唔選B。", ("A", 8)),  # a letter and a full stop, but within a word: nothing is alike, so the first
-    ("胡適, Abba", ("C", 8)),
-    ("胡適", ("C", 8)),
-    ("\uff22\uff22梁", ("D", 8)),
-    ("\uff22", ("A", 8)),  # a full-width B is no letter of an option
-    ("I refuse, as this is beyond me", ("A", 8)),  # nothing is alike: the first option all the same
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("D. 梁啟超", ("D", 1)),
+        (" b ", ("B", 1)),
+        ("答案係B", ("B", 1)),
+        ("", (None, None)),
+        (" \n", ("A", 8)),  # white space alone is an answer like no option
+        ("因此A錯\n答案\n是 C", ("C", 2)),
+        ("因此A錯答案是 \n 甲 d", ("D", 2)),  # white space and other text between 是 and the letter
+        ("結論係B，A錯", ("A", 8)),  # 結論 alone is a conclusion, but no answer word follows
+        ("結論是字母是C，唔係A", ("C", 2)),
+        ("所以答案是 c，唔係 d", ("C", 2)),
+        ("A唔啱。所以" + "一" * 20 + "答案是 B 唔係 C", ("B", 2)),
+        ("A唔啱。所以" + "一" * 21 + "答案, B 唔係 C", ("B", 6)),
+        ("我揀字母為" + "一" * 10 + "B, C", ("B", 5)),
+        ("我揀字母為BA, C", ("A", 5)),  # the first letter that ends a word
+        ("我揀選項為" + "BA, C", ("C", 6)),  # 選項 is not among the words, 选项 is
+        ("所以答案是C類，即是 B", ("B", 2)),  # C does not end a word; the next 是 is within reach
+        ("a B\tc答案: d, not a", ("D", 3)),
+        ("x\n答案为b。 a", ("B", 3)),
+        ("The correct 答案: d, not a", ("D", 5)),  # letters other than A to D are no beginning
+        ("A: x。選擇是 C", ("C", 3)),
+        ("B是 x C", ("B", 4)),
+        ("x。A。 C", ("A", 4)),
+        ("x。 \tA \n。 C", ("A", 4)),
+        ("x。a。 C d", ("C", 6)),  # case matters in rules 4 and 6
+        ("我話答案: C, A", ("C", 5)),
+        ("我話答案：C, A", ("C", 6)),  # a full-width colon is none of the words
+        ("我話答案: c, A", ("C", 5)),
+        ("AB, C", ("C", 6)),
+        ("選A. 唔選B。", ("A", 8)),  # a letter and a full stop, but within a word: nothing is alike, so the first
+        ("胡適, Abba", ("C", 8)),
+        ("胡適", ("C", 8)),
+        ("\uff22\uff22梁", ("D", 8)),
+        ("\uff22", ("A", 8)),  # a full-width B is no letter of an option
+        ("I refuse, as this is beyond me", ("A", 8)),  # nothing is alike: the first option all the same
+    ],
+)
 def test_rules_in_their_order(text, expected):
     assert choose(text, PROMPT) == expected
 
@@ -159,8 +165,10 @@ def test_prompts_are_the_published_ones():
 def predictions(folder, **changes):
     """One file with two items, the first of them changed."""
     turn = {"role": "HUMAN", "prompt": PROMPT}
-    items = {"0": {"origin_prompt": PROMPT, "prediction": "A", "gold": "A"},
-             "7": {"origin_prompt": [turn], "prediction": [""], "gold": "B"}}  # fmt: skip
+    items = {
+        "0": {"origin_prompt": PROMPT, "prediction": "A", "gold": "A"},
+        "7": {"origin_prompt": [turn], "prediction": [""], "gold": "B"},
+    }
     items["0"].update(changes)
     path = folder / "m" / "cmmlu-yue-logical-0shot.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,23 +185,34 @@ def test_accuracies_tables_and_errors(tmp_path, capsys):
     results = json.loads((tmp_path / "out/cmmlu_yue_results.json").read_text())
     assert results["m"]["0shot"]["logical"] == {"accuracy": 50.0, "n_correct": 1, "n_samples": 2}
     summary = json.loads((tmp_path / "out/cmmlu_yue_summary.json").read_text())["m"]["0shot"]
-    assert summary["categories"]["others"] == {"micro": 66.67, "macro": 75.0, "n_correct": 2, "n_samples": 3,
-                                               "n_subjects": 2, "n_unanswered": 1}  # fmt: skip
+    assert summary["categories"]["others"] == {
+        "micro": 66.67,
+        "macro": 75.0,
+        "n_correct": 2,
+        "n_samples": 3,
+        "n_subjects": 2,
+        "n_unanswered": 1,
+    }
     assert (summary["overall"]["micro"], summary["overall"]["macro"]) == (60.0, 66.67)
     wrong = [json.loads(line) for line in (tmp_path / "out/cmmlu_yue_errors.jsonl").read_text().splitlines()]
     assert [(line["subject"], line["item"], line["choice"]) for line in wrong] == [
-        ("arts", "7", None), ("logical", "7", None)]  # fmt: skip
+        ("arts", "7", None),
+        ("logical", "7", None),
+    ]
     assert "| m | 0 | 50.00 | 66.67 | 60.00 | 66.67 | 5 | 2 |" in capsys.readouterr().out
     assert "| logical | 50.00 |" in (tmp_path / "out/cmmlu_yue_results.md").read_text()
 
 
-@pytest.mark.parametrize(("changes", "told"), [
-    ({"gold": "E"}, "item 0: gold is 'E'"),
-    ({"gold": ["A"]}, "item 0: gold is ['A']"),
-    ({"prediction": None}, "item 0: prediction is neither"),
-    ({"prediction": ["A", "B"]}, "item 0: prediction is neither"),
-    ({"origin_prompt": [{"role": "HUMAN"}]}, "item 0: origin_prompt is neither"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"gold": "E"}, "item 0: gold is 'E'"),
+        ({"gold": ["A"]}, "item 0: gold is ['A']"),
+        ({"prediction": None}, "item 0: prediction is neither"),
+        ({"prediction": ["A", "B"]}, "item 0: prediction is neither"),
+        ({"origin_prompt": [{"role": "HUMAN"}]}, "item 0: origin_prompt is neither"),
+    ],
+)
 def test_bad_predictions_name_file_and_item(tmp_path, fails, changes, told):
     path = predictions(tmp_path, **changes)
     line = fails(evaluate, "--predictions_dir", tmp_path, "--output_dir", tmp_path / "out")

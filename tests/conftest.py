@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -233,13 +234,26 @@ def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def warm_python() -> Iterator[Path]:
+    """A folder with a `python` for scripts that does not import torch, transformers and lm-eval at every command."""
+    from warm_python import start_server, write_stand_in
+
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path may have 107 characters
+        server = start_server(Path(folder) / "socket")
+        write_stand_in(Path(folder) / "bin", Path(folder) / "socket")
+        yield Path(folder) / "bin"
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
 def environment(
-    models: dict[str, Path], benchmark_data: Path, tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path], benchmark_data: Path, warm_python: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """The variables with which `run_train_final.sh` runs on the pico models and on generated rows."""
     from six_tasks import make_environment
 
-    return make_environment(models, benchmark_data, tmp_path_factory.mktemp("six"))
+    return make_environment(models, benchmark_data, tmp_path_factory.mktemp("six"), warm_python)
 
 
 def run_main(module: ModuleType, *arguments: Any) -> None:

@@ -54,8 +54,10 @@ SCORED = {
 }
 
 
-def make_environment(models: dict[str, Path], benchmark_data: Path, folder: Path) -> dict[str, str]:
-    """The script's variables: pico models, generated rows with the columns of the real data sets, results nowhere."""
+def make_environment(models: dict[str, Path], benchmark_data: Path, folder: Path, python: Path) -> dict[str, str]:
+    """The script's variables: pico models, generated rows with the columns of the real data sets, results nowhere.
+
+    `python` is the folder of the `python` that runs the commands."""
     texts = sentences(240, 3)
     (folder / "data").mkdir()
     for name, row in COLUMNS.items():
@@ -63,6 +65,7 @@ def make_environment(models: dict[str, Path], benchmark_data: Path, folder: Path
         (folder / f"data/{name}.jsonl").write_text("\n".join(lines), "utf-8")
     cleared = {name: value for name, value in os.environ.items() if not name.endswith(("_REPO", "_ROOT"))}
     return cleared | {
+        "PATH": f"{python}:{os.environ['PATH']}",
         "MODELS_ROOT": str(folder / "models"),
         "TARGET_MODEL": str(models["target"]),
         "LIMIT": "3",

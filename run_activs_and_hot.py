@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core import cost, plans
-from core import preflight as checks
-from core.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
-from core.attention import SIDES
-from core.checkpoints import Checkpoint
-from core.command import parse_command, save_resolved
 from core.data import Row, divide
-from core.experiment import Experiment, open_pair
 from core.hot_transport import (
     SinkhornResult,
     compute_P,
@@ -34,8 +27,14 @@ from core.hot_transport import (
     solve_layer,
     standardize_layer,
 )
-from core.locate import waits_for
-from core.runs import (
+from core.models.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
+from core.models.checkpoints import Checkpoint
+from core.models.families import SIDES
+from core.models.locate import waits_for
+from core.runs import cost, plan_directory
+from core.runs import preflight as checks
+from core.runs.command_line import parse_command, save_resolved
+from core.runs.process import (
     MANIFEST,
     TEMPORARY,
     Manifest,
@@ -49,9 +48,10 @@ from core.runs import (
     run_command,
     setup_logging,
 )
-from core.seen_rows import recorded, write_rows_read
-from core.settings_check import MIN_TEXTS
-from core.sinkhorn import no_cost
+from core.runs.rows_read import recorded, write_rows_read
+from core.runs.settings import Experiment, open_pair
+from core.runs.settings_check import MIN_TEXTS
+from core.transport.sinkhorn import no_cost
 
 log = logging.getLogger("stage1")
 
@@ -60,11 +60,16 @@ log = logging.getLogger("stage1")
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
-        argv, "1", __doc__ or "", {"out_dir": "plan directory to write (default runs/<name>/plans)"},
+        argv,
+        "1",
+        __doc__ or "",
+        {"out_dir": "plan directory to write (default runs/<name>/plans)"},
         {"model_a_path": "source_model", "model_b_path": "target_model"},
-        {"plan_only": "print what this would cost, from the two configs alone, and stop",
-         "dry_run": "check everything that can be checked without loading a model, print it, and stop"},
-    )  # fmt: skip
+        {
+            "plan_only": "print what this would cost, from the two configs alone, and stop",
+            "dry_run": "check everything that can be checked without loading a model, print it, and stop",
+        },
+    )
     experiment = dataclasses.replace(command.experiment, epsilon=command.experiment.regularisation)
     if "plan_only" in command.modes:
         print(cost.estimate(experiment))
@@ -95,7 +100,7 @@ def main(argv: list[str]) -> None:
     state = process_state(experiment.device)
     inputs = {"target": target.identity, "source": source.identity, "data": data, "settings": settings}
     if state.is_main_process:
-        Manifest.begin(folder, plans.STAGE, inputs)
+        Manifest.begin(folder, plan_directory.STAGE, inputs)
     state.wait_for_everyone()
     manifest = Manifest(folder, read_json(folder / MANIFEST))
     log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
@@ -111,7 +116,7 @@ def main(argv: list[str]) -> None:
         if state.is_main_process:
             shutil.rmtree(folder / "plans" / "parts", ignore_errors=True)
             for name in readings:  # of a run that was killed before it removed them
-                plans.remove_shares(folder, name)
+                plan_directory.remove_shares(folder, name)
             shapes = {name: vars(c.layout) for name, c in (("target", target), ("source", source))}
             manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
             log.info("%s is finished", folder)
@@ -121,8 +126,10 @@ def main(argv: list[str]) -> None:
 
 def models_to_fetch(experiment: Experiment) -> list[str]:
     """The models of which only the config can be read now, with what they wait for."""
-    pair = {"target": (experiment.target_model, experiment.target_revision),
-            "source": (experiment.source_model, experiment.source_revision)}  # fmt: skip
+    pair = {
+        "target": (experiment.target_model, experiment.target_revision),
+        "source": (experiment.source_model, experiment.source_revision),
+    }
     found = {role: (name, waits_for(name, revision)) for role, (name, revision) in pair.items() if name}
     return [f"{role} {name} waits for {what}" for role, (name, what) in found.items() if what]
 
@@ -133,8 +140,11 @@ def preflight(target: Checkpoint, source: Checkpoint, folder: Path, experiment: 
     estimate = cost.stage1_cost(small, large, experiment, timed=False)
     if report:
         print(checks.stage1_report(target, source, estimate))
-    problems = [*checks.model_problems("target", target), *checks.model_problems("source", source),
-                *checks.disk_problems(folder, estimate.disk)]  # fmt: skip
+    problems = [
+        *checks.model_problems("target", target),
+        *checks.model_problems("source", source),
+        *checks.disk_problems(folder, estimate.disk),
+    ]
     short = checks.memory_problems(estimate.memory, experiment.device)
     if report:
         problems += short
@@ -159,15 +169,19 @@ def read_both(
 
 
 def record_activations(
-    folder: Path, models: dict[str, Checkpoint], readings: dict[str, Reading], aside: Tensor, experiment: Experiment,
+    folder: Path,
+    models: dict[str, Checkpoint],
+    readings: dict[str, Reading],
+    aside: Tensor,
+    experiment: Experiment,
     state: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Extract and write the rows of one model after the other; what is on disk already is kept.
 
     Several processes share the batches, which are those of a single one, and hand their rows to the first by files.
     """
     selected = (folder / "selection.safetensors").is_file()
-    there = {name: plans.activations_file(folder, name).is_file() for name in models}
+    there = {name: plan_directory.activations_file(folder, name).is_file() for name in models}
     budget = experiment.activations_budget_mb * 2**20
     for name in [name for name in models if not (there[name] and (name == "source" or selected))]:
         checkpoint, reading = models[name], readings[name]
@@ -176,36 +190,43 @@ def record_activations(
             state.wait_for_everyone()
         if not state.is_main_process:
             continue
-        with plans.row_memory(folder, row_bytes(checkpoint.layout, reading.n_rows), budget) as allocate:
+        with plan_directory.row_memory(folder, row_bytes(checkpoint.layout, reading.n_rows), budget) as allocate:
             if state.num_processes > 1:
-                rows = plans.join_shares(folder, name, state.num_processes, checkpoint.layout, allocate)
+                rows = plan_directory.join_shares(folder, name, state.num_processes, checkpoint.layout, allocate)
             else:
                 batches = text_batches(reading, experiment.tokens_per_batch)
                 rows = read_rows(folder, name, checkpoint, reading, batches, experiment, allocate)
-            strengths = plans.write_activations(folder, name, rows, aside, half=experiment.pooling == "token")
+            strengths = plan_directory.write_activations(folder, name, rows, aside, half=experiment.pooling == "token")
         if name == "target":
-            plans.write_selection(folder, strengths)
-        plans.remove_shares(folder, name)
+            plan_directory.write_selection(folder, strengths)
+        plan_directory.remove_shares(folder, name)
 
 
 def read_share(
     folder: Path, name: str, checkpoint: Checkpoint, reading: Reading, experiment: Experiment, state: Any
 ) -> None:
     """Read and write this process's share of the batches of one model, unless an earlier run has done so."""
-    path = plans.share_file(folder, name, state.process_index, state.num_processes)
+    path = plan_directory.share_file(folder, name, state.process_index, state.num_processes)
     if path.is_file():
         return
     batches = text_batches(reading, experiment.tokens_per_batch)[state.process_index :: state.num_processes]
     numbers = reading.row_numbers(n for batch in batches for n in batch)
     needed = row_bytes(checkpoint.layout, len(numbers))
-    with plans.row_memory(folder, needed, experiment.activations_budget_mb * 2**20) as allocate:
-        plans.write_share(path, read_rows(folder, name, checkpoint, reading, batches, experiment, allocate), numbers)
+    with plan_directory.row_memory(folder, needed, experiment.activations_budget_mb * 2**20) as allocate:
+        plan_directory.write_share(
+            path, read_rows(folder, name, checkpoint, reading, batches, experiment, allocate), numbers
+        )
 
 
 def read_rows(
-    folder: Path, name: str, checkpoint: Checkpoint, reading: Reading, batches: list[list[int]],
-    experiment: Experiment, allocate: Callable[[int, int], Tensor],
-) -> dict[tuple[str, int], Tensor]:  # fmt: skip
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    reading: Reading,
+    batches: list[list[int]],
+    experiment: Experiment,
+    allocate: Callable[[int, int], Tensor],
+) -> dict[tuple[str, int], Tensor]:
     """Load a model, read batches of texts with it, and let it go. What it offloads goes to a temporary folder."""
     with tempfile.TemporaryDirectory(prefix=TEMPORARY + "offload-", dir=folder) as offload:
         model = checkpoint.load_model(experiment.dtype, experiment.device_map, Path(offload))
@@ -224,13 +245,14 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
     sides = manifest.record.setdefault("sides", {})
     with tqdm(total=len(SIDES) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
         for side in SIDES:
-            todo = side not in sides or not plans.plans_file(folder, side).is_file()
+            todo = side not in sides or not plan_directory.plans_file(folder, side).is_file()
             if todo:
                 solve_side(folder, side, shape, experiment, state, bar)
                 state.wait_for_everyone()
             if todo and state.is_main_process:
-                tensors, measured = plans.join_parts(folder, side, L, lambda costs: compute_P(
-                    costs, experiment.eta, experiment.layer_cost_scale))  # fmt: skip
+                tensors, measured = plan_directory.join_parts(
+                    folder, side, L, lambda costs: compute_P(costs, experiment.eta, experiment.layer_cost_scale)
+                )
                 sides[side] = describe(tensors, measured)
                 manifest.save()
             state.wait_for_everyone()
@@ -241,18 +263,21 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
         pairs = "; ".join(
             f"{side} {len(found)}, e.g. (target, source) layers {found[:3]}" for side, found in missed.items()
         )
-        log.warning("plans that did not reach the tolerance %.0e: %s; raise --sinkhorn-iters or --epsilon",
-                    experiment.sinkhorn_tol, pairs)  # fmt: skip
+        log.warning(
+            "plans that did not reach the tolerance %.0e: %s; raise --sinkhorn-iters or --epsilon",
+            experiment.sinkhorn_tol,
+            pairs,
+        )
 
 
 def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Experiment, state: Any, bar: tqdm) -> None:
     """This process's share of one side's target layers."""
 
     def standardized(model: str, layer: int) -> Tensor:
-        return standardize_layer(plans.read_layer(folder, model, side, layer, experiment.device), model, layer)
+        return standardize_layer(plan_directory.read_layer(folder, model, side, layer, experiment.device), model, layer)
 
     L, M = shape
-    T, m = plans.read_layer(folder, "source", side, 0).shape
+    T, m = plan_directory.read_layer(folder, "source", side, 0).shape
     budget, rows = experiment.pairs_budget_mb * 2**20, 4 * M * T * m
     fits = rows <= budget  # a part of the layers would be of no use: each would be dropped before it is read again
     source = lru_cache(M if fits else 0)(lambda k: standardized("source", k))
@@ -260,7 +285,7 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
     problem = (e.regularisation, e.sinkhorn_iters, e.sinkhorn_tol, e.sinkhorn_mode)
     probe = torch.linspace(0, T - 1, min(T, cost.PROBE_ROWS)).round().long()
     for layer in range(state.process_index, L, state.num_processes):
-        if plans.part_file(folder, side, layer).is_file():
+        if plan_directory.part_file(folder, side, layer).is_file():
             continue
         target = standardized("target", layer)
         found = solve_layer(target, map(source, range(M)), *problem, probe, budget - fits * rows)
@@ -270,7 +295,7 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
         cost_rows = correlation_cost_rows(target, source(k))
         largest = dataclasses.replace(results[k], cost_rows=cost_rows).top_mass(max(target.shape[1], m))
         del cost_rows  # which holds a layer of rows
-        plans.write_part(folder, side, layer, results, {**overlaps, "top_mass": torch.tensor(largest)})
+        plan_directory.write_part(folder, side, layer, results, {**overlaps, "top_mass": torch.tensor(largest)})
 
 
 def keep_potentials(
@@ -310,8 +335,10 @@ def describe(tensors: dict[str, Tensor], measured: dict[str, Tensor]) -> dict[st
 
     matched = tensors["P"].argmax(1)
     rank = float(spearmanr(range(len(matched)), matched.tolist()).statistic) if len(matched.unique()) > 1 else None
-    fits = {name: reconstruction_fit(tensors["P"], measured[key], measured["gram"], measured["power"])
-            for name, key in (("plans", "overlap"), ("permuted", "overlap_permuted"))}  # fmt: skip
+    fits = {
+        name: reconstruction_fit(tensors["P"], measured[key], measured["gram"], measured["power"])
+        for name, key in (("plans", "overlap"), ("permuted", "overlap_permuted"))
+    }
     return {
         "iterations_median": int(tensors["n_iters"].flatten().median()),
         "iterations_max": int(tensors["n_iters"].max()),
@@ -327,16 +354,20 @@ def describe(tensors: dict[str, Tensor], measured: dict[str, Tensor]) -> dict[st
 
 def summary(record: dict[str, Any]) -> str:
     """The table that ends stage 1."""
-    lines = [f"{record['rows']} rows per layer and side",
-             f"{'':8}{'iterations':>14}{'marginal':>10}{'Spearman of layer':>19}"
-             f"{'R^2 of X from Y':>20}{'correlation':>20}{'mass in':>9}",
-             f"{'side':8}{'(median, max)':>14}{'error':>10}{'match and depth':>19}"
-             f"{'(plans permuted)':>20}{'(plans permuted)':>20}{'largest':>9}"]  # fmt: skip
+    lines = [
+        f"{record['rows']} rows per layer and side",
+        f"{'':8}{'iterations':>14}{'marginal':>10}{'Spearman of layer':>19}"
+        f"{'R^2 of X from Y':>20}{'correlation':>20}{'mass in':>9}",
+        f"{'side':8}{'(median, max)':>14}{'error':>10}{'match and depth':>19}"
+        f"{'(plans permuted)':>20}{'(plans permuted)':>20}{'largest':>9}",
+    ]
     for side, r in record["sides"].items():
         rank = "one layer" if r["depth_spearman"] is None else f"{r['depth_spearman']:.3f}"
         fits = "".join(f"{r[key]['plans']:11.3f} ({r[key]['permuted']:6.3f})" for key in ("r2", "correlation"))
-        lines.append(f"{side:8}{r['iterations_median']:8} {r['iterations_max']:5}{r['error_max']:10.1e}{rank:>19}"
-                     f"{fits}{r['top_mass']:9.3f}")  # fmt: skip
+        lines.append(
+            f"{side:8}{r['iterations_median']:8} {r['iterations_max']:5}{r['error_max']:10.1e}{rank:>19}"
+            f"{fits}{r['top_mass']:9.3f}"
+        )
     return "\n".join(lines)
 
 

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.rows import Row, row_of
-from core.runs import UserError, digest_of, first_line, write_text
-from core.split import SHARES, SIMILARITY, group_names, near_duplicates, part_of, seeded_order, shared_values
+from core.runs.process import UserError, digest_of, first_line, write_text
+from core.texts.rows import Row, row_of
+from core.texts.split import SHARES, SIMILARITY, group_names, near_duplicates, part_of, seeded_order, shared_values
 
 # The folder datasets/ must never shadow the installed package `datasets`: its modules are flat and found last.
 _FOLDER = str(Path(__file__).resolve().parents[1] / "datasets")
@@ -62,7 +62,7 @@ class DataSpec:
 
 @dataclass
 class Division:
-    """A data set whose rows are divided into the parts of `core.split.SHARES`: no group, no text is in two parts.
+    """A data set whose rows are divided into the parts of `core.texts.split.SHARES`: no group, no text is in two parts.
 
     Attributes:
         where: the data set as messages name it.

@@ -18,25 +18,15 @@ if __package__ in (None, ""):
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core import preflight as checks
-from core.card import CARD, fused_card, fused_lineage, licence_warning
-from core.checkpoints import Checkpoint, write_folded
-from core.command import parse_command, save_resolved
-from core.experiment import Experiment, open_pair
-from core.fusion import PROJECTIONS, FusionSettings, fuse_attention_only_from_hot_dir
-from core.hot_residual import (
-    RESIDUAL_FILE,
-    enable_hot_residual_for_model,
-    fold_bias,
-    fold_weight,
-    join_residuals,
-    load_residuals,
-    save_residuals,
-)
+from core.fusion.residual import Residual
+from core.fusion.transport_weights import PROJECTIONS, FusionSettings, fuse_attention_only_from_hot_dir
 from core.hub import push_folder
-from core.plans import PlanDirectory
-from core.residual import Residual
-from core.runs import (
+from core.models.checkpoints import Checkpoint, write_folded
+from core.runs import preflight as checks
+from core.runs.card import CARD, fused_card, fused_lineage, licence_warning
+from core.runs.command_line import parse_command, save_resolved
+from core.runs.plan_directory import PlanDirectory
+from core.runs.process import (
     Manifest,
     UserError,
     check_output_folder,
@@ -49,7 +39,17 @@ from core.runs import (
     write_json,
     write_text,
 )
-from core.seen_rows import write_rows_read
+from core.runs.rows_read import write_rows_read
+from core.runs.settings import Experiment, open_pair
+from core.training.hot_linear import (
+    RESIDUAL_FILE,
+    enable_hot_residual_for_model,
+    fold_bias,
+    fold_weight,
+    join_residuals,
+    load_residuals,
+    save_residuals,
+)
 
 __all__ = ["enable_hot_residual_for_model", "fuse_attention_only_from_hot_dir", "main"]
 
@@ -65,12 +65,16 @@ DAMPING_RATIO = 1e-3
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
-        argv, "2", __doc__ or "",
-        {"hot_dir": "plan directory of stage 1 (default runs/<name>/plans)",
-         "output_dir": "fused checkpoint to write (default runs/<name>/fused)"},
+        argv,
+        "2",
+        __doc__ or "",
+        {
+            "hot_dir": "plan directory of stage 1 (default runs/<name>/plans)",
+            "output_dir": "fused checkpoint to write (default runs/<name>/fused)",
+        },
         {"modelA_id": "target_model", "modelB_id": "source_model"},
         {"dry_run": "check everything that can be checked without reading weights, print it, and stop"},
-    )  # fmt: skip
+    )
     folder = command.path("output_dir", "fused")
     plans = PlanDirectory(command.path("hot_dir", "plans"), command.experiment.device)
     made_from = plans.manifest.inputs
@@ -110,21 +114,34 @@ def main(argv: list[str]) -> None:
         write_folded(target, folder, fold_from(parts, target, settings), experiment.max_shard_bytes)
         means, dropped = by_projection(lines), sum(line["bias"] == "dropped" for line in lines)
         used = sum(len(line["source_layers"]) for line in lines) / len(lines)
-        write_json(folder / "fusion_report.json", {
-            "settings": fusion, "mean": means,
-            "dropped_biases": dropped, "projections": lines,
-        })  # fmt: skip
+        write_json(
+            folder / "fusion_report.json",
+            {
+                "settings": fusion,
+                "mean": means,
+                "dropped_biases": dropped,
+                "projections": lines,
+            },
+        )
         write_text(folder / CARD, fused_card(lineage, means, dropped))
         write_rows_read(folder, {}, [plans.folder])
-        manifest.finish(mean=means, dropped_biases=dropped, source_layers_used=used, source_layers=plans.shape[1],
-                        data=made_from["data"], lineage=lineage, **provenance())  # fmt: skip
+        manifest.finish(
+            mean=means,
+            dropped_biases=dropped,
+            source_layers_used=used,
+            source_layers=plans.shape[1],
+            data=made_from["data"],
+            lineage=lineage,
+            **provenance(),
+        )
         log.info("%s is finished", folder)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     print(summary(manifest.record))
     ratio = max(mean["norm_ratio"] or 0.0 for mean in manifest.record["mean"].values())
     if settings.alpha > 0 and not ratio >= DAMPING_RATIO:
-        log.warning("|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights",
-                    ratio)  # fmt: skip
+        log.warning(
+            "|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights", ratio
+        )
     push_folder(folder, experiment.push_to_hub)
 
 
@@ -135,8 +152,11 @@ def preflight(
     settings = experiment.fusion_settings()
     disk = checks.stage2_disk(target, settings)
     memory = checks.stage2_memory(plans, target, source, experiment.max_shard_bytes)
-    problems = [*checks.model_problems("target", target), *checks.model_problems("source", source),
-                *checks.disk_problems(folder, disk)]  # fmt: skip
+    problems = [
+        *checks.model_problems("target", target),
+        *checks.model_problems("source", source),
+        *checks.disk_problems(folder, disk),
+    ]
     if report:
         print(checks.stage2_report(plans, target, source, settings, memory, disk))
         problems += checks.memory_problems(memory, experiment.device)
@@ -177,8 +197,11 @@ def part_file(folder: Path, layer: int) -> Path:
 def fold_from(parts: list[Path], target: Checkpoint, settings: FusionSettings) -> Callable[[str, Tensor], Tensor]:
     """Function (tensor name, tensor) -> folded tensor; tensors that are not fused pass unchanged. Residuals are read
     one layer at a time."""
-    places = {target.tensor_name(layer, projection): (layer, PROJECTIONS.index(projection))
-              for layer in range(len(parts)) for projection in PROJECTIONS}  # fmt: skip
+    places = {
+        target.tensor_name(layer, projection): (layer, PROJECTIONS.index(projection))
+        for layer in range(len(parts))
+        for projection in PROJECTIONS
+    }
     of_layer = lru_cache(1)(lambda layer: load_residuals(parts[layer])[0])
 
     def fold(name: str, tensor: Tensor) -> Tensor:
@@ -211,8 +234,10 @@ def summary(record: dict[str, Any]) -> str:
         lines.append(f"{projection:10} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10}")
     if record["dropped_biases"]:
         lines.append(f"{record['dropped_biases']} source biases dropped: the target has none there")
-    lines.append(f"source layers in a transported weight: {record['source_layers_used']:.1f} of "
-                 f"{record['source_layers']} on average (--p-topk)")  # fmt: skip
+    lines.append(
+        f"source layers in a transported weight: {record['source_layers_used']:.1f} of "
+        f"{record['source_layers']} on average (--p-topk)"
+    )
     return "\n".join(lines)
 
 

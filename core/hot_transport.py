@@ -14,11 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.scaling import CACHED_BYTES, full_float32
-from core.sinkhorn import EXP_RANGE, Rows, SinkhornResult, sinkhorn_uniform_streaming, solve_batch, solve_one
+from core.transport.scaling import CACHED_BYTES, full_float32
+from core.transport.sinkhorn import EXP_RANGE, Rows, SinkhornResult, sinkhorn_uniform_streaming, solve_batch, solve_one
 
-__all__ = ["SinkhornResult", "compute_P", "compute_Q_and_layer_costs", "corr_distance_matrix", "effective_layer_plan",
-           "reconstruct_X", "sinkhorn_uniform_streaming", "standardize"]  # fmt: skip
+__all__ = [
+    "SinkhornResult",
+    "compute_P",
+    "compute_Q_and_layer_costs",
+    "corr_distance_matrix",
+    "effective_layer_plan",
+    "reconstruct_X",
+    "sinkhorn_uniform_streaming",
+    "standardize",
+]
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +116,15 @@ def compute_Q_and_layer_costs(
 
 
 def solve_layer(
-    zx: Tensor, Zy: Iterable[Tensor], reg: float, n_iters: int = 1000, tol: float = 1e-6, mode: str = "auto",
-    probe_rows: Tensor | None = None, batch_bytes: int = 1 << 30,
-) -> Iterator[SinkhornResult]:  # fmt: skip
+    zx: Tensor,
+    Zy: Iterable[Tensor],
+    reg: float,
+    n_iters: int = 1000,
+    tol: float = 1e-6,
+    mode: str = "auto",
+    probe_rows: Tensor | None = None,
+    batch_bytes: int = 1 << 30,
+) -> Iterator[SinkhornResult]:
     """Feature plans of one target layer with one source layer after the other, all in the same memory: one n x m
     buffer (two where they are small enough for the cache). On accelerators problems of one shape run together.
 

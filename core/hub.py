@@ -6,7 +6,7 @@ import contextlib
 import logging
 from pathlib import Path
 
-from core.runs import TEMPORARY, UserError
+from core.runs.process import TEMPORARY, UserError
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,10 @@ def hub_refusal(name: str, revision: str | None, error: BaseException) -> str | 
     if isinstance(answer, GatedRepoError):
         return f"model {name} is gated ({reason}); accept its terms at {page}, then log in with `hf auth login`"
     if isinstance(answer, RepositoryNotFoundError):
-        return (f"the hub has no model {name}, or it is private ({reason}); check the id, or log in with "
-                f"`hf auth login` as someone who may read it")  # fmt: skip
+        return (
+            f"the hub has no model {name}, or it is private ({reason}); check the id, or log in with "
+            f"`hf auth login` as someone who may read it"
+        )
     if isinstance(answer, RevisionNotFoundError):
         return f"model {name} has no revision {revision} ({reason}); give a branch, tag or commit of {page}"
     if answer.response.status_code in (401, 403) and not isinstance(answer, DisabledRepoError):
@@ -75,11 +77,17 @@ def push_folder(folder: Path, repo_id: str | None) -> None:
         with contextlib.suppress(RepositoryNotFoundError):  # a new one
             api.model_info(repo_id, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
         repo = api.create_repo(repo_id, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=RESUME_FILES,
-                          commit_message="Transport and Merge checkpoint")  # fmt: skip
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            ignore_patterns=RESUME_FILES,
+            commit_message="Transport and Merge checkpoint",
+        )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the upload library's own
         status = getattr(getattr(error, "response", None), "status_code", None)
         fix = "log in with `hf auth login` and a token that may write there; " if status in (401, 403) else ""
-        raise UserError(f"cannot push to {repo_id} ({hub_reason(error)}); {fix}the checkpoint is complete at {folder}, "
-                        f"the same command pushes it again") from None  # fmt: skip
+        raise UserError(
+            f"cannot push to {repo_id} ({hub_reason(error)}); {fix}the checkpoint is complete at {folder}, "
+            f"the same command pushes it again"
+        ) from None
     log.info("%s is pushed to %s", folder, repo)

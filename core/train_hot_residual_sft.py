@@ -17,15 +17,13 @@ from itertools import product
 
 from torch import Tensor
 
-from core.attention import TOWERS
-from core.card import CARD, adapted_card, adapted_lineage
-from core.checkpoints import Checkpoint
-from core.command import parse_command, save_resolved
 from core.data import Row, divide
-from core.experiment import Experiment
-from core.hot_residual import set_trainable
 from core.hub import push_folder
-from core.runs import (
+from core.models.checkpoints import Checkpoint
+from core.models.families import TOWERS
+from core.runs.card import CARD, adapted_card, adapted_lineage
+from core.runs.command_line import parse_command, save_resolved
+from core.runs.process import (
     MANIFEST,
     Manifest,
     UserError,
@@ -41,9 +39,11 @@ from core.runs import (
     write_safetensors,
     write_text,
 )
-from core.seen_rows import check_held_out, check_same_split, recorded, write_rows_read
-from core.sft import Example, sft_examples
-from core.start import Start, open_source, open_start, resolved, save_folded
+from core.runs.rows_read import check_held_out, check_same_split, recorded, write_rows_read
+from core.runs.settings import Experiment
+from core.training.hot_linear import set_trainable
+from core.training.sft import Example, sft_examples
+from core.training.start import Start, open_source, open_start, resolved, save_folded
 
 log = logging.getLogger("stage3")
 STAGE, UNTRAINED = "adapted", "untrained"
@@ -56,11 +56,15 @@ WEIGHTS, DONE = "trained.safetensors", "done.json"
 def main(argv: list[str]) -> None:
     setup_logging()
     command = parse_command(
-        argv, "3", __doc__ or "",
-        {"model_dir": "fused checkpoint of stage 2, or any model for no_hot and distill (default runs/<name>/fused)",
-         "output_dir": "adapted checkpoint to write (default runs/<name>/adapted/<scenario>/seed<seed>)"},
+        argv,
+        "3",
+        __doc__ or "",
+        {
+            "model_dir": "fused checkpoint of stage 2, or any model for no_hot and distill (default runs/<name>/fused)",
+            "output_dir": "adapted checkpoint to write (default runs/<name>/adapted/<scenario>/seed<seed>)",
+        },
         {"alpha": "train_alpha"},
-    )  # fmt: skip
+    )
     experiment = command.experiment
     scenario = experiment.training_scenario
     place = f"adapted/{scenario}/seed{experiment.seed}"
@@ -82,9 +86,14 @@ def main(argv: list[str]) -> None:
     read = {"sft": division.marks(rows), "validation": division.marks(validation)}
     state = process_state(experiment.device)
     settings = {**experiment.deciding("3"), "processes": state.num_processes}
-    inputs = {"model": start.checkpoint.identity, "made_by": start.made_by and start.made_by["fingerprint"],
-              "source": source and source.identity, "data": data, "validation": validation_data,
-              "settings": settings}  # fmt: skip
+    inputs = {
+        "model": start.checkpoint.identity,
+        "made_by": start.made_by and start.made_by["fingerprint"],
+        "source": source and source.identity,
+        "data": data,
+        "validation": validation_data,
+        "settings": settings,
+    }
     if state.is_main_process:
         Manifest.begin(folder, STAGE, inputs)
     state.wait_for_everyone()
@@ -117,15 +126,17 @@ def taught(
 
     Without a source the rows as they are. Where its vocabulary differs, the rows with the source's answers.
     """
-    from core.distill import read_answers, same_vocabulary, write_answers
-    from core.trainer import Teacher
+    from core.training.distill import read_answers, same_vocabulary, write_answers
+    from core.training.trainer import Teacher
 
     if source is None:
         return rows, None, None
     own = source.load_tokenizer()
     if same_vocabulary(tokenizer, own):
-        method = (f"token-level: {experiment.distill_weight} of the loss is T^2 KL(source || target), T = "
-                  f"{experiment.distill_temperature}")  # fmt: skip
+        method = (
+            f"token-level: {experiment.distill_weight} of the loss is T^2 KL(source || target), T = "
+            f"{experiment.distill_temperature}"
+        )
         log.info("same vocabulary; %s", method)
         model = source.load_model(experiment.dtype).requires_grad_(False)
         return rows, Teacher(model, experiment.distill_weight, experiment.distill_temperature), method
@@ -140,9 +151,14 @@ def taught(
 
 
 def search(
-    start: Start, examples: list[Example], validation: list[Example], teacher: Any, folder: Path,
-    experiment: Experiment, state: Any,
-) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    start: Start,
+    examples: list[Example],
+    validation: list[Example],
+    teacher: Any,
+    folder: Path,
+    experiment: Experiment,
+    state: Any,
+) -> tuple[list[dict[str, Any]], int]:
     """Train with every alpha and learning rate asked for; (all trials, number of the best).
 
     The best has the lowest validation loss. A finished trial is on disk, the best one's weights stay there.
@@ -150,7 +166,7 @@ def search(
     Raises:
         UserError: no trial has a loss that is a number.
     """
-    from core.trainer import Diverged
+    from core.training.trainer import Diverged
 
     hot = experiment.training_scenario == "hot"
     grid = list(product(start.alphas(experiment), experiment.lr_search or (experiment.learning_rate,)))
@@ -204,24 +220,36 @@ def loss_of(trial: dict[str, Any]) -> float:
 
 
 def train_once(
-    start: Start, examples: list[Example], validation: list[Example], teacher: Any, place: Path,
-    experiment: Experiment, alpha: float, learning_rate: float,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    start: Start,
+    examples: list[Example],
+    validation: list[Example],
+    teacher: Any,
+    place: Path,
+    experiment: Experiment,
+    alpha: float,
+    learning_rate: float,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One training: (all weights of the unfolded model after it, in float32 on the CPU, by its own names; its curve).
 
     Of a sharded model only the first process gets the weights.
     """
     from transformers import set_seed
 
-    from core.adapters import add_lora, merge_lora
-    from core.trainer import train
+    from core.training.adapters import add_lora, merge_lora
+    from core.training.trainer import train
 
     set_seed(experiment.seed)  # before the adapters are drawn: a trial is the same alone and in a search
     hot, layout = experiment.training_scenario == "hot", start.checkpoint.layout
     model = start.load(hot, alpha)
     if experiment.use_lora:
-        adapted = add_lora(model, layout.family.tower, experiment.lora_rank, experiment.lora_alpha,
-                           experiment.lora_dropout, experiment.lora_targets)  # fmt: skip
+        adapted = add_lora(
+            model,
+            layout.family.tower,
+            experiment.lora_rank,
+            experiment.lora_alpha,
+            experiment.lora_dropout,
+            experiment.lora_targets,
+        )
         log.info("LoRA of rank %d on %d layers", experiment.lora_rank, adapted)
     strategy = experiment.freeze_strategy if hot else "frozen_hot"
     for part, (trainable, frozen) in set_trainable(model, strategy, experiment.use_lora).items():
@@ -246,13 +274,18 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def finish(
-    start: Start, folder: Path, manifest: Manifest, experiment: Experiment, trials: list[dict[str, Any]], chosen: int,
+    start: Start,
+    folder: Path,
+    manifest: Manifest,
+    experiment: Experiment,
+    trials: list[dict[str, Any]],
+    chosen: int,
     told: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Write the adapted checkpoint of the chosen trial, its curve and its card, and mark it complete."""
     from safetensors.torch import load_file
 
-    from core.trainer import save_curve
+    from core.training.trainer import save_curve
 
     hot, best, place = experiment.training_scenario == "hot", trials[chosen], trial_folder(folder, chosen)
     curve = read_json(place / DONE)["curve"]
@@ -261,15 +294,23 @@ def finish(
     settings = told["settings"]
     if len(trials) > 1:
         settings = {**settings, "chosen alpha": best["alpha"], "chosen learning rate": best["learning_rate"]}
-        write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials,
-                                      "chosen": chosen})  # fmt: skip
+        write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials, "chosen": chosen})
     write_rows_read(folder, told["read"], recorded(start.checkpoint, told["teacher"]))
     lineage = adapted_lineage(start.checkpoint, (start.made_by or {}).get("lineage"), hot, settings, told["teacher"])
     write_text(folder / CARD, adapted_card(lineage, told["data"], curve, told["counts"], told["method"]))
     losses = [point["loss"] for point in curve["train"]]
-    manifest.finish(data=told["data"], losses=losses, validation=[point["loss"] for point in curve["validation"]],
-                    final_validation=curve["final_validation"], counts=told["counts"], distillation=told["method"],
-                    trials=trials, chosen=best, lineage=lineage, **provenance())  # fmt: skip
+    manifest.finish(
+        data=told["data"],
+        losses=losses,
+        validation=[point["loss"] for point in curve["validation"]],
+        final_validation=curve["final_validation"],
+        counts=told["counts"],
+        distillation=told["method"],
+        trials=trials,
+        chosen=best,
+        lineage=lineage,
+        **provenance(),
+    )
     log.info("%s is finished; training loss %.4f at first, %.4f at last", folder, losses[0], losses[-1])
     if curve["validation"]:
         log.info("validation loss %.4f before, %.4f after", curve["validation"][0]["loss"], curve["final_validation"])
@@ -280,9 +321,17 @@ def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
     hot, alpha = experiment.training_scenario == "hot", start.alphas(experiment)[0]
     place = folder.with_name(f"{folder.name}-{UNTRAINED}")
     made_by = start.made_by and start.made_by["fingerprint"]
-    manifest = Manifest.begin(place, UNTRAINED, {
-        "model": start.checkpoint.identity, "made_by": made_by, "hot": hot, "alpha": alpha,
-        "max_shard_size": experiment.max_shard_size})  # fmt: skip
+    manifest = Manifest.begin(
+        place,
+        UNTRAINED,
+        {
+            "model": start.checkpoint.identity,
+            "made_by": made_by,
+            "hot": hot,
+            "alpha": alpha,
+            "max_shard_size": experiment.max_shard_size,
+        },
+    )
     if not manifest.complete:
         state = {name: value.to("cpu") for name, value in start.load(hot, alpha).state_dict().items()}
         save_folded(start, place, state, hot, alpha, experiment.max_shard_bytes)

@@ -13,9 +13,8 @@ if __package__ in (None, ""):
 
 import yaml
 
-from core.command import Parser
-from core.experiment import results_root
-from core.runs import (
+from core.runs.command_line import Parser
+from core.runs.process import (
     FORMAT_VERSION,
     MANIFEST,
     UserError,
@@ -29,9 +28,10 @@ from core.runs import (
     write_json,
     write_text,
 )
+from core.runs.settings import results_root
+from evaluation.benchmarks.registry import EXPERIMENTS, TASK_FILE, TRAINED
 from evaluation.scores import read_score
 from evaluation.tables import ARMS, benchmark_rows, markdown
-from evaluation.tasks import EXPERIMENTS, TASK_FILE, TRAINED
 
 log = logging.getLogger("collect")
 PAPER = Path(__file__).with_name("paper_results.json")

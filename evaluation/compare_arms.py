@@ -16,17 +16,14 @@ if __package__ in (None, ""):
 import torch
 from tqdm.auto import tqdm
 
-from core.card import add_results, results_section
-from core.checkpoints import Checkpoint, open_checkpoint
-from core.command import parse_command
-from core.controls import CONTROLS, control_residual
-from core.experiment import Experiment, of_one_scenario, open_pair
-from core.fusion import FusionSettings, Transport
-from core.heldout import text_nll
-from core.hot_residual import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
-from core.plans import PlanDirectory
-from core.residual import Residual
-from core.runs import (
+from core.fusion.controls import CONTROLS, control_residual
+from core.fusion.residual import Residual
+from core.fusion.transport_weights import FusionSettings, Transport
+from core.models.checkpoints import Checkpoint, open_checkpoint
+from core.runs.card import add_results, results_section
+from core.runs.command_line import parse_command
+from core.runs.plan_directory import PlanDirectory
+from core.runs.process import (
     FORMAT_VERSION,
     Manifest,
     UserError,
@@ -40,7 +37,10 @@ from core.runs import (
     setup_logging,
     write_json,
 )
-from evaluation.tasks import TRAINED
+from core.runs.settings import Experiment, of_one_scenario, open_pair
+from core.training.heldout import text_nll
+from core.training.hot_linear import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
+from evaluation.benchmarks.registry import TRAINED
 from evaluation.texts import TextSet, text_sets
 from evaluation.verdict import statistics, table
 

@@ -28,10 +28,19 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.command import Parser
-from core.runs import MANIFEST, UserError, hold, outputs_held, run_command, setup_logging, write_json, write_text
-from evaluation.yue_answers import FILE_NAME, Answer, read_answers
-from evaluation.yue_mmlu import CATEGORIES, NAMES, UNCATEGORISED, category_of
+from core.runs.command_line import Parser
+from core.runs.process import (
+    MANIFEST,
+    UserError,
+    hold,
+    outputs_held,
+    run_command,
+    setup_logging,
+    write_json,
+    write_text,
+)
+from evaluation.benchmarks.yue_answers import FILE_NAME, Answer, read_answers
+from evaluation.benchmarks.yue_mmlu import CATEGORIES, NAMES, UNCATEGORISED, category_of
 
 log = logging.getLogger("yue_mmlu")
 # (model, examples) -> subject -> items.
@@ -83,8 +92,9 @@ def read_all(folder: Path) -> Answers:
     for model, shots, subject, path in tqdm(sorted(found), desc="scoring", unit="file"):
         subjects = answers.setdefault((model, shots), {})
         if subject in subjects:
-            raise UserError(f"{path.name} of {model} is there twice, in {folder} and in its folder predictions; give "
-                            "one of the two")  # fmt: skip
+            raise UserError(
+                f"{path.name} of {model} is there twice, in {folder} and in its folder predictions; give one of the two"
+            )
         subjects[subject] = read_answers(path)
     for (model, shots), subjects in answers.items():
         if missing := NAMES.keys() - subjects.keys():
@@ -105,14 +115,23 @@ def summarised(subjects: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
         items = [item for name in names for item in subjects[name]]
         figures = accuracy(items)
         shares = [100 * sum(item.right for item in subjects[name]) / len(subjects[name]) for name in names]
-        return {"micro": figures["accuracy"], "macro": round(statistics.fmean(shares), 2),
-                "n_correct": figures["n_correct"], "n_samples": figures["n_samples"], "n_subjects": len(names),
-                "n_unanswered": sum(item.choice is None for item in items)}  # fmt: skip
+        return {
+            "micro": figures["accuracy"],
+            "macro": round(statistics.fmean(shares), 2),
+            "n_correct": figures["n_correct"],
+            "n_samples": figures["n_samples"],
+            "n_subjects": len(names),
+            "n_unanswered": sum(item.choice is None for item in items),
+        }
 
-    groups = {category: [name for name in subjects if category_of(name) == category]
-              for category in (*CATEGORIES, UNCATEGORISED)}  # fmt: skip
-    return {"categories": {category: over(names) for category, names in groups.items() if names},
-            "overall": over(list(subjects))}  # fmt: skip
+    groups = {
+        category: [name for name in subjects if category_of(name) == category]
+        for category in (*CATEGORIES, UNCATEGORISED)
+    }
+    return {
+        "categories": {category: over(names) for category, names in groups.items() if names},
+        "overall": over(list(subjects)),
+    }
 
 
 def as_csv(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -123,19 +142,39 @@ def as_csv(results: Mapping[str, Mapping[str, Any]]) -> str:
     for model, settings in results.items():
         for shots, subjects in settings.items():
             for subject, figures in subjects.items():
-                writer.writerow((model, shots.removesuffix("shot"), category_of(subject), subject,
-                                 f"{figures['accuracy']:.2f}", figures["n_correct"], figures["n_samples"]))  # fmt: skip
+                writer.writerow(
+                    (
+                        model,
+                        shots.removesuffix("shot"),
+                        category_of(subject),
+                        subject,
+                        f"{figures['accuracy']:.2f}",
+                        figures["n_correct"],
+                        figures["n_samples"],
+                    )
+                )
     return out.getvalue()
 
 
 def errors(answers: Answers) -> str:
     """One JSON line per item that is wrong or has no answer (`choice` null)."""
     lines = [
-        {"model": model, "shots": shots, "subject": subject, "item": item.key, "gold": item.gold,
-         "choice": item.choice, "rule": item.rule, "prediction": item.prediction, "prompt": item.prompt}
-        for (model, shots), subjects in answers.items() for subject, items in subjects.items()
-        for item in items if not item.right
-    ]  # fmt: skip
+        {
+            "model": model,
+            "shots": shots,
+            "subject": subject,
+            "item": item.key,
+            "gold": item.gold,
+            "choice": item.choice,
+            "rule": item.rule,
+            "prediction": item.prediction,
+            "prompt": item.prompt,
+        }
+        for (model, shots), subjects in answers.items()
+        for subject, items in subjects.items()
+        for item in items
+        if not item.right
+    ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
@@ -153,8 +192,17 @@ def overview(summary: Mapping[str, Mapping[str, Any]]) -> str:
     for (model, shots), parts in found.items():
         shown = [f"{parts['categories'][name]['micro']:.2f}" if name in parts["categories"] else "" for name in columns]
         overall = parts["overall"]
-        rows.append([model, shots.removesuffix("shot"), *shown, f"{overall['micro']:.2f}", f"{overall['macro']:.2f}",
-                     str(overall["n_samples"]), str(overall["n_unanswered"])])  # fmt: skip
+        rows.append(
+            [
+                model,
+                shots.removesuffix("shot"),
+                *shown,
+                f"{overall['micro']:.2f}",
+                f"{overall['macro']:.2f}",
+                str(overall["n_samples"]),
+                str(overall["n_unanswered"]),
+            ]
+        )
     return markdown(rows)
 
 

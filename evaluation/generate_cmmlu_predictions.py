@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.runs import (
+from core.runs.process import (
     MANIFEST,
     UserError,
     digest_of,
@@ -32,11 +32,18 @@ from core.runs import (
     setup_logging,
     write_json,
 )
-from evaluation.generation import Decoding, answers
-from evaluation.prompts import CHAT, POLICY_NAMES, asking_flags, chat_template
+from evaluation.benchmarks.generation import Decoding, answers
+from evaluation.benchmarks.prompts import CHAT, POLICY_NAMES, asking_flags, chat_template
+from evaluation.benchmarks.yue_answers import read_answers
+from evaluation.benchmarks.yue_mmlu import (
+    MOST_SHOTS,
+    ROOT_VARIABLE,
+    category_of,
+    prompt,
+    question_folder,
+    read_questions,
+)
 from evaluation.scores import Evaluated, Score, finished, finite, runner_flags, write_score
-from evaluation.yue_answers import read_answers
-from evaluation.yue_mmlu import MOST_SHOTS, ROOT_VARIABLE, category_of, prompt, question_folder, read_questions
 
 log = logging.getLogger("yue_mmlu")
 # Subject -> item of the file -> (prompt, right answer).
@@ -50,8 +57,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data-dir", type=Path, help=f"the SUBJECT.json (default: those in ${ROOT_VARIABLE})")
     parser.add_argument("--predictions-dir", type=Path, help="default: predictions, in the output folder")
     parser.add_argument("--name", help="folder of the predictions (default: the model as given, / as --)")
-    parser.add_argument("--shots", type=int, default=0, choices=range(MOST_SHOTS + 1),
-                        help="examples before each question (default 0)")  # fmt: skip
+    parser.add_argument(
+        "--shots", type=int, default=0, choices=range(MOST_SHOTS + 1), help="examples before each question (default 0)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default 32)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0 (default 0)")
@@ -64,19 +72,27 @@ def main(argv: list[str]) -> None:
     data_dir = question_folder(given["data_dir"])
     evaluated = Evaluated.from_flags(given)
     hold(output)
-    path = run(evaluated, data_dir, output, given["limit"], given["shots"], decoding,
-               given["predictions_dir"], given["name"])  # fmt: skip
+    path = run(
+        evaluated, data_dir, output, given["limit"], given["shots"], decoding, given["predictions_dir"], given["name"]
+    )
     record = read_json(path)
     parts = {**record["groups"], "overall": record["metrics"]}
     print(f"yue_mmlu, {record['details']['prompt_policy']}")
-    print("\n".join(f"{name:16}{100 * part['acc']['value']:7.2f} % of {part['acc']['n']}"
-                    for name, part in parts.items()))  # fmt: skip
+    print(
+        "\n".join(f"{name:16}{100 * part['acc']['value']:7.2f} % of {part['acc']['n']}" for name, part in parts.items())
+    )
 
 
 def run(
-    evaluated: Evaluated, data_dir: Path, output_dir: Path, limit: int | None = None, shots: int = 0,
-    decoding: Decoding | None = None, predictions_dir: Path | None = None, name: str | None = None,
-) -> Path:  # fmt: skip
+    evaluated: Evaluated,
+    data_dir: Path,
+    output_dir: Path,
+    limit: int | None = None,
+    shots: int = 0,
+    decoding: Decoding | None = None,
+    predictions_dir: Path | None = None,
+    name: str | None = None,
+) -> Path:
     """Ask, score, and write `<output_dir>/yue_mmlu.json` (metric `acc`, groups are the categories); returns its path.
 
     Args:
@@ -93,8 +109,14 @@ def run(
     template = None
     if decoding.prompt == CHAT:
         template = hashlib.sha256(chat_template(evaluated).encode()).hexdigest()
-    inputs = {"model": evaluated.identity, "template": template, "data": digest_of(asked), "limit": limit,
-              "shots": shots, "decoding": decoding.inputs}  # fmt: skip
+    inputs = {
+        "model": evaluated.identity,
+        "template": template,
+        "data": digest_of(asked),
+        "limit": limit,
+        "shots": shots,
+        "decoding": decoding.inputs,
+    }
     path = output_dir / "yue_mmlu.json"
     done = finished(path, inputs)
     folder = (predictions_dir or output_dir / "predictions") / (name or model_name(evaluated))
@@ -115,8 +137,9 @@ def questions(data_dir: Path, limit: int | None, shots: int) -> Asked:
     asked: Asked = {}
     for path in sorted(data_dir.glob("*.json")):
         found = read_questions(path)
-        asked[path.stem] = {str(place): (prompt(path.stem, found, place, shots), found[place].answer)
-                            for place in list(found)[:limit]}  # fmt: skip
+        asked[path.stem] = {
+            str(place): (prompt(path.stem, found, place, shots), found[place].answer) for place in list(found)[:limit]
+        }
     return asked
 
 
@@ -141,10 +164,11 @@ def generate(
     record: dict[str, Any] = read_json(record_path) if record_path.is_file() else {}
     made: dict[str, dict[str, str]] = record.get("files", {})
     fingerprints = {
-        subject: digest_of({"model": evaluated.identity, "template": template, "asked": items,
-                            "decoding": decoding.inputs})
+        subject: digest_of(
+            {"model": evaluated.identity, "template": template, "asked": items, "decoding": decoding.inputs}
+        )
         for subject, items in asked.items()
-    }  # fmt: skip
+    }
     missing = []
     for subject, fingerprint in fingerprints.items():
         path = folder / file_name(subject, shots)
@@ -168,9 +192,13 @@ def generate(
             # Known as ours before it is there: a run killed between the two may replace it.
             made[path.name] = {"fingerprint": fingerprints[subject], "sha256": ""}
             write_json(record_path, {"files": made})
-            write_json(path, {key: {"origin_prompt": [{"role": "HUMAN", "prompt": text}], "prediction": answer,
-                                    "gold": gold}
-                              for (key, (text, gold)), answer in zip(items.items(), texts, strict=True)})  # fmt: skip
+            write_json(
+                path,
+                {
+                    key: {"origin_prompt": [{"role": "HUMAN", "prompt": text}], "prediction": answer, "gold": gold}
+                    for (key, (text, gold)), answer in zip(items.items(), texts, strict=True)
+                },
+            )
             made[path.name]["sha256"] = digest(path)
             write_json(record_path, {"files": made})
     log.info("%.2f items/s (%d items)", total / (time.perf_counter() - start), total)
@@ -196,13 +224,14 @@ def score(folder: Path, asked: Asked, shots: int, decoding: Decoding) -> Score:
             "prompt": next(iter(first.values()))[0],
             "prompt_policy": POLICY_NAMES[decoding.prompt],
             "decoding": decoding.inputs,
-            "subjects": {subject: sum(item.right for item in answered) / len(answered)
-                         for subject, answered in found.items()},
+            "subjects": {
+                subject: sum(item.right for item in answered) / len(answered) for subject, answered in found.items()
+            },
             "unanswered": sum(item.choice is None for _, item in items),
             "source": "Yue-MMLU of jiangjyjy/Yue-Benchmark (MIT), data/latest_data; answers chosen by its own rules",
         },
         metric="acc",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

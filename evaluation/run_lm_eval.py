@@ -14,8 +14,8 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.runs import UserError, digest_of, hold, outputs_held, read_json, run_command, setup_logging
-from evaluation.harness import (
+from core.runs.process import UserError, digest_of, hold, outputs_held, read_json, run_command, setup_logging
+from evaluation.benchmarks.harness import (
     description,
     harness_version,
     load_hub,
@@ -25,8 +25,8 @@ from evaluation.harness import (
     plain,
     reported_metric,
 )
-from evaluation.harness_model import evaluate, item_scores, language_model, set_shots
-from evaluation.prompts import PLAIN, POLICY_NAMES
+from evaluation.benchmarks.harness_model import evaluate, item_scores, language_model, set_shots
+from evaluation.benchmarks.prompts import PLAIN, POLICY_NAMES
 from evaluation.scores import Evaluated, Score, data_folder, finished, finite, read_score, runner_flags, write_score
 
 log = logging.getLogger("lm_eval_runner")
@@ -37,15 +37,26 @@ def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags(__doc__ or "")
     parser.add_argument("--tasks", required=True, help="names, with commas between: belebele_ind_Latn,xcopa_id")
-    parser.add_argument("--data-dir", type=Path, default=os.environ.get("BENCHMARK_DATA"), help="benchmark files "
-                        "(default $BENCHMARK_DATA); a task that is not there comes from the hub")  # fmt: skip
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=os.environ.get("BENCHMARK_DATA"),
+        help="benchmark files (default $BENCHMARK_DATA); a task that is not there comes from the hub",
+    )
     parser.add_argument("--num-fewshot", type=int, help="solved items before each (default: the task's number)")
     given = parser.parse(argv)
     tasks = [name.strip() for name in given["tasks"].split(",") if name.strip()]
     evaluated = Evaluated.from_flags(given)
     hold(given["output_dir"])
-    written = run(evaluated, tasks, given["output_dir"], given["data_dir"], given["limit"],
-                  given["tokens_per_batch"], given["num_fewshot"])  # fmt: skip
+    written = run(
+        evaluated,
+        tasks,
+        given["output_dir"],
+        given["data_dir"],
+        given["limit"],
+        given["tokens_per_batch"],
+        given["num_fewshot"],
+    )
     for name, found in written.items():
         print(f"{name}: {summary(found) if isinstance(found, Path) else f'not scored: {found}'}")
     if not any(isinstance(found, Path) for found in written.values()):
@@ -53,13 +64,18 @@ def main(argv: list[str]) -> None:
 
 
 def run(
-    evaluated: Evaluated, tasks: Sequence[str], output_dir: Path, data_dir: Path | None = None,
-    limit: int | None = None, tokens_per_batch: int = 4096, num_fewshot: int | None = None,
-) -> dict[str, Path | str]:  # fmt: skip
+    evaluated: Evaluated,
+    tasks: Sequence[str],
+    output_dir: Path,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    tokens_per_batch: int = 4096,
+    num_fewshot: int | None = None,
+) -> dict[str, Path | str]:
     """Score each task and write `<output_dir>/<task>.json`; what is finished for the same inputs is not computed again.
 
     Args:
-        tasks: tasks, groups or tags of lm-evaluation-harness, or names of lm_eval_tasks/tasks.yaml. A group's file
+        tasks: tasks, groups or tags of lm-evaluation-harness, or names of benchmarks/local_tasks.yaml. A group's file
             has the items of all of its tasks, each of which also has its own.
         data_dir: folder of benchmark files; a task that it does not have is read from the hub, or its cache.
         limit: only the first N items of every task.
@@ -162,14 +178,22 @@ def too_few_shots(task: Any, num_fewshot: int | None) -> str | None:
     if not num_fewshot or task.config.num_fewshot == 0:
         return None
     there = len(list(task.fewshot_docs() or []))
-    return None if there >= num_fewshot else (
-        f"there are {there} solved items for --num-fewshot {num_fewshot}; ask for no more than that")  # fmt: skip
+    return (
+        None
+        if there >= num_fewshot
+        else (f"there are {there} solved items for --num-fewshot {num_fewshot}; ask for no more than that")
+    )
 
 
 def score(
-    evaluated: Evaluated, task: Any, source: str, path: Path, limit: int | None, tokens_per_batch: int,
+    evaluated: Evaluated,
+    task: Any,
+    source: str,
+    path: Path,
+    limit: int | None,
+    tokens_per_batch: int,
     num_fewshot: int | None,
-) -> Path | str:  # fmt: skip
+) -> Path | str:
     """Score one task and write its file; the path, or why its metrics are no scores of items."""
     name = task.config.task
     shots = set_shots(task, num_fewshot)
@@ -197,11 +221,18 @@ def score(
     known = local_tasks().get(name)
     groups = [str(docs[place][known.group]) for place in places] if known and known.group in docs[0] else []
     details = {
-        "task": name, "version": task.VERSION, "data": source, "n_shot": shots,
-        "harness": f"lm_eval {version}", "harness_task": known.include if known else name,
-        "note": known.note if known and source == "local" else "", "other_metrics": others,
-        "requests_cut_to_fit": lm.truncated, "metric_note": metric_note, "prompt_policy": POLICY_NAMES[PLAIN],
-    }  # fmt: skip
+        "task": name,
+        "version": task.VERSION,
+        "data": source,
+        "n_shot": shots,
+        "harness": f"lm_eval {version}",
+        "harness_task": known.include if known else name,
+        "note": known.note if known and source == "local" else "",
+        "other_metrics": others,
+        "requests_cut_to_fit": lm.truncated,
+        "metric_note": metric_note,
+        "prompt_policy": POLICY_NAMES[PLAIN],
+    }
     items = [str(place) for place in places]
     write_score(path, Score(name, items, metrics, groups, details, metric=metric), inputs)
     return path

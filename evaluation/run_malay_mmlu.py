@@ -15,12 +15,12 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.activations import token_batches
-from core.runs import digest_of, hold, outputs_held, read_json, run_command, setup_logging, write_json
-from core.tokens import DATE_STRING, tokenized
-from evaluation.malay_questions import LETTERS, Form, Question, data_file, read_questions
-from evaluation.option_scores import encode, letter_ids, option_scores
-from evaluation.prompts import CHAT, POLICY_NAMES, Asking, asking_flags, chat_template, is_llama
+from core.models.activations import token_batches
+from core.runs.process import digest_of, hold, outputs_held, read_json, run_command, setup_logging, write_json
+from core.texts.tokens import DATE_STRING, tokenized
+from evaluation.benchmarks.malay_mmlu import LETTERS, Form, Question, data_file, read_questions
+from evaluation.benchmarks.option_scores import encode, letter_ids, option_scores
+from evaluation.benchmarks.prompts import CHAT, POLICY_NAMES, Asking, asking_flags, chat_template, is_llama
 from evaluation.scores import Evaluated, Score, check_finite, finished, finite, runner_flags, write_score
 
 log = logging.getLogger("malay_mmlu")
@@ -167,8 +167,9 @@ def table(record: Mapping[str, Any]) -> str:
     """The table by category of a finished file, with the micro average and the mean of the categories."""
     groups = record["groups"]
     n_all = record["metrics"][METRICS[0]]["n"]
-    rows = [(name, group[METRICS[0]]["n"], [group[metric]["value"] for metric in METRICS])
-            for name, group in groups.items()]  # fmt: skip
+    rows = [
+        (name, group[METRICS[0]]["n"], [group[metric]["value"] for metric in METRICS]) for name, group in groups.items()
+    ]
     means = [sum(values[metric] for _, _, values in rows) / len(rows) for metric in range(len(METRICS))]
     rows.append(("micro average", n_all, [record["metrics"][metric]["value"] for metric in METRICS]))
     rows.append(("mean of categories", n_all, means))

@@ -12,17 +12,17 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from core.experiment import results_root
-from core.runs import UserError, hold, outputs_held, run_command, setup_logging, write_json
+from core.runs.process import UserError, hold, outputs_held, run_command, setup_logging, write_json
+from core.runs.settings import results_root
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
-from evaluation.generation import Decoding
-from evaluation.harness import local_tasks, members
-from evaluation.lm_eval_tasks.local_data import READERS
-from evaluation.malay_questions import data_file, read_questions
-from evaluation.prompts import Asking, asking_flags
+from evaluation.benchmarks.generation import Decoding
+from evaluation.benchmarks.harness import local_tasks, members
+from evaluation.benchmarks.local_rows import READERS
+from evaluation.benchmarks.malay_mmlu import data_file, read_questions
+from evaluation.benchmarks.prompts import Asking, asking_flags
+from evaluation.benchmarks.registry import STAND_INS, TASK_FILE, task_benchmarks
+from evaluation.benchmarks.yue_mmlu import question_folder
 from evaluation.scores import Evaluated, data_folder, read_score, runner_flags
-from evaluation.tasks import STAND_INS, TASK_FILE, task_benchmarks
-from evaluation.yue_mmlu import question_folder
 
 log = logging.getLogger("run_task")
 ABSENT, DAMAGED = "absent", "damaged"
@@ -33,10 +33,17 @@ def main(argv: list[str]) -> None:
     setup_logging()
     parser = runner_flags(__doc__ or "", "runs/benchmarks/TASK/MODEL, MODEL the path with - for /")
     parser.add_argument("--task", required=True, help="an experiment with benchmarks (malay, thai, ...), or general")
-    parser.add_argument("--data-dir", type=Path, default=os.environ.get("BENCHMARK_DATA"), help="local copies of the "
-                        "harness's data (default $BENCHMARK_DATA; what is not there comes from the hub)")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="say where the items are, and read those that are here; "
-                        "opens no model, writes nothing")  # fmt: skip
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=os.environ.get("BENCHMARK_DATA"),
+        help="local copies of the harness's data (default $BENCHMARK_DATA; what is not there comes from the hub)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say where the items are, and read those that are here; opens no model, writes nothing",
+    )
     asking_flags(parser, llama_name=True)
     given = parser.parse(argv)
     task, benchmarks, data_dir = given["task"], task_benchmarks(given["task"]), data_folder(given["data_dir"])
@@ -59,8 +66,9 @@ def main(argv: list[str]) -> None:
     numbers = (given["limit"], given["tokens_per_batch"])
     found = run_benchmarks(evaluated, benchmarks, folder, data_dir, *numbers, asking)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"],
-                                    "benchmarks": found})  # fmt: skip
+    write_json(
+        folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"], "benchmarks": found}
+    )
     print(table(folder, found))
     if not any("file" in result for result in found.values()):
         raise UserError(f"no benchmark of {task} was scored; the reasons are above")
@@ -122,9 +130,14 @@ READERS_OF: dict[str, Callable[[Path], Any]] = {
 
 
 def run_benchmarks(
-    evaluated: Evaluated, benchmarks: tuple[str, ...], folder: Path, data_dir: Path | None, limit: int | None,
-    tokens_per_batch: int, asking: Asking,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    evaluated: Evaluated,
+    benchmarks: tuple[str, ...],
+    folder: Path,
+    data_dir: Path | None,
+    limit: int | None,
+    tokens_per_batch: int,
+    asking: Asking,
+) -> dict[str, dict[str, Any]]:
     """Benchmark -> {"file"} in `folder`, or {"absent": why}; a stand-in also has {"stands_in_for"}."""
     found: dict[str, dict[str, Any]] = {}
     harness: list[str] = []

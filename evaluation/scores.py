@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from core.checkpoints import Checkpoint, open_checkpoint
-from core.command import Parser
-from core.runs import FORMAT_VERSION, UserError, digest_of, provenance, read_json, write_json
-from core.settings_check import check_device
+from core.models.checkpoints import Checkpoint, open_checkpoint
+from core.runs.command_line import Parser
+from core.runs.process import FORMAT_VERSION, UserError, digest_of, provenance, read_json, write_json
+from core.runs.settings_check import check_device
 
 log = logging.getLogger(__name__)
 # Beside weights and config, what a score depends on: tokens, prompts, where an answer ends.

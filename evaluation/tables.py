@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from core.runs import UserError
+from core.runs.process import UserError
+from evaluation.benchmarks.registry import TRAINED
 from evaluation.significance import Estimate, combined, holm, interval, normalised, paired
-from evaluation.tasks import TRAINED
 from evaluation.verdict import notes, seed_notes, verdict
 
 PAPER_COLUMNS = ("base", "fused", "fused + adapted")

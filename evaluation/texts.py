@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from core.data import DataSpec, Row, divide
-from core.experiment import Experiment
-from core.heldout import trained_tokens
-from core.runs import UserError
-from core.seen_rows import check_held_out, check_same_split
-from core.sft import Example, sft_example
+from core.runs.process import UserError
+from core.runs.rows_read import check_held_out, check_same_split
+from core.runs.settings import Experiment
+from core.training.heldout import trained_tokens
+from core.training.sft import Example, sft_example
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from core.controls import CONTROLS
+from core.fusion.controls import CONTROLS
+from evaluation.benchmarks.registry import TRAINED
 from evaluation.significance import below_zero, difference, interval
-from evaluation.tasks import TRAINED
 
 # With fewer groups the estimate of the variance itself varies so much that intervals are a rough guide.
 FEW_GROUPS = 20

@@ -23,10 +23,10 @@ if __package__ in (None, ""):
 import numpy as np
 from tqdm.auto import tqdm
 
-from core.command import Parser
-from core.runs import UserError, run_command, setup_logging
-from evaluation.harness import load_local, local_tasks, task_manager
-from evaluation.harness_model import evaluate, language_model, set_shots
+from core.runs.command_line import Parser
+from core.runs.process import UserError, run_command, setup_logging
+from evaluation.benchmarks.harness import load_local, local_tasks, task_manager
+from evaluation.benchmarks.harness_model import evaluate, language_model, set_shots
 from evaluation.scores import Evaluated
 
 log = logging.getLogger("agreement")
@@ -65,9 +65,11 @@ def main(argv: list[str]) -> None:
                 theirs = task_manager(local_tasks()[name].folder).load(name)["tasks"][name]
             found = compare(ours, theirs, evaluated, given)
             differing += sum(found[key] for key in ("requests", "answers", "scores"))
-            lines.append(f"{name}: {found['items']} items of {found['of']}; differing requests {found['requests']}, "
-                         f"answers {found['answers']}, scores {found['scores']}"
-                         + (" (answers not computed)" if given["requests_only"] else ""))  # fmt: skip
+            lines.append(
+                f"{name}: {found['items']} items of {found['of']}; differing requests {found['requests']}, "
+                f"answers {found['answers']}, scores {found['scores']}"
+                + (" (answers not computed)" if given["requests_only"] else "")
+            )
             log.info(lines[-1])
     print("\n".join(lines))
     if differing:
@@ -88,15 +90,23 @@ def compare(ours: Any, theirs: Any, evaluated: Evaluated, given: Mapping[str, An
             task.set_config("generation_kwargs", {"max_gen_toks": given["max_gen_toks"]}, update=True)
     if given["requests_only"]:
         asked = [requests(task, drawn, given["num_fewshot"]) for task in (ours, theirs)]
-        return {"items": len(drawn), "of": total, "answers": 0, "scores": 0,
-                "requests": sum(a != b for a, b in zip(*asked, strict=True))}  # fmt: skip
+        return {
+            "items": len(drawn),
+            "of": total,
+            "answers": 0,
+            "scores": 0,
+            "requests": sum(a != b for a, b in zip(*asked, strict=True)),
+        }
     lm = language_model(evaluated.model, evaluated.tokenizer, 4096)
     a = evaluate(lm, ours, given["num_fewshot"], samples=drawn)["samples"]
     name = theirs.config.task
     results = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=evaluated.model, tokenizer=evaluated.tokenizer, batch_size=1), tasks=[theirs],
-        num_fewshot=given["num_fewshot"], task_manager=task_manager(local_tasks()[name].folder),
-        samples={name: drawn})  # fmt: skip
+        model=HFLM(pretrained=evaluated.model, tokenizer=evaluated.tokenizer, batch_size=1),
+        tasks=[theirs],
+        num_fewshot=given["num_fewshot"],
+        task_manager=task_manager(local_tasks()[name].folder),
+        samples={name: drawn},
+    )
     assert results is not None
     b = results["samples"][name]
     counts = {"requests": set(), "answers": set(), "scores": set()}  # type: dict[str, set[int]]
@@ -160,9 +170,16 @@ class Local:
 
         columns = names.split()
         return load_dataset(
-            "csv", data_files=str(self.folder / path), cache_dir=self.cache, split="train", header=None,
-            names=columns, features=Features({name: Value("string") for name in columns}), keep_default_na=False,
-            **options)  # fmt: skip
+            "csv",
+            data_files=str(self.folder / path),
+            cache_dir=self.cache,
+            split="train",
+            header=None,
+            names=columns,
+            features=Features({name: Value("string") for name in columns}),
+            keep_default_na=False,
+            **options,
+        )
 
     def lines(self, path: str) -> list[str]:
         return (self.folder / path).read_text(encoding="utf-8").split()
@@ -176,8 +193,10 @@ def belebele(files: Local, language: str) -> dict[str, Any]:
 
 
 def xcopa(files: Local, language: str) -> dict[str, Any]:
-    return {split: files.json(f"xcopa/{language}/{short}.{language}.jsonl")
-            for split, short in (("test", "test"), ("validation", "val"))}  # fmt: skip
+    return {
+        split: files.json(f"xcopa/{language}/{short}.{language}.jsonl")
+        for split, short in (("test", "test"), ("validation", "val"))
+    }
 
 
 def mmlu(files: Local, subject: str) -> dict[str, Any]:
@@ -194,8 +213,13 @@ def global_mmlu(files: Local, language: str) -> dict[str, Any]:
     if language == "en":
         subjects = sorted(path.stem.removesuffix("_test") for path in (files.folder / "mmlu/test").glob("*.csv"))
         renamed = {"A": "option_a", "B": "option_b", "C": "option_c", "D": "option_d", "letter": "answer"}
-        parts = {split: [files.mmlu(subject, split).rename_columns(renamed).map(lambda _, s=subject: {"subject": s})
-                         for subject in subjects] for split in ("test", "dev")}  # fmt: skip
+        parts = {
+            split: [
+                files.mmlu(subject, split).rename_columns(renamed).map(lambda _, s=subject: {"subject": s})
+                for subject in subjects
+            ]
+            for split in ("test", "dev")
+        }
         return {split: concatenate_datasets(part) for split, part in parts.items()}
     rows = []
     for path in sorted((files.folder / "global_mmlu" / language).glob("*_test.jsonl")):
@@ -206,8 +230,10 @@ def global_mmlu(files: Local, language: str) -> dict[str, Any]:
             prompt, right = copied["prompts"][0], copied["label"].lower()
             true = letters[int(copied["metadata"]["sample_id"].rpartition("/")[2])]
             wrong = iter([prompt[f"option_{letter}"] for letter in "abcd" if letter != right])
-            options = {f"option_{letter}": prompt[f"option_{right}"] if letter == true.lower() else next(wrong)
-                       for letter in "abcd"}  # fmt: skip
+            options = {
+                f"option_{letter}": prompt[f"option_{right}"] if letter == true.lower() else next(wrong)
+                for letter in "abcd"
+            }
             rows.append({"question": prompt["question"], "subject": subject, "answer": true, **options})
     found = Dataset.from_list(rows)
     return {"test": found, "dev": found.filter(lambda _: False)}
@@ -216,11 +242,14 @@ def global_mmlu(files: Local, language: str) -> dict[str, Any]:
 def arc(files: Local, name: str) -> dict[str, Any]:
     def one(row: dict[str, Any]) -> dict[str, Any]:
         options = row["question"]["choices"]
-        return {"question": row["question"]["stem"], "choices": {key: [option[key] for option in options]
-                                                                 for key in ("text", "label")}}  # fmt: skip
+        return {
+            "question": row["question"]["stem"],
+            "choices": {key: [option[key] for option in options] for key in ("text", "label")},
+        }
 
-    splits = {split: files.json(f"arc_easy/{name}-{file}.jsonl") for split, file in
-              (("test", "Test"), ("validation", "Dev"))}  # fmt: skip
+    splits = {
+        split: files.json(f"arc_easy/{name}-{file}.jsonl") for split, file in (("test", "Test"), ("validation", "Dev"))
+    }
     found = {split: flat(rows, one) for split, rows in splits.items()}
     return {**found, "train": found["validation"]}
 
@@ -228,9 +257,14 @@ def arc(files: Local, name: str) -> dict[str, Any]:
 def commonsense_qa(files: Local, _: str | None) -> dict[str, Any]:
     def one(row: dict[str, Any]) -> dict[str, Any]:
         options = sorted(row["question"]["choices"], key=lambda option: option["label"])
-        return {"question": row["question"]["stem"], "question_concept": row["question"]["question_concept"],
-                "choices": {"label": [option["label"] for option in options],
-                            "text": [option["text"] for option in options]}}  # fmt: skip
+        return {
+            "question": row["question"]["stem"],
+            "question_concept": row["question"]["question_concept"],
+            "choices": {
+                "label": [option["label"] for option in options],
+                "text": [option["text"] for option in options],
+            },
+        }
 
     found = flat(files.json("commonsense_qa/dev_rand_split.jsonl"), one)
     return {"validation": found, "train": found}
@@ -258,8 +292,12 @@ def winogrande(files: Local, _: str) -> dict[str, Any]:
 def medqa(files: Local, _: str | None) -> dict[str, Any]:
     def one(row: dict[str, Any]) -> dict[str, Any]:
         endings = [row["options"][letter] for letter in "ABCD"]
-        return {"sent1": row["question"], "sent2": "", "label": endings.index(row["answer"]),
-                **{f"ending{place}": ending for place, ending in enumerate(endings)}}  # fmt: skip
+        return {
+            "sent1": row["question"],
+            "sent2": "",
+            "label": endings.index(row["answer"]),
+            **{f"ending{place}": ending for place, ending in enumerate(endings)},
+        }
 
     found = files.json("medqa/phrases_no_exclude_test.jsonl").map(one)
     return {"test": found, "validation": found, "train": found}
@@ -271,20 +309,34 @@ def mgsm(files: Local, language: str) -> dict[str, Any]:
     from datasets import Dataset
 
     rows = files.csv(f"mgsm/mgsm_{language}.tsv", "question number", delimiter="\t", quoting=3)
-    items = [{"question": row["question"], "answer": None, "answer_number": int(row["number"].replace(",", ""))}
-             for row in rows]  # fmt: skip
+    items = [
+        {"question": row["question"], "answer": None, "answer_number": int(row["number"].replace(",", ""))}
+        for row in rows
+    ]
     shots = json.loads((files.folder / "mgsm/exemplars_th_en.json").read_text(encoding="utf-8"))[language]
-    train = [{"question": shots[str(n)]["q"], "answer": shots[str(n)]["a"],
-              "answer_number": int(shots[str(n)]["a"].rstrip(".").split()[-1])} for n in range(1, 9)]  # fmt: skip
+    train = [
+        {
+            "question": shots[str(n)]["q"],
+            "answer": shots[str(n)]["a"],
+            "answer_number": int(shots[str(n)]["a"].rstrip(".").split()[-1]),
+        }
+        for n in range(1, 9)
+    ]
     return {"test": Dataset.from_list(items), "train": Dataset.from_list(train)}
 
 
 HUB: dict[str, Any] = {
-    "facebook/belebele": belebele, "cambridgeltl/xcopa": xcopa, "cais/mmlu": mmlu,
-    "CohereForAI/Global-MMLU": global_mmlu, "allenai/ai2_arc": arc, "tau/commonsense_qa": commonsense_qa,
-    "baber/piqa": piqa, "allenai/winogrande": winogrande, "GBaker/MedQA-USMLE-4-options-hf": medqa,
+    "facebook/belebele": belebele,
+    "cambridgeltl/xcopa": xcopa,
+    "cais/mmlu": mmlu,
+    "CohereForAI/Global-MMLU": global_mmlu,
+    "allenai/ai2_arc": arc,
+    "tau/commonsense_qa": commonsense_qa,
+    "baber/piqa": piqa,
+    "allenai/winogrande": winogrande,
+    "GBaker/MedQA-USMLE-4-options-hf": medqa,
     "juletxara/mgsm": mgsm,
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

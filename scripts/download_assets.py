@@ -25,16 +25,16 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.command import Parser, load_experiment
 from core.data import HUB_IDS, DataSpec, export_rows
-from core.experiment import Experiment
 from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S, hub_refusal
-from core.locate import CARD_FILES, HUB_FILES, model_folder, models_root
 from core.locks import file_lock
-from core.runs import UserError, first_line, run_command, setup_logging
-from evaluation.harness import members, task_manager
-from evaluation.tasks import STAND_INS, task_benchmarks
+from core.models.locate import CARD_FILES, HUB_FILES, model_folder, models_root
+from core.runs.command_line import Parser, load_experiment
+from core.runs.process import UserError, first_line, run_command, setup_logging
+from core.runs.settings import Experiment
+from evaluation.benchmarks.harness import members, task_manager
+from evaluation.benchmarks.registry import STAND_INS, task_benchmarks
 
 log = logging.getLogger("download")
 # Benchmarks that are repositories of their own: variable of run_train_final.sh, folder, address.
@@ -59,8 +59,12 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__ or "")
     parser.add_argument("--task", nargs="+", required=True, help="experiments, e.g. malay thai; general: Figure 6")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="rows go to DATA_DIR/TASK.jsonl")
-    parser.add_argument("--workspace", type=Path, default=Path(os.environ.get("WORKSPACE_ROOT", ".")),
-                        help="repositories of benchmarks go here (default $WORKSPACE_ROOT, or here)")  # fmt: skip
+    parser.add_argument(
+        "--workspace",
+        type=Path,
+        default=Path(os.environ.get("WORKSPACE_ROOT", ".")),
+        help="repositories of benchmarks go here (default $WORKSPACE_ROOT, or here)",
+    )
     parser.add_argument("--sizes", action="store_true", help="show what would be fetched, fetch nothing")
     given = parser.parse(argv)
     wanted: dict[tuple[str, str], Asset] = {}
@@ -82,8 +86,10 @@ def main(argv: list[str]) -> None:
         if isinstance(reason, str):
             failed.append(f"{asset.kind} {asset.name}: {reason}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(wanted)} could not be fetched; the same command tries them again:\n  "
-                        + "\n  ".join(failed))  # fmt: skip
+        raise UserError(
+            f"{len(failed)} of {len(wanted)} could not be fetched; the same command tries them again:\n  "
+            + "\n  ".join(failed)
+        )
 
 
 def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
@@ -104,8 +110,9 @@ def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
             names += STAND_INS.get(name, ())
             variable, folder, address = REPOSITORIES[name]
             place = Path(os.environ.get(variable, workspace / folder))
-            found.append(Asset("benchmark", f"{address} -> {place}", partial(_missing, place),
-                               partial(_clone, address, place)))  # fmt: skip
+            found.append(
+                Asset("benchmark", f"{address} -> {place}", partial(_missing, place), partial(_clone, address, place))
+            )
     return found + (_harness_assets(names) if names else [])
 
 
@@ -114,8 +121,12 @@ def _harness_assets(names: list[str]) -> list[Asset]:
     index = task_manager().task_index
     names = [part for name in names for part in members(name)]
     sets = {(index[name].cfg["dataset_path"], index[name].cfg.get("dataset_name")) for name in names}
-    return [Asset("benchmark", f"{path} {config or ''}".strip(), partial(_data_size, path),
-                  partial(_fetch_data, path, config)) for path, config in sorted(sets, key=str)]  # fmt: skip
+    return [
+        Asset(
+            "benchmark", f"{path} {config or ''}".strip(), partial(_data_size, path), partial(_fetch_data, path, config)
+        )
+        for path, config in sorted(sets, key=str)
+    ]
 
 
 def _or_reason(asset: Asset, action: Callable[[], Any]) -> Any:

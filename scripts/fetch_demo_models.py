@@ -22,13 +22,13 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.card import CARD
-from core.convert import convert_gguf
 from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S
-from core.locate import CARD_FILES, HUB_FILES, models_root
 from core.locks import file_lock
-from core.runs import UserError, atomic_file, run_command, setup_logging, write_json, write_text
+from core.models.convert import convert_gguf
+from core.models.locate import CARD_FILES, HUB_FILES, models_root
+from core.runs.card import CARD
+from core.runs.process import UserError, atomic_file, run_command, setup_logging, write_json, write_text
 
 log = logging.getLogger("fetch")
 CHUNK = 1 << 24

@@ -68,8 +68,12 @@ def make_tokenizer(vocab_size: int, seed: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(sentences(200, seed), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = TEMPLATE
@@ -80,8 +84,16 @@ def llama(**changes: Any) -> Any:
     """A random pico LLaMA: tied embeddings, no biases, head_dim that is not hidden / heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = dict(vocab_size=400, hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=3,
-                    num_key_value_heads=1, head_dim=12, tie_word_embeddings=True)  # fmt: skip
+    settings = dict(
+        vocab_size=400,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=12,
+        tie_word_embeddings=True,
+    )
     return randomized(LlamaForCausalLM(LlamaConfig(**{**settings, **changes})))
 
 
@@ -89,15 +101,36 @@ def qwen2(**changes: Any) -> Any:
     """A random pico Qwen2: q, k, v biases, untied embeddings."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    settings = dict(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-                    num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    settings = dict(
+        vocab_size=500,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     return randomized(Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes})))
 
 
-TEXT = dict(vocab_size=400, hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=3,
-            num_key_value_heads=1)  # fmt: skip
-CLIP = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-            num_attention_heads=2, image_size=8, patch_size=4, projection_dim=8)  # fmt: skip
+TEXT = dict(
+    vocab_size=400,
+    hidden_size=24,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+)
+CLIP = dict(
+    model_type="clip_vision_model",
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+    projection_dim=8,
+)
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 TINYLLAVA_CODE = {
     "configuration.py": """
@@ -137,32 +170,57 @@ def family_model(name: str) -> Any:
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8)
     makers: dict[str, Callable[[], Any]] = {
         "llama": llama,
-        "llama31": lambda: llama(head_dim=8, max_position_embeddings=256, rope_parameters={
-            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+        "llama31": lambda: llama(
+            head_dim=8,
+            max_position_embeddings=256,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
         "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**TEXT, head_dim=12)),
         "qwen2": qwen2,
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**TEXT, head_dim=12)),
         "gemma3_text": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**TEXT, head_dim=12)),
-        "gemma3": lambda: t.Gemma3ForConditionalGeneration(t.Gemma3Config(
-            text_config=dict(**TEXT, head_dim=12), vision_config=dict(**vision, patch_size=4), mm_tokens_per_image=4)),
-        "qwen2_vl": lambda: t.Qwen2VLForConditionalGeneration(t.Qwen2VLConfig(
-            text_config=dict(**TEXT, rope_parameters=MROPE),
-            vision_config=dict(depth=1, embed_dim=32, num_heads=2, hidden_size=24, patch_size=4))),
-        "qwen2_5_vl": lambda: t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(
-            text_config=dict(**TEXT, rope_parameters=MROPE),
-            vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=24,
-                               patch_size=4))),
-        "llava": lambda: t.LlavaForConditionalGeneration(t.LlavaConfig(
-            text_config=dict(model_type="qwen2", **TEXT), vision_config=CLIP)),
-        "llava_llama": lambda: t.LlavaForConditionalGeneration(t.LlavaConfig(
-            text_config=dict(model_type="llama", **TEXT), vision_config=CLIP)),
-        "llava_next": lambda: t.LlavaNextForConditionalGeneration(t.LlavaNextConfig(
-            text_config=dict(model_type="mistral", **TEXT), vision_config=CLIP)),
-        "llava_onevision": lambda: t.LlavaOnevisionForConditionalGeneration(t.LlavaOnevisionConfig(
-            text_config=dict(model_type="qwen2", **TEXT),
-            vision_config=dict(model_type="siglip_vision_model", **vision, patch_size=4))),
-    }  # fmt: skip
+        "gemma3": lambda: t.Gemma3ForConditionalGeneration(
+            t.Gemma3Config(
+                text_config=dict(**TEXT, head_dim=12), vision_config=dict(**vision, patch_size=4), mm_tokens_per_image=4
+            )
+        ),
+        "qwen2_vl": lambda: t.Qwen2VLForConditionalGeneration(
+            t.Qwen2VLConfig(
+                text_config=dict(**TEXT, rope_parameters=MROPE),
+                vision_config=dict(depth=1, embed_dim=32, num_heads=2, hidden_size=24, patch_size=4),
+            )
+        ),
+        "qwen2_5_vl": lambda: t.Qwen2_5_VLForConditionalGeneration(
+            t.Qwen2_5_VLConfig(
+                text_config=dict(**TEXT, rope_parameters=MROPE),
+                vision_config=dict(
+                    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=24, patch_size=4
+                ),
+            )
+        ),
+        "llava": lambda: t.LlavaForConditionalGeneration(
+            t.LlavaConfig(text_config=dict(model_type="qwen2", **TEXT), vision_config=CLIP)
+        ),
+        "llava_llama": lambda: t.LlavaForConditionalGeneration(
+            t.LlavaConfig(text_config=dict(model_type="llama", **TEXT), vision_config=CLIP)
+        ),
+        "llava_next": lambda: t.LlavaNextForConditionalGeneration(
+            t.LlavaNextConfig(text_config=dict(model_type="mistral", **TEXT), vision_config=CLIP)
+        ),
+        "llava_onevision": lambda: t.LlavaOnevisionForConditionalGeneration(
+            t.LlavaOnevisionConfig(
+                text_config=dict(model_type="qwen2", **TEXT),
+                vision_config=dict(model_type="siglip_vision_model", **vision, patch_size=4),
+            )
+        ),
+    }
     return randomized(makers[name]())
 
 
@@ -174,12 +232,20 @@ def save_tinyllava(folder: Path) -> Path:
     tower = randomized(Qwen2ForCausalLM(Qwen2Config(**TEXT)))
     folder.mkdir()
     tensors = {f"language_model.{name}": value.contiguous() for name, value in tower.state_dict().items()}
-    save_file({**tensors, "connector.weight": torch.eye(4), "connector.bias": torch.ones(4)},
-              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
-    config = {"model_type": "tinyllava", "architectures": ["TinyLlavaForConditionalGeneration"],
-              "text_config": tower.config.to_dict(),
-              "auto_map": {"AutoConfig": "configuration.TinyLlavaConfig",
-                           "AutoModelForCausalLM": "modeling.TinyLlavaForConditionalGeneration"}}  # fmt: skip
+    save_file(
+        {**tensors, "connector.weight": torch.eye(4), "connector.bias": torch.ones(4)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = {
+        "model_type": "tinyllava",
+        "architectures": ["TinyLlavaForConditionalGeneration"],
+        "text_config": tower.config.to_dict(),
+        "auto_map": {
+            "AutoConfig": "configuration.TinyLlavaConfig",
+            "AutoModelForCausalLM": "modeling.TinyLlavaForConditionalGeneration",
+        },
+    }
     (folder / "config.json").write_text(json.dumps(config))
     for name, code in TINYLLAVA_CODE.items():
         (folder / name).write_text(code)
@@ -264,7 +330,7 @@ def run_main(module: ModuleType, *arguments: Any) -> None:
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that must end with exit code 2 and one line on stderr; returns that line."""
-    from core.runs import run_command
+    from core.runs.process import run_command
 
     def run(module: ModuleType, *arguments: Any) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -287,9 +353,23 @@ def plans(models: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPat
     folders = {}
     for pooling in ("token", "text"):
         folders[pooling] = tmp_path_factory.mktemp("plans") / pooling
-        run_main(stage1, "--target-model", models["target"], "--source-model", models["source"],
-                 "--data-subset", "file", "--data-file", texts, "--pooling", pooling, "--max-tokens", 24,
-                 "--out-dir", folders[pooling])  # fmt: skip
+        run_main(
+            stage1,
+            "--target-model",
+            models["target"],
+            "--source-model",
+            models["source"],
+            "--data-subset",
+            "file",
+            "--data-file",
+            texts,
+            "--pooling",
+            pooling,
+            "--max-tokens",
+            24,
+            "--out-dir",
+            folders[pooling],
+        )
     return folders
 
 
@@ -298,5 +378,14 @@ def fused(models: dict[str, Path], plans: dict[str, Path], tmp_path_factory: pyt
     """A fused checkpoint of the pico pair (token rows, regression, dense)."""
     from stages import fuse
 
-    return fuse(plans["token"], models, tmp_path_factory.mktemp("fused") / "out", "--feature-map", "regression",
-                "--alpha", "0.3", "--top-k", "0")  # fmt: skip
+    return fuse(
+        plans["token"],
+        models,
+        tmp_path_factory.mktemp("fused") / "out",
+        "--feature-map",
+        "regression",
+        "--alpha",
+        "0.3",
+        "--top-k",
+        "0",
+    )

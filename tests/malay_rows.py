@@ -5,7 +5,7 @@ import random
 
 from conftest import sentences
 
-from evaluation.malay_questions import LETTERS
+from evaluation.benchmarks.malay_mmlu import LETTERS
 
 CATEGORIES = ("Humanities", "Language", "Others", "STEM", "Social science")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import ROOT, sentences
 
-from evaluation.tasks import STAND_INS, task_benchmarks
+from evaluation.benchmarks.registry import STAND_INS, task_benchmarks
 
 LLAMA = "unsloth/Llama-3.1-8B-Instruct"
 # Target, source, fuse alpha, train alpha, learning rate, data, fine-tuning rows: the paper's table of settings.

@@ -14,14 +14,27 @@ from core import train_hot_residual_sft as stage3
 
 
 def fuse(plans: Path, models: dict[str, Path], out: Path, *flags, target="target", source="source") -> Path:
-    run_main(stage2, "--hot_dir", plans, "--modelA_id", models[target], "--modelB_id", models[source],
-             "--output_dir", out, *flags)  # fmt: skip
+    run_main(
+        stage2,
+        "--hot_dir",
+        plans,
+        "--modelA_id",
+        models[target],
+        "--modelB_id",
+        models[source],
+        "--output_dir",
+        out,
+        *flags,
+    )
     return out
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def logits(folder: Path, caplog=None) -> torch.Tensor:
@@ -35,8 +48,20 @@ def logits(folder: Path, caplog=None) -> torch.Tensor:
 
 
 def train(model_dir: Path, out: Path, *flags) -> Path:
-    run_main(stage3, "--model_dir", model_dir, "--output_dir", out, "--sft-samples", 8, "--gradient-accumulation", 2,
-             "--learning-rate", "1e-2", *flags)  # fmt: skip
+    run_main(
+        stage3,
+        "--model_dir",
+        model_dir,
+        "--output_dir",
+        out,
+        "--sft-samples",
+        8,
+        "--gradient-accumulation",
+        2,
+        "--learning-rate",
+        "1e-2",
+        *flags,
+    )
     return out
 
 

@@ -1,0 +1,271 @@
+"""Model checkpoints: opened by name, single tensors read lazily, folded weights written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from core.models.families import AttentionLayout, attention_layout, projection_in_tower
+from core.models.convert import NOT_COPIED, gguf_config
+from core.models.locate import CONFIG_ONLY, INDEX_FILE, SINGLE_FILE, find, model_folder, weight_map
+from core.runs.process import MANIFEST, UserError, atomic_file, first_line, read_json, write_json, write_safetensors
+from core.models.weight_digest import sample_digest
+
+log = logging.getLogger(__name__)
+
+# Terms that go with every copy of a model.
+LICENCE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
+# Bytes per number of the dtypes in safetensors headers; the others take one.
+DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model on disk. Opening it reads the config and the tensor headers, never the weights."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: dict[str, Any]
+    layout: AttentionLayout
+    trust_remote_code: bool = False
+    device: str = "cpu"
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> safetensors file. Raises UserError when there are none."""
+        index = self.folder / INDEX_FILE
+        if index.is_file():
+            return {name: self.folder / file for name, file in weight_map(index).items()}
+        single = self.folder / SINGLE_FILE
+        if not single.is_file():
+            raise UserError(
+                f"{self.folder} has no model.safetensors (or its index); save the model with save_pretrained first"
+            )
+        try:
+            with safe_open(single, "pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        except SafetensorError as error:
+            raise UserError(f"{single} is damaged ({error}); download or save the model again") from None
+
+    @cached_property
+    def tower(self) -> str:
+        """What stands for the text decoder in this checkpoint's tensor names. Raises UserError when it is not there."""
+        return self.layout.tower_on_disk(self.files, str(self.folder))
+
+    def tensor_name(self, layer: int, projection: str) -> str:
+        """Name of one projection on disk (add `.weight` for the tensor); the loaded model's is `layout.name`."""
+        return f"{self.tower}.{projection_in_tower(layer, projection)}"
+
+    def name_in_model(self, tensor: str) -> str:
+        """Name in the loaded model of a tensor on disk; those outside the text decoder and its head as they are."""
+        family = self.layout.family
+        for on_disk, in_model in ((self.tower, family.tower), *((head, family.head) for head in family.heads_on_disk)):
+            if tensor.startswith(on_disk + "."):
+                return in_model + tensor.removeprefix(on_disk)
+        return tensor
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Tensor name -> (shape, dtype as safetensors spells it), file by file, without reading weights."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for path in dict.fromkeys(self.files.values()):
+            try:
+                with safe_open(path, "pt") as file:
+                    parts = {name: file.get_slice(name) for name in file.offset_keys()}
+                    found |= {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}); download or save the model again") from None
+        return found
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Tensor name -> bytes, in the order of `headers`."""
+        return {name: math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for name, (shape, dtype) in self.headers.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its own dtype."""
+        if name not in self.files:
+            raise UserError(f"{self.folder} has no tensor {name}")
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def weight(self, layer: int, projection: str) -> Tensor:
+        """Attention weight [out, in], float32, on `device`."""
+        return self.tensor(self.tensor_name(layer, projection) + ".weight").to(self.device, torch.float32)
+
+    def bias(self, layer: int, projection: str) -> Tensor | None:
+        """Attention bias [out], float32, on `device`; None when the model has none."""
+        name = self.tensor_name(layer, projection) + ".bias"
+        return self.tensor(name).to(self.device, torch.float32) if name in self.files else None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from any other: id, revision, hash of the config, of the headers of the weights and of
+        samples of every tensor, and of a checkpoint of ours what made it.
+
+        A sample takes no time at 70B, but it cannot see that some rows of a tensor were changed, as fusing does: the
+        fingerprint of the manifest can.
+        """
+        weights = sample_digest(sorted(set(self.files.values())))
+        config = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+        path = self.folder / MANIFEST
+        record = read_json(path) if path.is_file() else None
+        made = record.get("fingerprint") if isinstance(record, dict) else None
+        return {"id": self.name, "revision": self.revision, "config": config, "weights": weights, "made": made}
+
+    def same_model(self, identity: dict[str, Any]) -> bool:
+        """Whether `identity` (of a manifest) is this model, wherever either was stored."""
+        return all(self.identity[key] == identity[key] for key in ("config", "weights", "made"))
+
+    def load_tokenizer(self) -> Any:
+        """The model's fast tokenizer; UserError when it has none."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} has no usable tokenizer: {first_line(error)}") from None
+        if not tokenizer("a")["input_ids"]:
+            raise UserError(f"{self.folder} has no tokenizer files; copy them beside the weights")
+        if not tokenizer.is_fast:
+            raise UserError(f"{self.folder} has a slow tokenizer; character offsets need a fast one (tokenizer.json)")
+        return tokenizer
+
+    def check_tokenizer(self) -> None:
+        """Raise UserError when there is no usable tokenizer. Reads tokenizer.json alone, where there is one."""
+        from tokenizers import Tokenizer
+
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            self.load_tokenizer()
+            return
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again") from None
+
+    def _check_code(self) -> None:
+        """Raise UserError when the model's classes are not transformers' own and not allowed or not there."""
+        if not self.layout.family.needs_code:
+            return
+        kind, remote = self.layout.model_type, "auto_map" in self.config
+        if not self.trust_remote_code:
+            raise UserError(f"{self.name} is a {kind} model, whose classes are not part of transformers; read the code "
+                            f"that comes with it, then allow it with --trust-remote-code")
+        if not remote and find_spec(kind) is None:
+            raise UserError(f"{self.folder} brings no code of its own (no auto_map in config.json) and the package "
+                            f"{kind} is not installed; install it (pip install {kind}) or take a copy of the model "
+                            f"that has its modeling files")
+        if not remote:
+            import_module(kind)  # registers its classes with transformers
+
+    def load_model(
+        self, dtype: str, device_map: str | dict[str, Any] | None = None, offload_folder: Path | None = None
+    ) -> Any:
+        """The causal language model on `device`, in eval mode. dtype `auto` is float32 on a CPU, where half types are
+        slow, and the checkpoint's own elsewhere.
+
+        A device map (accelerate's; `disk` leaves all weights in the checkpoint until they are used) places it in place
+        of `device`. Weights on disk that have to be converted go to `offload_folder`.
+        """
+        import transformers
+
+        self._check_code()
+        if dtype == "auto" and self.device == "cpu":
+            dtype = "float32"
+        loader = getattr(transformers, self.layout.family.auto)
+        options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        if device_map is None:
+            return loader.from_pretrained(self.folder, **options).to(self.device).eval()
+        where = {"": "disk"} if device_map == "disk" else device_map
+        return loader.from_pretrained(self.folder, **options, device_map=where, offload_folder=offload_folder).eval()
+
+
+def open_checkpoint(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu"
+) -> Checkpoint:
+    """Open a model: a folder, a GGUF file, an id below $MODELS_ROOT, or a hub id (downloaded into the hub's cache).
+
+    GGUF files and .bin weights are converted once, into $MODELS_ROOT/converted. Raises UserError when nothing of that
+    name exists, it has no config.json or no weights, or its family is not supported.
+    """
+    if not name:
+        raise UserError("no model given; use --target-model and --source-model, or --config")
+    folder = model_folder(name, revision, trust_remote_code)
+    config = read_json(folder / "config.json")
+    layout = attention_layout(config, str(folder))
+    checkpoint = Checkpoint(name, folder, revision, config, layout, trust_remote_code, device)
+    _ = checkpoint.tower  # reads the headers: missing weights are told before anything is loaded
+    return checkpoint
+
+
+def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], AttentionLayout]:
+    """(config, layout) of a model of which nothing else has to be there: a config.json, a folder, or a hub id.
+
+    Raises UserError as `open_checkpoint`.
+    """
+    if not name:
+        raise UserError("no model given; use --target-model and --source-model, or --config")
+    path = Path(name).expanduser()
+    if path.suffix != ".json":
+        path = find(name, revision, CONFIG_ONLY)
+        path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a config.json, a model folder, a GGUF file or a hub id")
+    config = gguf_config(path) if path.suffix == ".gguf" else read_json(path)
+    return config, attention_layout(config, str(path))
+
+
+def write_folded(
+    checkpoint: Checkpoint, folder: Path, fold: Callable[[str, Tensor], Tensor], max_shard_bytes: int
+) -> None:
+    """Write a copy of `checkpoint` into `folder` with every tensor passed through `fold(name, tensor)`.
+
+    Same tensor names, same dtypes; shards of at most `max_shard_bytes` (one tensor alone may be larger), one of them in
+    memory at a time, each written atomically, their index last; tokenizer, chat template and configs are copied.
+    """
+    for file in sorted(checkpoint.folder.iterdir()):
+        known = file.suffix in (".json", ".jinja", ".txt", ".model", ".py") or LICENCE_FILE.match(file.name)
+        if file.is_file() and known and not NOT_COPIED.fullmatch(file.name):
+            with atomic_file(folder / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    shards = _shards(checkpoint, max_shard_bytes)
+    for file_name, names in tqdm(shards.items(), desc="writing shards", unit="shard", disable=len(shards) < 2):
+        tensors = {name: fold(name, checkpoint.tensor(name)) for name in names}
+        write_safetensors(folder / file_name, tensors, {"format": "pt"})
+        del tensors  # before the next shard is filled
+    if len(shards) > 1:
+        where = {name: file_name for file_name, names in shards.items() for name in names}
+        total = sum(checkpoint.sizes.values())
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _shards(checkpoint: Checkpoint, max_shard_bytes: int) -> dict[str, list[str]]:
+    """Shard file -> its tensors, in the order in which the checkpoint holds them."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, size in checkpoint.sizes.items():
+        if not groups or filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {f"model-{k:05}-of-{len(groups):05}.safetensors": names for k, names in enumerate(groups, 1)}

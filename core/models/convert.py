@@ -1,0 +1,160 @@
+"""Checkpoints in other formats (a GGUF file, a folder of torch .bin files), converted once to safetensors folders."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from core.errors import UserError, first_line
+from core.files import LOCK, TEMPORARY
+from core.locks import file_lock
+from core.models.weight_digest import sample_digest
+
+log = logging.getLogger(__name__)
+# Prefix of a conversion that has not ended. Not that of half-written files, which whoever holds the folder removes:
+# the lock of a conversion is one of its own.
+CONVERTING = ".converting-"
+# Never copied from a target into a checkpoint made from it: indexes of weights (written anew where needed), locks and
+# half-written files of whoever writes the target now, and what stages and scripts of ours wrote about the target.
+NOT_COPIED = re.compile(
+    rf"{re.escape(TEMPORARY)}.*|.*\.index\.json|manifest\.json|resolved\.yaml|README\.md|fusion_report\.json"
+    r"|loss_curve\.json|results\.json|provenance\.json|task\.json|rows_read\.json|log\.txt"
+)
+BIN_FILES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
+
+
+def bin_files(folder: Path) -> list[Path]:
+    """Weights in torch's own format in a folder."""
+    return sorted(folder.glob("pytorch_model*.bin"))
+
+
+def converted_folder(source: Path, cache: Path) -> Path:
+    """Where the converted copy of a GGUF file or a folder of .bin files is, or will be: named by the contents."""
+    small = [path for path in sorted(source.glob("*.json")) if not NOT_COPIED.fullmatch(path.name)]
+    files = [source] if source.is_file() else [*bin_files(source), *small]
+    return cache / f"{source.stem if source.is_file() else source.name}-{sample_digest(files)[:12]}"
+
+
+def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Path:
+    """Folder with the safetensors copy of a GGUF file (float32) or a folder of .bin files (its own dtype).
+
+    Made on first use below `cache`, found again by the contents; where several processes want it at once, one makes it
+    and the others wait. .bin files go through transformers' safe loading (weights only, no pickled code).
+
+    Raises:
+        UserError: the file cannot be converted.
+    """
+    folder = converted_folder(source, cache)
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    work = cache / f"{CONVERTING}{folder.name}"
+    with file_lock(cache / f"{LOCK}-{folder.name}", str(folder), wait=True):
+        if folder.is_dir():  # made by the process that was waited for
+            return folder
+        log.info("converting %s once into %s", source, folder)
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        try:
+            if source.is_file():
+                convert_gguf(source, work)
+            else:
+                convert_bin(source, work, trust_remote_code)
+            work.rename(folder)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, UnpicklingError) as error:
+            raise UserError(
+                f"{source} cannot be converted ({first_line(error)}); give a safetensors copy of the model"
+            ) from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def convert_gguf(gguf_file: Path, folder: Path) -> None:
+    """Convert a GGUF file to a float32 safetensors folder with tokenizer and chat template."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    # The weights are dequantised; transformers still refuses to save while the quantizer is attached.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Convert a folder of torch .bin files to safetensors; every other file is copied."""
+    import transformers
+
+    from core.models.families import FAMILIES
+    from core.runs.process import read_json
+
+    family = FAMILIES[read_json(source / "config.json")["model_type"]]
+    loader: Any = getattr(transformers, family.auto)
+    options = {"use_safetensors": False, "trust_remote_code": trust_remote_code}
+    loader.from_pretrained(source, dtype="auto", **options).save_pretrained(folder)
+    weights = {path.name for pattern in BIN_FILES for path in source.glob(pattern)}
+    for file in source.iterdir():
+        of_the_model = file.is_file() and file.name not in weights and not file.name.startswith(TEMPORARY)
+        if of_the_model and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def gguf_config(gguf_file: Path) -> dict[str, Any]:
+    """The config of a GGUF file, without its weights.
+
+    transformers makes the config with a reader that builds several objects for every entry of the vocabulary, which
+    takes 20 seconds for 150,000 of them. So it is given a copy of the header without the vocabulary instead.
+
+    Raises:
+        UserError: not a GGUF file, or not one that transformers can read.
+    """
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    with tempfile.TemporaryDirectory() as place:
+        header = Path(place) / "header.gguf"
+        try:
+            _write_gguf_header(gguf_file, header)
+            return load_gguf_checkpoint(str(header), return_tensors=False)["config"]
+        except (OSError, ValueError, KeyError, RuntimeError, AssertionError, struct.error) as error:
+            raise UserError(f"{gguf_file} is not a GGUF file that transformers can read ({error})") from None
+
+
+def _write_gguf_header(gguf_file: Path, header: Path) -> None:
+    """Write a GGUF file with all of another's metadata that a config is made of."""
+    import numpy as np
+    from gguf import GGUFValueType, GGUFWriter
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    # Of an array of strings this reader gives the length alone.
+    metadata, tensors = read_gguf_metadata(str(gguf_file))
+    architecture = metadata["general.architecture"]
+    size = f"{architecture}.vocab_size"
+    if size not in metadata and "tokenizer.ggml.tokens" in metadata:
+        metadata[size] = metadata["tokenizer.ggml.tokens"]
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.INT64,
+        float: GGUFValueType.FLOAT64,
+        str: GGUFValueType.STRING,
+        list: GGUFValueType.ARRAY,
+    }
+    writer = GGUFWriter(header, architecture)
+    for key, value in metadata.items():
+        if key.startswith(f"{architecture}.") or key == "general.name" or key.endswith("_token_id"):
+            writer.add_key_value(key, value, kinds[type(value)])
+    if "output.weight" in tensors:  # its absence means tied embeddings
+        writer.add_tensor("output.weight", np.zeros(1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,188 @@
+"""Where each model family keeps its attention projections. The only file that knows families.
+
+Adding a family is a row in FAMILIES plus a test. A family's decoder layers have self_attn.{q,k,v,o}_proj as linear
+layers; whatever else they do (norms of q and k, sliding windows, rope) stays the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from core.fusion.transport_weights import PROJECTIONS
+from core.runs.process import UserError
+
+# Six distinct sides: q, k and v read the same input.
+SIDES = (*PROJECTIONS, "attn_in", "o_in")
+# Model types of a vision-language model's language tower that have the projections of this file.
+TOWERS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one model family.
+
+    Attributes:
+        architecture: class in transformers.
+        tower: path of the text decoder in the loaded model; its layers are `<tower>.layers.<n>`.
+        head: path of the output embeddings in the loaded model.
+        towers_on_disk: what stands for `tower` in tensor names on disk, in the order in which they are tried
+            (transformers renames the tensors of vision-language models while loading them).
+        heads_on_disk: the same for `head`.
+        auto: class of transformers that loads it.
+        needs_code: its classes come with the model or from a package of its own.
+    """
+
+    architecture: str
+    tower: str = "model"
+    head: str = "lm_head"
+    towers_on_disk: tuple[str, ...] = ("model",)
+    heads_on_disk: tuple[str, ...] = ("lm_head",)
+    auto: str = "AutoModelForCausalLM"
+    needs_code: bool = False
+
+
+def _vision_language(architecture: str, tower_on_disk: str, head_on_disk: str = "lm_head") -> Family:
+    """A vision-language model of transformers: the text decoder is one part, the others stay untouched."""
+    tower = "model.language_model"
+    return Family(architecture, tower, "lm_head", (tower, tower_on_disk), ("lm_head", head_on_disk),
+                  "AutoModelForImageTextToText")
+
+
+# config.model_type -> family
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "gemma3_text": Family("Gemma3ForCausalLM"),
+    "gemma3": _vision_language("Gemma3ForConditionalGeneration", "language_model.model", "language_model.lm_head"),
+    "qwen2_vl": _vision_language("Qwen2VLForConditionalGeneration", "model"),
+    "qwen2_5_vl": _vision_language("Qwen2_5_VLForConditionalGeneration", "model"),
+    "llava": _vision_language("LlavaForConditionalGeneration", "language_model.model", "language_model.lm_head"),
+    "llava_next": _vision_language(
+        "LlavaNextForConditionalGeneration", "language_model.model", "language_model.lm_head"
+    ),
+    "llava_onevision": _vision_language(
+        "LlavaOnevisionForConditionalGeneration", "language_model.model", "language_model.lm_head"
+    ),
+    "tinyllava": Family("TinyLlavaForConditionalGeneration", "language_model.model", "language_model.lm_head",
+                        ("language_model.model",), ("language_model.lm_head",), needs_code=True),
+}
+# `--model_type` of step 3 -> values of config.model_type
+SEED_MODEL_TYPES = {
+    "llama": ("llama",),
+    "qwen2": ("qwen2",),
+    "qwen2vl": ("qwen2_vl", "qwen2_5_vl"),
+    "tinyllava": ("tinyllava", "llava"),
+}
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Attention shapes of one model: where its projections are and how many neurons each side has."""
+
+    model_type: str
+    n_layers: int
+    hidden: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    @property
+    def family(self) -> Family:
+        """Names of the model's family."""
+        return FAMILIES[self.model_type]
+
+    def size(self, side: str) -> int:
+        """Number of neurons of `side`."""
+        if side == "attn_in" or side == "o":
+            return self.hidden
+        return (self.n_kv_heads if side in "kv" else self.n_heads) * self.head_dim
+
+    def name(self, layer: int, projection: str) -> str:
+        """Dotted name of one projection in the loaded model, e.g. `model.layers.3.self_attn.q_proj`."""
+        return f"{self.family.tower}.{projection_in_tower(layer, projection)}"
+
+    def linear(self, model: nn.Module, layer: int, projection: str) -> nn.Linear:
+        """The nn.Linear of one projection inside a loaded model (of `config`'s architecture)."""
+        return linear_at(model, self.name(layer, projection))
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The text decoder of a loaded model, without its head: token ids in, hidden states out."""
+        return model.get_submodule(self.family.tower)
+
+    def tower_on_disk(self, names: Iterable[str], where: str) -> str:
+        """What stands for the tower in the tensor names of a checkpoint.
+
+        Raises UserError, naming the missing tensor, when no spelling of the family is there.
+        """
+        present = set(names)
+        last = projection_in_tower(self.n_layers - 1, "o") + ".weight"
+        for tower in self.family.towers_on_disk:
+            if f"{tower}.{last}" in present:
+                return tower
+        raise UserError(
+            f"{where} has no tensor {self.family.towers_on_disk[-1]}.{last}; its config.json and weights do not "
+            f"belong together"
+        )
+
+
+def projection_in_tower(layer: int, projection: str) -> str:
+    """Name of one projection below the text decoder."""
+    return f"layers.{layer}.self_attn.{projection}_proj"
+
+
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The nn.Linear of that name; UserError when it is something else (a quantised or patched layer)."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"{name} is a {type(module).__name__}, expected nn.Linear")
+    return module
+
+
+def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
+    """Read the attention shapes from a model's `config.json`, that of the text decoder in a vision-language model.
+
+    Raises UserError for an unsupported family (naming `where` and what is supported) or a config that transformers
+    cannot read.
+    """
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        supported = ", ".join(f"{key} ({family.architecture})" for key, family in FAMILIES.items())
+        raise UserError(f"{where} has the unsupported model_type {model_type!r}; supported: {supported}")
+    text = _text_config(config, where)
+    if model_type not in TOWERS and text.model_type not in TOWERS:
+        raise UserError(f"{where}: the language tower is a {text.model_type} model; supported towers: "
+                        f"{', '.join(sorted(TOWERS))}")
+    heads = text.num_attention_heads
+    if not heads:
+        raise UserError(f"{where} has num_attention_heads {heads}")
+    return AttentionLayout(
+        model_type=model_type,
+        n_layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        n_heads=heads,
+        n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+    )
+
+
+def _text_config(config: dict[str, Any], where: str) -> Any:
+    """The text decoder's config with the defaults of its class (published configs leave many of them out)."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if FAMILIES[config["model_type"]].needs_code:  # the tower is one of transformers' own
+        config = config.get("text_config") or {}
+        if config.get("model_type") not in TOWERS & FAMILIES.keys():
+            raise UserError(f"{where}: text_config.model_type is {config.get('model_type')!r}; supported towers: "
+                            f"{', '.join(sorted(TOWERS))}")
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(config["model_type"], **rest).get_text_config()
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{where} is not a config that transformers can read: {' '.join(str(error).split())}") from None

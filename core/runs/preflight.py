@@ -1,0 +1,134 @@
+"""What can go wrong, checked from configs, headers and the disk before the first model is loaded; `--dry-run` prints
+it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from core.models.families import SIDES
+from core.models.checkpoints import Checkpoint
+from core.runs.cost import BASE_BYTES, Cost, table
+from core.fusion.transport_weights import PROJECTIONS, FusionSettings
+from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
+from core.runs.process import UserError
+
+GIB = 2**30
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise UserError with all problems in one line, if there are any."""
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def model_problems(role: str, model: Checkpoint) -> list[str]:
+    """Attention tensors that are absent, of another shape than the config says, or quantised (codes, not weights)."""
+    layout, found = model.layout, []
+    for layer in range(layout.n_layers):
+        for projection in PROJECTIONS:
+            name = model.tensor_name(layer, projection) + ".weight"
+            out, into = layout.size(projection), layout.size("o_in" if projection == "o" else "attn_in")
+            if name not in model.headers:
+                found.append(f"{name} is missing")
+            elif model.headers[name][1] not in FLOATS or "quantization_config" in model.config:
+                dtype = model.headers[name][1]
+                return [f"{role} {model.folder} is quantised ({name} is {dtype}); give the unquantised checkpoint"]
+            elif model.headers[name][0] != (out, into):
+                found.append(f"{name} is {model.headers[name][0]}, expected {(out, into)}")
+    if not found:
+        return []
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return [f"{role} {model.folder}: {found[0]}{more}; its config.json and weights do not belong together"]
+
+
+def disk_problems(folder: Path, needed: float) -> list[str]:
+    """Too little space for `needed` bytes where `folder` is or will be; what it holds already needs no more."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    needed -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return []
+    return [
+        f"{place} has {free / GIB:.1f} GiB free and {folder} needs {needed / GIB:.1f}; free some space or write "
+        f"elsewhere"
+    ]
+
+
+def memory_problems(needed: float, device: str) -> list[str]:
+    """Too little memory on the host for an estimate of `needed` bytes (accelerators tell when they run out)."""
+    available = psutil.virtual_memory().available
+    if device != "cpu" or available >= needed:
+        return []
+    return [
+        f"about {needed / GIB:.1f} GiB of memory are needed and {available / GIB:.1f} are available; try --dtype "
+        f"bfloat16, --device-map auto, or less data"
+    ]
+
+
+def describe(role: str, model: Checkpoint) -> str:
+    """One line about a model."""
+    layout = model.layout
+    dtypes = sorted({dtype for _, dtype in model.headers.values()})
+    n_files = len(set(model.files.values()))
+    biased = [c for c in PROJECTIONS if model.tensor_name(0, c) + ".bias" in model.headers]
+    return (
+        f"{role} {model.name}: {layout.model_type}, {layout.n_layers} layers, hidden {layout.hidden}, "
+        f"{layout.n_heads} heads of {layout.head_dim}, {layout.n_kv_heads} kv heads, biases "
+        f"{''.join(biased) or 'none'}, {sum(model.sizes.values()) / GIB:.2f} GiB of {'/'.join(dtypes)} in "
+        f"{n_files} file{'s' if n_files > 1 else ''}"
+    )
+
+
+def stage2_memory(plans: PlanDirectory, target: Checkpoint, source: Checkpoint, max_shard_bytes: int) -> float:
+    """Peak bytes of stage 2: one output shard while writing, or the rows and maps of one pair of layers."""
+    widest = [max(model.layout.size(side) for side in SIDES) for model in (target, source)]
+    rows = plans.manifest.record["rows"]
+    mixing = 4.0 * rows * (ROWS_CACHE * 2 + 2) * max(widest) + 24.0 * widest[0] * widest[1] + 8.0 * widest[1] ** 2
+    largest = max(target.sizes.values())
+    shard = max(min(max_shard_bytes, sum(target.sizes.values())), largest) + 8 * largest
+    return BASE_BYTES + max(mixing, shard)
+
+
+def stage2_disk(target: Checkpoint, settings: FusionSettings) -> float:
+    """Bytes of the fused checkpoint: the target's weights, and W~ and W (float32) on the selection, twice while the
+    layers' files are joined."""
+    residual = 0.0
+    for projection in PROJECTIONS:
+        out = target.layout.size(projection)
+        into = target.layout.size("o_in" if projection == "o" else "attn_in")
+        size, other = (into, out) if projection == "o" else (out, into)
+        selected = min(settings.top_k or size, size)
+        residual += 8.0 * selected * other * target.layout.n_layers
+    return sum(target.sizes.values()) + 2 * residual
+
+
+def stage1_report(target: Checkpoint, source: Checkpoint, cost: Cost) -> str:
+    """What stage 1 would do."""
+    return "\n".join([describe("target", target), describe("source", source), table(cost)])
+
+
+def stage2_report(
+    plans: PlanDirectory, target: Checkpoint, source: Checkpoint, settings: FusionSettings, memory: float, disk: float
+) -> str:
+    """What stage 2 would do."""
+    lines = [
+        describe("target", target),
+        describe("source", source),
+        f"plans {plans.folder}: {plans.shape[0]} x {plans.shape[1]} layers, {plans.manifest.record['rows']} rows",
+        f"{settings.feature_map}, {settings.residual_form}, alpha {settings.alpha}",
+    ]
+    for projection in PROJECTIONS:
+        kind, size = (
+            ("columns", target.layout.size("o_in")) if projection == "o" else ("rows", target.layout.size(projection))
+        )
+        both = all(model.tensor_name(0, projection) + ".bias" in model.headers for model in (target, source))
+        lines.append(
+            f"{projection}: {min(settings.top_k or size, size)} of {size} {kind} in each of "
+            f"{plans.shape[0]} layers, bias {'fused' if both else 'not fused'}"
+        )
+    lines.append(f"peak memory about {memory / GIB:.1f} GiB, on disk {disk / GIB:.2f} GiB")
+    return "\n".join(lines)

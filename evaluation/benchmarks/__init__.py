@@ -1,0 +1,1 @@
+"""The benchmarks of the six tasks: their items, prompts, answers and scores."""

@@ -1,0 +1,188 @@
+"""Answers of a model to prompts: their common beginning read once, batches, new tokens only."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.models.activations import token_batches
+from core.runs.process import UserError
+from core.texts.tokens import DATE_STRING, tokenized
+from evaluation.benchmarks.prompts import CHAT, chat_template, rendered
+from evaluation.scores import Evaluated, check_logits
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written.
+
+    Attributes:
+        temperature: 0 is greedy; above it, tokens are drawn from the whole softened distribution.
+        seed: of the draws; every call of `answers` begins with it.
+        tokens_per_batch: prompts (but for their common beginning), answers and padding of one batch; a single longer
+            prompt is a batch of its own.
+        prompt: `chat`: every prompt is one turn of a user; `plain`: the model goes on from its text.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    seed: int = 0
+    tokens_per_batch: int = 4096
+    prompt: str = CHAT
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.tokens_per_batch < 1:
+            raise UserError(
+                f"max_new_tokens {self.max_new_tokens} and tokens_per_batch {self.tokens_per_batch} must be at least 1"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or a positive number")
+
+    @property
+    def inputs(self) -> dict[str, float | str]:
+        """What an answer depends on. Batches and seed matter to draws only: padding changes no greedy answer."""
+        drawn = {"seed": self.seed, "tokens_per_batch": self.tokens_per_batch} if self.temperature else {}
+        date = {"date": DATE_STRING} if self.prompt == CHAT else {}
+        answer = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        return {**answer, "prompt": self.prompt, **date, **drawn}
+
+
+def answers(
+    evaluated: Evaluated, prompts: Sequence[str], decoding: Decoding, advance: Callable[[int], object] = lambda n: None
+) -> list[str]:
+    """The model's answer to each prompt, in the order of the prompts.
+
+    Args:
+        advance: told the number of prompts of every finished batch.
+    Raises:
+        UserError: no chat template, or one that leaves the prompt out.
+        NotFiniteError: logits of which no token can be chosen.
+    """
+    if decoding.prompt == CHAT:
+        chat_template(evaluated)
+    tokenizer = evaluated.tokenizer
+    ids = [prompt_ids(tokenizer, prompt, decoding.prompt) for prompt in prompts]
+    model = evaluated.model
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and (long := sum(len(one) + decoding.max_new_tokens > window for one in ids)):
+        log.warning(
+            "%d of %d prompts with their answers exceed the %d positions of %s; fewer examples are shorter",
+            long,
+            len(ids),
+            window,
+            evaluated.checkpoint.name,
+        )
+    out = [""] * len(ids)
+    torch.manual_seed(decoding.seed)
+    with own_settings(model, tokenizer, decoding):
+        shared = common_beginning(model, ids, decoding.max_new_tokens)
+        lengths = [len(one) - shared.tokens + decoding.max_new_tokens for one in ids]
+        for batch in token_batches(lengths, decoding.tokens_per_batch):
+            new = continuations(model, [ids[n] for n in batch], shared)
+            for n, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                out[n] = text
+            advance(len(batch))
+    return out
+
+
+def prompt_ids(tokenizer: Any, prompt: str, policy: str) -> list[int]:
+    """Tokens of `rendered`, whose template holds the special ones, or of the prompt with the tokenizer's special
+    tokens. Raises UserError as `rendered`."""
+    if policy == CHAT:
+        return tokenized(tokenizer, rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return tokenized(tokenizer, prompt)["input_ids"]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The tokens that all prompts begin with (0: none), and the model's cache after them."""
+
+    tokens: int = 0
+    cache: Any = None
+
+
+NOTHING = Beginning()
+
+
+@torch.inference_mode()
+def common_beginning(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> Beginning:
+    """What all prompts begin with (system prompt, instruction), read once; at most all but one token of each.
+
+    Nothing for vision-language models, which count positions by rules of their own, and where prompts outgrow a window
+    of local attention: the padding, which stands between beginning and rest, would take places in it.
+    """
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    least, most = min(prompts), max(prompts)  # in the order of their tokens: what these share, all share
+    differ = (place for place, (a, b) in enumerate(zip(least, most, strict=False)) if a != b)
+    tokens = min(next(differ, len(least)), min(map(len, prompts)) - 1)
+    if (
+        len(prompts) == 1
+        or not tokens
+        or text is not model.config
+        or (window and max(map(len, prompts)) + max_new_tokens > window)
+    ):
+        return NOTHING
+    ids = torch.tensor([prompts[0][:tokens]], device=model.device)
+    return Beginning(tokens, model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+
+
+@torch.inference_mode()
+def continuations(model: Any, prompts: Sequence[list[int]], shared: Beginning = NOTHING) -> list[list[int]]:
+    """New token ids after each prompt, up to the first end of text, by the model's generation settings.
+
+    Padded between the shared beginning and the rest, and masked, so that all prompts end at one place; `generate`
+    counts positions by the mask.
+    """
+    settings = model.generation_config
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    begin = shared.tokens
+    ids = [
+        prompt[:begin] + [settings.pad_token_id] * short + prompt[begin:]
+        for short, prompt in zip(padding, prompts, strict=True)
+    ]
+    mask = [[1] * begin + [0] * short + [1] * (longest - begin - short) for short in padding]
+    cache = copy.deepcopy(shared.cache)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(prompts))
+    inputs = torch.tensor(ids, device=model.device)
+    seen = torch.tensor(mask, device=model.device)
+    made = model.generate(input_ids=inputs, past_key_values=cache, attention_mask=seen, logits_processor=[check_logits])
+    out = made[:, longest:].tolist()
+    ends = set(settings.eos_token_id or ())
+    return [new[: next((place for place, token in enumerate(new) if token in ends), len(new))] for new in out]
+
+
+@contextlib.contextmanager
+def own_settings(model: Any, tokenizer: Any, decoding: Decoding) -> Iterator[None]:
+    """Inside, the model generates by `decoding` alone.
+
+    Many models ship sampling and a repetition penalty, which `generate` fills in wherever a caller is silent; the
+    penalty would also make an answer depend on the padding. Their ends of text are kept, with the tokenizer's.
+    """
+    from transformers import GenerationConfig
+
+    shipped = model.generation_config
+    ends = shipped.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    draws = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+        **(draws if decoding.temperature else {"do_sample": False}),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = shipped

@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Speed of reading activations against the bare forward of the backbone on the same batches, and padding.
+
+    python scripts/bench/extraction.py --config scripts/experiments/demo.yaml [--batches 4] [--repeats 5] [--threads 2]
+
+Prints, per model of the pair, the share of padding in all batches, real tokens per second of both (from the median time
+of each batch), and the hooks' overhead: median and quartiles of the ratios. Both are timed on one batch in turns, so
+that what else runs on the machine disturbs both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from core.data import load_rows
+from core.models.activations import Reading, extract, pad, text_batches
+from core.models.checkpoints import Checkpoint
+from core.runs.command_line import load_experiment
+from core.runs.settings import Experiment, open_pair
+from run_activs_and_hot import read_both
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("scripts/experiments/demo.yaml"))
+    parser.add_argument("--batches", type=int, default=4, help="so many, evenly spread over those of the experiment")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    experiment = Experiment(**load_experiment(arguments.config))
+    experiment.check()
+    target, source = open_pair(experiment)
+    rows = load_rows(experiment.data_spec, "calibration", experiment.calibration_samples)
+    readings, _ = read_both(target, source, rows, experiment)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; pooling {experiment.pooling}, "
+        f"{experiment.tokens_per_batch} tokens per batch"
+    )
+    print("model      texts  batches  padding  bare tokens/s  with hooks  overhead (quartiles)")
+    for name, checkpoint in (("target", target), ("source", source)):
+        batches = text_batches(readings[name], experiment.tokens_per_batch)
+        chosen = batches[:: max(1, len(batches) // arguments.batches)]
+        bare, hooked = measure(checkpoint, readings[name], chosen, arguments.repeats, experiment)
+        tokens = sum(len(readings[name].ids[n]) for batch in chosen for n in batch)
+        speeds = [tokens / sum(map(statistics.median, spent)) for spent in (bare, hooked)]
+        ratios = [b / a for first, second in zip(bare, hooked, strict=True) for a, b in zip(first, second, strict=True)]
+        low, middle, high = (100 * (q - 1) for q in statistics.quantiles(ratios, n=4))
+        print(
+            f"{name:8}{len(readings[name].ids):8}{len(batches):9}{100 * padding(readings[name], batches):7.1f} %"
+            f"{speeds[0]:15.0f}{speeds[1]:12.0f}{middle:7.1f} % ({low:.1f} to {high:.1f})"
+        )
+
+
+def padding(reading: Reading, batches: list[list[int]]) -> float:
+    """Share of padding in the tokens of all batches."""
+    lengths = [[len(reading.ids[n]) for n in batch] for batch in batches]
+    return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
+
+
+def measure(
+    checkpoint: Checkpoint, reading: Reading, batches: list[list[int]], repeats: int, experiment: Experiment
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Seconds (bare, with hooks), each [batches][repeats]; which of the two goes first alternates."""
+    model = checkpoint.load_model(experiment.dtype)
+    backbone: Any = checkpoint.layout.decoder(model)
+
+    @torch.no_grad()
+    def bare(batch: list[int]) -> None:
+        ids, mask = (part.to(model.device) for part in pad([reading.ids[n] for n in batch]))
+        backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def hooked(batch: list[int]) -> None:
+        extract(model, checkpoint.layout, reading, [batch], "with hooks")
+
+    spent: dict[Callable[[list[int]], None], list[list[float]]] = {bare: [], hooked: []}
+    for batch in batches:
+        bare(batch)
+        for seconds in spent.values():
+            seconds.append([])
+        for repeat in range(repeats):
+            for work in list(spent)[:: 1 if repeat % 2 else -1]:
+                start = time.perf_counter()
+                work(batch)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                spent[work][-1].append(time.perf_counter() - start)
+    return spent[bare], spent[hooked]
+
+
+if __name__ == "__main__":
+    main()

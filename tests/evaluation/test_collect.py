@@ -1,0 +1,322 @@
+"""Score files, significance on the same items, and the tables of the paper's layout."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import run_main
+
+from core.runs.process import FORMAT_VERSION, UserError, digest_of
+from evaluation import collect_results
+from evaluation.scores import Score, finished, mean_and_error, write_score
+from evaluation.significance import holm, paired
+from evaluation.tables import benchmark_rows, benchmark_table, heading, mean_places
+
+# A manifest that says nothing else.
+OURS = json.dumps({"format": FORMAT_VERSION})
+
+
+def test_places_of_a_mean():
+    names = ["arc_id", "truthfulqa_id_mc1", "truthfulqa_id_mc2"]
+    assert mean_places(names, [names[1:]]) == [["arc_id"], ["truthfulqa_id_mc1", "truthfulqa_id_mc2"]]
+    assert mean_places(["a", "b"], []) == [["a"], ["b"]]
+    assert mean_and_error([1.0, 0.0, 1.0, 1.0]) == {"value": 0.75, "stderr": 0.25, "n": 4}
+
+
+def scored(*runs, ids=None) -> dict:
+    """What is known of one arm on one benchmark."""
+    ids = ids or [str(n) for n in range(len(runs[0]))]
+    return {
+        "metric": "acc",
+        "ids": ids,
+        "runs": list(runs),
+        "categories": [],
+        "n": len(ids),
+        "note": "",
+        "prompt": None,
+        "in_place_of": "",
+        "inputs": {},
+    }
+
+
+def test_benchmarks_on_the_same_questions_are_one_part_of_the_mean():
+    """mc1 and mc2 ask the same questions: two copies of one difference say no more than one of them."""
+    rng = np.random.default_rng(0)
+    base, ours = rng.uniform(size=(2, 40))
+    other_base, other = rng.uniform(size=(2, 60))
+    arms = {
+        "base": {"a": scored(other_base), "mc1": scored(base), "mc2": scored(base)},
+        "fused": {"a": scored(other), "mc1": scored(ours), "mc2": scored(ours)},
+    }
+    both = benchmark_rows(arms, {"counted_once": [["mc1", "mc2"]]})["mean"]["fused"]
+    alone = benchmark_rows({arm: {"a": s["a"], "mc1": s["mc1"]} for arm, s in arms.items()}, {})["mean"]["fused"]
+    assert both["diff"] == pytest.approx(alone["diff"]) and both["ci95"] == pytest.approx(alone["ci95"])
+    value = 100 * (other.mean() + ours.mean()) / 2
+    assert both["value"] == pytest.approx(value)
+    for scores in arms.values():  # other items: two benchmarks with half a place each
+        scores["mc2"]["ids"] = [f"x{n}" for n in range(40)]
+    apart = benchmark_rows(arms, {"counted_once": [["mc1", "mc2"]]})["mean"]["fused"]
+    assert (
+        apart["value"] == pytest.approx(value)
+        and apart["ci95"][1] - apart["ci95"][0] < both["ci95"][1] - both["ci95"][0]
+    )
+
+
+def put(folder, task, benchmarks, limit=None, data="d", model="w"):
+    """Score files of one arm as run_task leaves them; `benchmarks`: name -> scores, or why it is absent."""
+    found = {}
+    for name, items in benchmarks.items():
+        if isinstance(items, str):
+            found[name] = {"absent": items}
+            continue
+        groups = ["STEM" if n % 2 else "Humanities" for n in range(len(items))] if name == "malay_mmlu" else ()
+        score = Score(name, [str(n) for n in range(len(items))], {"first_token": items}, groups, metric="first_token")
+        write_score(folder / f"{name}.json", score, {"model": {"weights": model, "dtype": "auto"}, "data": data})
+        found[name] = {"file": f"{name}.json"}
+    record = {"task": task, "model": "m", "limit": limit, "benchmarks": found}
+    (folder / "task.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A coupling run with everything and a regression run that shares its base."""
+    runs, right, better = tmp_path / "runs", [0.0, 1.0] * 10, [0.0, 1.0] * 5 + [1.0] * 10
+    place = runs / "malay/benchmarks/malay"
+    put(place / "base", "malay", {"malay_mmlu": right, "arc_id": "no network"})
+    put(place / "fused", "malay", {"malay_mmlu": better, "arc_id": "no network"})
+    for seed, items in enumerate((better, right)):
+        put(place / f"fused_adapted/seed{seed}", "malay", {"malay_mmlu": items})
+    put(runs / "malay-regression/benchmarks/malay/fused", "malay", {"malay_mmlu": [1.0] * 20})
+    gain = {"diff": -0.1, "ci95": [-0.2, -0.05]}
+    arms = {
+        "base": {"nll": 3.0, "diff": 0.0, "ci95": [0.0, 0.0], "fused_minus_arm": gain},
+        "fused": {"nll": 2.9, **gain},
+    }
+    held_out = {"texts": 64, "tokens": 900, "groups": 12}
+    for name in ("malay", "malay-regression"):
+        (runs / name / "fused").mkdir()
+        (runs / name / "fused/manifest.json").write_text(OURS)
+        (runs / name / "fused/resolved.yaml").write_text(
+            "{target_model: small, source_model: big, feature_map: coupling, alpha: 0.1, top_k: 0}"
+        )
+        (runs / name / "results.json").write_text(
+            json.dumps({"format": FORMAT_VERSION, "arms": arms, "held_out": held_out})
+        )
+    return runs
+
+
+def test_tables_stand_beside_the_papers_figures(results, capsys):
+    put(results / "medical/benchmarks/medical/base", "medical", {"mmlu_anatomy": [1.0]})  # of a variant, not a run
+    run_main(collect_results, "--results-dir", results)
+    told = capsys.readouterr().out
+    assert (results / "tables/malay.md").read_text() in told
+    found = json.loads((results / "tables/malay.json").read_text())
+    rows = found["runs"]["malay"]["sets"]["malay"]
+    arms = rows["rows"]["malay_mmlu"]["arms"]
+    assert [arms[arm]["value"] for arm in ("base", "fused", "fused_adapted")] == [50.0, 75.0, 62.5]
+    right, better = [0.0, 1.0] * 10, [0.0, 1.0] * 5 + [1.0] * 10
+    single, seeds = paired([better], right), paired([better, right], right)
+    assert arms["fused"]["diff"] == 25 and arms["fused"]["p"] == single.p
+    assert arms["fused"]["ci95"] == pytest.approx([100 * end for end in single.ci95])
+    # Two seeds, of which one gained as much and one nothing: the spread of the seeds is in the interval.
+    adapted = arms["fused_adapted"]
+    assert adapted["diff"] == 12.5 and adapted["p"] == seeds.p and adapted["seeds"] == 2
+    assert adapted["ci95"][0] < -50 and seeds.seed_variance > seeds.variance
+    groups = rows["rows"]["malay_mmlu"]["groups"]
+    values = {arm: score["value"] for arm, score in groups["Humanities"].items()}
+    assert values == {"base": 0, "fused": 50, "fused_adapted": 25}
+    assert groups["Humanities"]["fused"]["ci95"] == pytest.approx(
+        [100 * end for end in paired([[1.0] * 5 + [0.0] * 5], [0.0] * 10).ci95]
+    )
+    assert {arm: score["value"] for arm, score in rows["mean"].items()} == {
+        "base": 50,
+        "fused": 75,
+        "fused_adapted": 62.5,
+    }
+    assert rows["mean"]["fused"]["p"] == arms["fused"]["p"]  # one benchmark is its own mean
+    tested = {
+        (place, arm): score["p"]
+        for place, scores in (("all", arms), *groups.items())
+        for arm, score in scores.items()
+        if arm != "base"
+    }
+    assert arms["fused"]["p_holm"] == holm(tested)["all", "fused"] and len(tested) == 6
+    assert "Holm's correction over the 6 differences of this table" in told
+    assert rows["normalised"]["fused"]["min_max"] == 1 and rows["absent"] == {"arc_id": "no network"}
+    assert "| Humanities | 42.30 | 46.19 | 48.81 | 0.00 | 50.00 (+50.00 [" in told
+    assert "| Language | 38.37 | 40.52 | 41.68 |  |  |  |  |" in told
+    assert "Absent: arc_id: no network" in told and "small <- big, coupling, alpha 0.1, k all" in told
+    shared = found["runs"]["malay-regression"]["sets"]["malay"]
+    assert shared["rows"]["malay_mmlu"]["arms"]["base"]["value"] == 50
+    assert shared["rows"]["malay_mmlu"]["arms"]["fused"]["diff"] == 50
+    assert shared["normalised"] == {}  # of two arms one is 0 and one is 1, whatever they scored
+    assert "| fused | -0.1000 [-0.2000, -0.0500] | -0.1000 [-0.2000, -0.0500] |" in told
+    assert "malay: 64 texts of 12 groups, 900 tokens. The intervals rest on 12 groups only and are rough." in told
+    assert "| mean |  |  |  | 50.00 | 75.00 (+25.00 [" in told
+    assert "medical" not in told
+    before = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
+    run_main(collect_results, "--results-dir", results)
+    assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == before
+
+
+def test_both_strengths_are_in_the_heading_where_they_differ(results, capsys):
+    for seed in (0, 1):
+        folder = results / f"malay/adapted/hot/seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "chosen": {"alpha": 0.005}}))
+    run_main(collect_results, "--results-dir", results)
+    told = capsys.readouterr().out
+    assert "small <- big, coupling, alpha 0.1 (0.005 while training), k all" in told
+    used = {"target_model": "a", "source_model": "b", "feature_map": "m", "alpha": 0.1, "top_k": 8}
+    assert heading({**used, "train_alpha": [0.1]}) == "a <- b, m, alpha 0.1, k 8"
+
+
+def told_of_malay(results) -> str:
+    """Why the malay run has no table of benchmarks."""
+    run_main(collect_results, "--results-dir", results)
+    runs = json.loads((results / "tables/malay.json").read_text())["runs"]
+    assert runs["malay-regression"]["sets"]["malay"]["rows"]  # the other run's table is there all the same
+    found = runs["malay"]["sets"]["malay"]
+    assert not found["rows"]
+    return found["absent"]["all"]
+
+
+def test_scores_that_cannot_be_compared_are_told_in_their_place(results, fails):
+    scores = results / "malay/benchmarks/malay"
+    put(scores / "fused", "malay", {"malay_mmlu": [1.0] * 20}, data="another copy")
+    assert "malay_mmlu: fused and base were scored on other items" in told_of_malay(results)
+    put(scores / "fused_adapted/seed1", "malay", {"malay_mmlu": [1.0] * 20}, data="another copy")
+    assert "has other items than another seed's" in told_of_malay(results)
+    put(scores / "fused_adapted/seed1", "malay", {"malay_mmlu": "no network"})
+    put(scores / "fused", "malay", {"malay_mmlu": [1.0] * 20})
+    manifest = {
+        "format": FORMAT_VERSION,
+        "inputs": {"target": {"weights": "of another", "config": "c"}},
+        "fingerprint": None,
+    }
+    (results / "malay/fused/manifest.json").write_text(json.dumps(manifest))
+    assert "the base that was scored is not the target of" in told_of_malay(results)
+    (results / "malay/fused/manifest.json").write_text(OURS)
+    path = scores / "fused/malay_mmlu.json"
+    path.write_text(path.read_text().replace('"weights": "w"', '"weights": "w", "made": "before"'))
+    assert "it was made anew since" in told_of_malay(results)
+    assert "has no run of thai" in fails(collect_results, "--results-dir", results, "--tasks", "thai")
+
+
+def test_trainings_made_anew_or_gone_since_they_were_scored_are_told(results):
+    folder = results / "malay/adapted/hot/seed1"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "fingerprint": "now"}))
+    (results / "malay/adapted/hot/seed1-untrained").mkdir()  # what --save-untrained-folded writes is no training
+    (results / "malay/adapted/hot/seed1-untrained/manifest.json").write_text(OURS)
+    assert f"{folder} is not the model that was scored" in told_of_malay(results)
+    path = results / "malay/benchmarks/malay/fused_adapted/seed1/malay_mmlu.json"
+    path.write_text(path.read_text().replace('"weights": "w"', '"weights": "w", "made": "now"'))
+    run_main(collect_results, "--results-dir", results)
+    assert "fused_adapted" in (results / "tables/malay.md").read_text()
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "now", "inputs": {"made_by": "an earlier one"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert f"{folder} was trained from another fused model (an earlier one)" in told_of_malay(results)
+    shutil.rmtree(folder)
+    assert f"{folder} is not the model that was scored" in told_of_malay(results)
+
+
+def test_losses_of_earlier_models_are_told_in_their_place(results):
+    path = results / "malay/results.json"
+    whole = json.loads(path.read_text())
+    manifest = {"format": FORMAT_VERSION, "fingerprint": "f"}
+    (results / "malay/adapted/hot/seed0").mkdir(parents=True)
+    (results / "malay/adapted/hot/seed0/manifest.json").write_text(json.dumps(manifest))
+    (results / "malay/adapted/hot/seed0-untrained").mkdir()
+    (results / "malay/adapted/hot/seed0-untrained/manifest.json").write_text(OURS)
+    current = {**whole, "inputs": {"fused": None}, "made_from": {"fused_adapted/seed0": digest_of(manifest)}}
+    for record, shown in (
+        (current, True),
+        ({**current, "inputs": {"fused": "old"}}, False),
+        ({**current, "made_from": {"fused_adapted/seed0": "old"}}, False),
+        ({**current, "made_from": {}}, False),
+        ({**current, "format": 2}, False),
+    ):
+        path.write_text(json.dumps(record))
+        run_main(collect_results, "--results-dir", results)
+        found = json.loads((results / "tables/malay.json").read_text())["runs"]
+        assert ("arms" in found["malay"]["held_out"]) == shown and "arms" in found["malay-regression"]["held_out"]
+        told = f"Absent: malay: {path} is of "
+        assert (told in (results / "tables/malay.md").read_text()) == (not shown)
+
+
+def test_a_benchmark_that_one_arm_lacks_is_named(results, capsys, caplog):
+    put(results / "malay/benchmarks/malay/fused", "malay", {"malay_mmlu": "no network"})
+    run_main(collect_results, "--results-dir", results, "--tasks", "malay")
+    assert "Absent: malay_mmlu (fused): no network" in (results / "tables/malay.md").read_text()
+    shutil.copytree(results / "malay", results / "thai")
+    (results / "tables/medical.md").write_text("## medical\n")  # of a run that is gone
+    capsys.readouterr()
+    run_main(collect_results, "--results-dir", results, "--tasks", "malay", "indonesian")
+    assert "## thai" not in capsys.readouterr().out and "has no run of indonesian" in caplog.text
+    for task, there in (("malay", True), ("thai", True), ("medical", False)):
+        assert (f"## {task}\n" in (results / "tables/all.md").read_text()) == there
+
+
+def test_a_benchmark_that_one_seed_lacks_has_no_mean(results):
+    """Whether it is recorded as absent, was never run, or the seed's training was not scored at all."""
+    scores = results / "malay/benchmarks/malay/fused_adapted"
+
+    def told() -> tuple[set, dict]:
+        run_main(collect_results, "--results-dir", results)
+        found = json.loads((results / "tables/malay.json").read_text())["runs"]["malay"]["sets"]["malay"]
+        return set(found["rows"]["malay_mmlu"]["arms"]), found["absent"]
+
+    right = [0.0, 1.0] * 10
+    put(scores / "seed0", "malay", {"malay_mmlu": "no network"})
+    assert told()[0] == {"base", "fused"}
+    put(scores / "seed0", "malay", {"arc_id": right})
+    arms, absent = told()
+    assert arms == {"base", "fused"} and absent["malay_mmlu (fused_adapted)"] == "not run for seed0"
+    put(scores / "seed0", "malay", {"malay_mmlu": right})
+    assert told()[0] == {"base", "fused", "fused_adapted"}
+    folder = results / "malay/adapted/hot/seed2"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
+    arms, absent = told()
+    assert arms == {"base", "fused"} and absent["malay_mmlu (fused_adapted)"] == "not run for seed2"
+
+
+def test_an_older_or_unfinished_run_hides_no_other(results, caplog):
+    folder = results / "malay/adapted/hot/seed0"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"format": 2}')
+    path = results / "malay-regression/results.json"
+    path.write_text(json.dumps({"format": FORMAT_VERSION, "per_text": {}}))
+    shutil.copytree(results / "malay-regression", results / "malay-whole")
+    shutil.copy(results / "malay/results.json", results / "malay-whole/results.json")
+    run_main(collect_results, "--results-dir", results)
+    runs = json.loads((results / "tables/malay.json").read_text())["runs"]
+    assert "has format 2" in runs["malay"]["held_out"]["absent"]
+    assert "is not finished" in runs["malay-regression"]["held_out"]["absent"]
+    assert (
+        "arms" in runs["malay-whole"]["held_out"]
+        and "This run cannot be read" in (results / "tables/malay.md").read_text()
+    )
+
+
+def test_a_category_of_an_extra_benchmark_has_no_figure_of_the_paper():
+    categories = ["STEM", "Humanities"] * 10
+    rows = {
+        name: {**scored([0.0, 1.0] * 10), "categories": categories, "in_place_of": name}
+        for name in ("malay_mmlu", "other")
+    }
+    paper = {"benchmarks": ["malay_mmlu"], "rows": {"STEM": [1.0, 2.0, 3.0]}}
+    lines = benchmark_table(benchmark_rows({"base": rows, "fused": rows}, paper), paper)
+    assert [line.startswith("| STEM | 1.00 |") for line in lines if "STEM" in line] == [True, False]
+
+
+def test_a_score_file_is_finished_for_its_inputs_alone(tmp_path):
+    path = tmp_path / "x/b.json"
+    write_score(path, Score("b", ["1", "2"], {"acc": [1, 0]}, metric="acc"), {"limit": 2})
+    assert finished(path, {"limit": 2}) and not finished(path, {"limit": 3})
+    assert json.loads(path.read_text())["fingerprint"] == digest_of({"limit": 2})
+    with pytest.raises(UserError, match="is not valid JSON"):
+        path.write_text("{")
+        finished(path, {"limit": 2})

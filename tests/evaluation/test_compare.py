@@ -1,0 +1,287 @@
+"""The comparison: likelihoods against the model's own loss, the texts that are scored, and the whole command."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run_main
+from safetensors.torch import load_file, save_file
+
+import run_activs_and_hot as stage1
+from core import generate_hot_residual as stage2
+from core import train_hot_residual_sft as stage3
+from core.data import Row
+from core.fusion.controls import CONTROLS, control_residual
+from core.models.checkpoints import open_checkpoint
+from core.runs.card import RESULTS_BEGIN, RESULTS_END
+from core.runs.process import Manifest, UserError
+from core.training.hot_linear import load_residuals
+from evaluation import compare_arms
+from evaluation.texts import TextSet, text_set
+
+
+def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
+    model = open_checkpoint(str(models["source"])).load_model("float32")
+    examples = [
+        {"input_ids": list(range(n)), "labels": [-100] * skip + list(range(skip, n))}
+        for n, skip in ((9, 0), (4, 2), (15, 7), (2, 0))
+    ]
+    expected = []
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        counted = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            expected.append(float(model(ids, labels=labels).loss) * counted)
+    for tokens_per_batch in (1, 30, 60):
+        assert compare_arms.text_nll(model, examples, tokens_per_batch, "test") == pytest.approx(expected, abs=1e-3)
+
+
+# Every row of the table, and every model that is scored.
+ARMS = ("base", *CONTROLS, "fused", *compare_arms.TRAINED)
+SCORED = [*ARMS[: -len(compare_arms.TRAINED)], *(f"{arm}/seed{n}" for arm in compare_arms.TRAINED for n in (0, 1))]
+
+
+@pytest.fixture(scope="module")
+def run(models, texts, tmp_path_factory):
+    """All stages on the pico pair, into a run directory."""
+    folder = tmp_path_factory.mktemp("run")
+    data = ["--data-subset", "file", "--data-file", texts]
+    run_main(
+        stage1,
+        "--target-model",
+        models["target"],
+        "--source-model",
+        models["source"],
+        *data,
+        "--pooling",
+        "token",
+        "--out-dir",
+        folder / "plans",
+    )
+    run_main(
+        stage2,
+        "--hot_dir",
+        folder / "plans",
+        "--output_dir",
+        folder / "fused",
+        "--feature-map",
+        "regression",
+        "--top-k",
+        7,
+    )
+    for scenario in ("hot", "no_hot", "distill"):
+        for seed in (0, 1):
+            run_main(
+                stage3,
+                "--model_dir",
+                folder / "fused",
+                "--output_dir",
+                folder / "adapted" / scenario / f"seed{seed}",
+                "--sft-samples",
+                8,
+                "--training-scenario",
+                scenario,
+                "--seed",
+                seed,
+                "--gradient-accumulation",
+                2,
+                "--learning-rate",
+                "1e-3",
+            )
+    return folder, [
+        "--run-dir",
+        folder,
+        "--target-model",
+        models["target"],
+        "--source-model",
+        models["source"],
+        *data,
+        "--general-file",
+        texts,
+    ]
+
+
+def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsys):
+    folder, flags = run
+    run_main(compare_arms, *flags)
+    table = capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["arms"]) == list(ARMS) and list(results["per_text"]) == SCORED
+    assert {"nll", "ppl", "n", "diff", "ci95"} <= set(results["arms"]["fused"])
+    assert all(arm in table for arm in ARMS)
+    assert results["arms_general"] == results["arms"] and "On general text" in table  # the same file here
+    assert len({round(arm["nll"], 7) for arm in results["arms"].values()}) == len(ARMS)
+
+    results["per_text"].pop("wrong_layer")  # as after a kill: the other arms are not computed again
+    (folder / "results.json").write_text(json.dumps(results))
+    evaluated = []
+    original = compare_arms.text_nll
+    monkeypatch.setattr(compare_arms, "text_nll", lambda *a: evaluated.append(a[3]) or original(*a))
+    run_main(compare_arms, *flags)
+    assert evaluated == ["wrong_layer, held_out", "wrong_layer, general"] and capsys.readouterr().out == table
+    evaluated.clear()
+    results = json.loads((folder / "results.json").read_text())
+    results["made_from"]["no_hot/seed1"] = "another training"
+    (folder / "results.json").write_text(json.dumps(results))
+    run_main(compare_arms, *flags)
+    assert evaluated == ["no_hot/seed1, held_out", "no_hot/seed1, general"] and capsys.readouterr().out == table
+
+
+def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
+    folder, flags = run
+    trained = {f"{arm}/seed{n}": f"{place}/seed{n}" for arm, place in compare_arms.TRAINED.items() for n in (0, 1)}
+    cards = {arm: folder / place / "README.md" for arm, place in {"fused": "fused", **trained}.items()}
+    empty = {}
+    for arm, card in cards.items():
+        head, _, rest = card.read_bytes().partition(RESULTS_BEGIN)
+        empty[arm] = head + RESULTS_BEGIN, RESULTS_END + rest.partition(RESULTS_END)[2]
+    identity = open_checkpoint(str(folder / "fused")).identity
+    path = folder / "results.json"
+    tables = []
+    for changed in (False, True):  # another table, from other likelihoods
+        results = json.loads(path.read_text())
+        if changed:
+            results["per_text"]["fused"]["held_out"][0] += 1.0
+        path.write_text(json.dumps(results))
+        capsys.readouterr()
+        run_main(compare_arms, *flags)
+        tables.append(capsys.readouterr().out)
+        for arm, card in cards.items():
+            head, tail = empty[arm]
+            text = card.read_bytes()
+            assert text.startswith(head) and text.endswith(tail)
+            section = text[len(head) : -len(tail)].decode()
+            assert section.count(tables[-1]) == 1 and f"is the arm `{arm}`" in section
+    assert tables[0] != tables[1] and tables[0] not in cards["fused"].read_text()
+    assert open_checkpoint(str(folder / "fused")).identity == identity
+    results["per_text"].pop("fused")  # measured again by the next command
+    path.write_text(json.dumps(results))
+
+
+def test_controls_leave_no_trace_in_the_loaded_target(run, models):
+    """base evaluated after the controls equals base evaluated first."""
+    folder, flags = run
+    command = compare_arms.parse_command([str(f) for f in flags], "e", "", {"run_dir": ""})
+    target, source = compare_arms.open_pair(command.experiment)
+    plans = compare_arms.PlanDirectory(folder / "plans")
+    settings = compare_arms.FusionSettings("regression", top_k=7)
+    examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
+    arms, places = ["base", "damped", "permuted", "wrong_layer", "base"], {"fused": folder / "fused"}
+    sets = {"held_out": TextSet(examples, ["a"], 0, False)}
+    got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, sets, command.experiment))
+    assert got[0][1] == got[-1][1] != got[1][1]
+
+
+@pytest.mark.parametrize(
+    ("arm", "changed", "refused"),
+    [
+        ("hot/seed0", {}, False),
+        ("no_hot/seed0", {"freeze_strategy": None}, False),  # it has no residual to freeze
+        ("hot/seed1", {"freeze_strategy": "none"}, True),
+        ("no_hot/seed0", {"epochs": 3.0}, True),
+    ],
+)
+def test_trainings_differ_in_what_their_scenario_has_alone(tmp_path, arm, changed, refused):
+    def training(place):
+        settings = {"training_scenario": place.split("/")[0], "freeze_strategy": "frozen_hot", "epochs": 1.0}
+        settings |= {"seed": place[-1]} | (changed if place == arm else {})
+        return Manifest(tmp_path, {"inputs": {"made_by": "f", "data": 1, "validation": 2, "settings": settings}})
+
+    arms = {"fused_adapted": ("hot/seed0", "hot/seed1"), "no_hot": ("no_hot/seed0",)}
+    adapted = {name: {tmp_path / place: training(place) for place in places} for name, places in arms.items()}
+    fused = Manifest(tmp_path, {"fingerprint": "f", "inputs": {"plans": "p"}})
+    plans = SimpleNamespace(manifest=Manifest(tmp_path, {"fingerprint": "p"}))
+    with pytest.raises(UserError, match="had other settings") if refused else nullcontext():
+        compare_arms.check_chain(tmp_path, plans, fused, adapted)
+
+
+def test_stages_that_do_not_belong_together_are_refused(fails, run, tmp_path):
+    folder, flags = run
+    for part, key, message in (
+        ("fused", "plans", "was made from other plans"),
+        ("adapted/hot/seed1", "made_by", "was made from another fused checkpoint"),
+        ("adapted/no_hot/seed0", "data", "had other settings or data"),
+    ):
+        copy = tmp_path / part
+        shutil.copytree(folder, copy)
+        path = copy / part / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["inputs"][key] = "another"
+        path.write_text(json.dumps(manifest))
+        assert message in fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "split_seed is 3" in fails(compare_arms, *flags, "--split-seed", 3)
+
+
+def test_a_seed_that_an_arm_lacks_is_named(fails, run, tmp_path):
+    """Arms are compared over the same seeds; distillation may be missing altogether."""
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "adapted/no_hot/seed1")
+    told = fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "no_hot/seed1 is not an output of stage 'adapted'" in told
+    for scenario in ("hot", "distill"):
+        shutil.rmtree(copy / "adapted" / scenario / "seed1")
+    shutil.rmtree(copy / "adapted/distill")
+    run_main(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "distill" not in json.loads((copy / "results.json").read_text())["arms"]
+
+
+def test_searches_are_told(run, tmp_path, capsys):
+    """An arm that chose among more trials had more chances."""
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    path = copy / "adapted/hot/seed1/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["trials"] *= 3
+    path.write_text(json.dumps(manifest))
+    run_main(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "chosen on validation rows: no_hot 1, distill 1, fused_adapted 3." in capsys.readouterr().out
+
+
+def test_texts_without_a_token_to_score_are_told(fails, run):
+    assert "no token with loss within 1 tokens; raise --max-tokens" in fails(compare_arms, *run[1], "--max-tokens", 1)
+
+
+def test_texts_without_a_token_to_score_are_left_out_and_counted(models):
+    tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
+    rows = [Row(((None, "model layer neuron"),), "a"), Row(((None, "x"),), "b"), Row(((None, "plan weight"),), "a")]
+    texts = text_set("held_out", rows, tokenizer, 100)
+    tokens = [len(tokenizer(row.plain)["input_ids"]) - 1 for row in rows]
+    assert tokens[1] == 0 and texts.tokens == [tokens[0], tokens[2]]
+    assert texts.counts() == {"texts": 2, "tokens": sum(tokens), "groups": 1, "left_out": 1, "end_of_turn": False}
+    answers = [Row((("user", "plan"), ("assistant", "weight")), "a")]
+    assert text_set("held_out", answers, tokenizer, 100).end_of_turn
+    cut = [Row((("user", "plan"), ("assistant", "weight " * 50)), "a")]
+    assert not text_set("held_out", cut, tokenizer, 12).end_of_turn  # the end is beyond the cut
+
+
+def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "results.json").unlink(missing_ok=True)
+    weights = load_file(copy / "fused/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, copy / "fused/model.safetensors", {"format": "pt"})
+    told = fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "fused: the loss of" in told and "held_out texts is not finite" in told
+
+
+def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run, models):
+    folder, _ = run
+    plans = compare_arms.PlanDirectory(folder / "plans")
+    plans.shape = (1, plans.shape[1])
+    residual = load_residuals(folder / "fused/hot_residual.safetensors")[0][0]
+    with pytest.raises(UserError, match="wrong_layer: the target has one layer"):
+        control_residual("wrong_layer", residual, plans, None, torch.Generator())
+    assert list(compare_arms.impossible_controls(1)) == ["wrong_layer"] and not compare_arms.impossible_controls(2)
+
+
+def test_missing_stage_is_named(fails, run, tmp_path):
+    _, flags = run
+    assert "run that stage first" in fails(compare_arms, *flags[2:], "--run-dir", tmp_path)

@@ -1,0 +1,160 @@
+"""All benchmarks of a task for one model, through the command: what runs in place of what is absent, resuming."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import run_main
+from malay_rows import rows, write
+from safetensors.torch import load_file, save_file
+
+from core.models.checkpoints import open_checkpoint
+from core.runs.command_line import load_experiment
+from core.runs.process import UserError, digest_of
+from evaluation import run_task
+from evaluation.benchmarks.registry import GENERAL, STAND_INS, task_benchmarks
+from evaluation.scores import Evaluated
+
+
+@pytest.fixture
+def benchmarks(benchmark_data, tmp_path, monkeypatch):
+    """A copy of the generated benchmark files, and no variable that points elsewhere."""
+    for variable in ("MALAY_REPO", "YUE_BENCHMARK_ROOT", "BENCHMARK_DATA"):
+        monkeypatch.delenv(variable, raising=False)
+    return shutil.copytree(benchmark_data, tmp_path / "benchmarks")
+
+
+def run(models, benchmarks, out, task, *flags):
+    run_main(
+        run_task, "--model", models["target"], "--task", task, "--output_dir", out, "--data_dir", benchmarks, *flags
+    )
+    return json.loads((out / "task.json").read_text())["benchmarks"]
+
+
+def test_malay_stands_in_until_its_own_files_are_there(models, benchmarks, tmp_path, capsys, caplog):
+    found = run(models, benchmarks, tmp_path / "out", "malay", "--limit", 4)
+    told = capsys.readouterr().out
+    assert "MalayMMLU needs a clone of its repository" in found["malay_mmlu"]["absent"]
+    there = [name for name in STAND_INS["malay_mmlu"] if "file" in found[name]]
+    assert there == ["global_mmlu_full_ms_anatomy", "global_mmlu_full_ms_business_ethics"]  # what was generated
+    assert "put belebele/zsm_Latn.jsonl below --data-dir" in found["belebele_zsm_Latn"]["absent"]
+    assert all(found[name]["stands_in_for"] == "malay_mmlu" for name in STAND_INS["malay_mmlu"])
+    assert told.count("(in place of malay_mmlu)") == len(there) and "malay_mmlu        " in told
+    scores = {name: (tmp_path / "out" / found[name]["file"]).read_bytes() for name in there}
+    assert all(json.loads(text)["metrics"]["acc"]["n"] == 4 for text in scores.values())
+    caplog.clear()
+    caplog.set_level("INFO")
+    run(models, benchmarks, tmp_path / "out", "malay", "--limit", 4)
+    assert caplog.text.count("is finished already") == len(there)
+    assert {name: (tmp_path / "out" / found[name]["file"]).read_bytes() for name in there} == scores
+    (benchmarks / "malay_mmlu").mkdir()
+    write(benchmarks / "malay_mmlu", *rows(8))
+    assert run(models, benchmarks, tmp_path / "out", "malay") == {"malay_mmlu": {"file": "malay_mmlu.json"}}
+
+
+def test_cantonese_answers_are_generated_and_scored(models, benchmarks, tmp_path, capsys):
+    found = run(models, benchmarks, tmp_path / "out", "cantonese", "--limit", 2)
+    assert found == {"yue_mmlu": {"file": "yue_mmlu.json"}} and "yue_mmlu" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/yue_mmlu.json").read_text())["metrics"]["acc"]["n"] == 4
+    assert len(list((tmp_path / "out/predictions").glob("*/cmmlu-yue-*-0shot.json"))) == 2
+
+
+def test_nothing_scored_is_a_failure(models, benchmarks, tmp_path, fails):
+    flags = ("--model", models["target"], "--task", "cantonese", "--output-dir", tmp_path / "none")
+    told = fails(run_task, *flags, "--data-dir", tmp_path)
+    assert "no benchmark of cantonese was scored" in told
+    found = json.loads((tmp_path / "none/task.json").read_text())["benchmarks"]
+    assert found.keys() == {"yue_mmlu"} and "YUE_BENCHMARK_ROOT" in found["yue_mmlu"]["absent"]
+
+
+def test_a_mistyped_folder_is_told_and_leaves_nothing(models, tmp_path, fails):
+    flags = ("--model", models["target"], "--output-dir", tmp_path / "none", "--data-dir", tmp_path / "typo")
+    for task in ("malay", "cantonese", "general"):
+        assert "typo does not exist" in fails(run_task, *flags, "--task", task)
+    assert "tokens_per_batch is 0" in fails(run_task, *flags[:-2], "--task", "malay", "--tokens-per-batch", 0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_an_answer_depends_on_is_in_the_identity(models, tmp_path):
+    folder = shutil.copytree(models["target"], tmp_path / "m")
+
+    def identity():
+        return Evaluated(open_checkpoint(str(folder))).identity
+
+    seen = [identity()]
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    seen.append(identity())
+    weights = load_file(folder / "model.safetensors")  # overwritten in place
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    seen.append(identity())
+    (folder / "manifest.json").write_text('{"fingerprint": "of ours"}')
+    seen.append(identity())
+    assert len({digest_of(one) for one in seen}) == 4
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))  # a copy has other times
+    assert identity() == seen[-1]
+
+
+def test_dry_run_says_where_the_items_are(benchmarks, tmp_path, capsys):
+    flags = ("--model", "nowhere", "--output-dir", tmp_path / "none", "--data-dir", benchmarks, "--dry-run", "--task")
+    run_main(run_task, *flags, "malay")
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("malay_mmlu: absent: ") and told[1].startswith("belebele_zsm_Latn: ")
+    assert f"global_mmlu_full_ms_anatomy: {benchmarks}/global_mmlu/ms/global_mmlu_anatomy_ms_test.jsonl, " in told[2]
+    run_main(run_task, *flags, "cantonese")
+    assert capsys.readouterr().out == f"yue_mmlu: {benchmarks}/yue_benchmark/Yue-MMLU\n"
+    (benchmarks / "yue_benchmark/Yue-MMLU/arts.json").write_text("[{}]")
+    with pytest.raises(UserError, match="the files of yue_mmlu are damaged"):
+        run_main(run_task, *flags, "cantonese")
+    (benchmarks / "xcopa/th/val.th.jsonl").write_text("{")
+    (benchmarks / "mgsm/exemplars_th_en.json").unlink()
+    with pytest.raises(UserError, match="the files of mgsm_native_cot_th, xcopa_th are damaged"):
+        run_main(run_task, *flags, "thai")
+    with pytest.raises(UserError, match="no benchmark of cantonese can be scored"):
+        run_main(run_task, *flags[:4], "--data-dir", tmp_path, "--dry-run", "--task", "cantonese")
+    told = capsys.readouterr().out
+    assert "damaged: " in told and "arts.json, item 0: expected strings" in told
+    assert "val.th.jsonl, line 1 is not valid JSON" in told and "exemplars_th_en.json is missing" in told
+    assert not (tmp_path / "none").exists()
+
+
+def test_damaged_files_are_no_absent_ones(models, benchmarks, tmp_path, fails):
+    (benchmarks / "malay_mmlu").mkdir()
+    write(benchmarks / "malay_mmlu", {"prompt": "p"})
+    flags = ("--model", models["target"], "--output-dir", tmp_path / "out", "--data-dir", benchmarks, "--task")
+    assert "lacks category, key, options" in fails(run_task, *flags, "malay")
+    assert "task 'demo'; expected general or an experiment with benchmarks: cantonese, finance" in fails(
+        run_task, *flags, "demo"
+    )
+
+
+def test_tasks_have_the_papers_benchmarks():
+    assert task_benchmarks("indonesian") == (
+        "arc_id",
+        "belebele_ind_Latn",
+        "truthfulqa_id_mc1",
+        "truthfulqa_id_mc2",
+        "xcopa_id",
+    )
+    assert task_benchmarks("thai") == ("mmlu_prox_lite_th_other", "mgsm_native_cot_th", "xcopa_th")
+    assert (
+        task_benchmarks("finance")
+        == task_benchmarks("finance_paper")
+        == tuple(
+            f"global_mmlu_full_en_{subject}"
+            for subject in ("business_ethics", "high_school_microeconomics", "professional_accounting")
+        )
+    )
+    assert task_benchmarks("medical") == ("mmlu_anatomy", "mmlu_medical_genetics", "mmlu_professional_medicine")
+    assert task_benchmarks("malay") == ("malay_mmlu",) and task_benchmarks("cantonese") == ("yue_mmlu",)
+    assert task_benchmarks("general") == GENERAL == ("arc_easy", "commonsense_qa", "piqa", "social_iqa", "winogrande")
+
+
+def test_benchmarks_are_a_list_of_names(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("benchmarks: arc_id")
+    with pytest.raises(UserError, match="benchmarks is 'arc_id'; expected a list of names"):
+        load_experiment(path)
+    path.write_text("benchmarks: [arc_id, xcopa_id]")
+    assert load_experiment(path)["benchmarks"] == ("arc_id", "xcopa_id")

@@ -1,0 +1,144 @@
+"""The comparison of arms: its statistics on made-up losses, and what the table says of them."""
+
+import numpy as np
+import pytest
+
+from core.fusion.controls import CONTROLS
+from core.runs.process import UserError
+from evaluation import compare_arms
+from evaluation.verdict import statistics, table
+
+# Every row of the table.
+ARMS = ("base", *CONTROLS, "fused", *compare_arms.TRAINED)
+
+
+def made_up(seed: int = 0) -> tuple[dict[str, list[float]], list[int]]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(20, 40, 50)
+    base = 3.0 * tokens
+    shift = {arm: 0.1 * n for n, arm in enumerate(ARMS)} | {"base": 0.0, "fused": -0.05}
+    noise = {arm: 0.0 if arm == "base" else rng.normal(0, 0.02, 50) for arm in ARMS}
+    return {arm: (base + (shift[arm] + noise[arm]) * tokens).tolist() for arm in ARMS}, tokens.tolist()
+
+
+def counts(tokens: list[int], groups: list[int], **more) -> dict:
+    return {"texts": len(tokens), "tokens": sum(tokens), "groups": len(set(groups)), **more}
+
+
+def test_statistics_weigh_tokens_and_pair_texts():
+    per_text, tokens = made_up()
+    arms = statistics(per_text, tokens, range(50))
+    fused = arms["fused"]
+    assert arms["base"]["nll"] == pytest.approx(3.0) and arms["base"]["diff"] == 0.0
+    assert fused["diff"] == pytest.approx((sum(per_text["fused"]) - sum(per_text["base"])) / sum(tokens))
+    assert fused["ppl"] == pytest.approx(np.exp(fused["nll"])) and fused["n"] == 50
+    # The ratio estimator's standard error, by its usual linearisation.
+    residual = np.asarray(per_text["fused"]) - np.asarray(per_text["base"]) - fused["diff"] * np.asarray(tokens)
+    error = float(np.sqrt((residual**2).sum()) / sum(tokens))
+    low, high = fused["ci95"]
+    assert (high - low) / 2 == pytest.approx(2.01 * error, rel=0.05) and low < fused["diff"] < high
+    assert arms["self"]["fused_minus_arm"]["diff"] == pytest.approx(fused["nll"] - arms["self"]["nll"])
+    gap = arms["fused_adapted"]["nll"] - arms["no_hot"]["nll"]
+    assert arms["fused_adapted"]["minus_no_hot"]["diff"] == pytest.approx(gap)
+    assert arms["fused"]["better"] == sum(a < b for a, b in zip(per_text["fused"], per_text["base"], strict=True))
+
+
+def test_texts_of_one_group_count_as_one():
+    """Every text five times over says nothing new: where copies share a group the interval stays as it was."""
+    per_text, tokens = made_up()
+    once = statistics(per_text, tokens, range(50))["fused"]
+    copied, more = {arm: sums * 5 for arm, sums in per_text.items()}, tokens * 5
+    grouped = statistics(copied, more, [*range(50)] * 5)["fused"]
+    assert grouped["ci95"] == pytest.approx(once["ci95"]) and (grouped["n"], grouped["groups"]) == (250, 50)
+    alone = statistics(copied, more, range(250))["fused"]
+    assert alone["ci95"][1] - alone["ci95"][0] < 0.5 * (once["ci95"][1] - once["ci95"][0])
+
+
+def test_seeds_are_averaged_per_text_and_told_apart():
+    per_text, tokens = made_up()
+    groups = list(range(50))
+    single = statistics(per_text, tokens, groups)
+    rng = np.random.default_rng(5)
+    moved = rng.normal(0, 0.5, 50)
+    seeds = {"no_hot": (0.0, 0.2), "fused_adapted": (-0.1, 0.1)}
+    split = {arm: sums for arm, sums in per_text.items() if arm not in seeds}
+    for arm, shifts in seeds.items():
+        for n, (shift, sign) in enumerate(zip(shifts, (1, -1), strict=True)):
+            split[f"{arm}/seed{n}"] = (np.asarray(per_text[arm]) + sign * moved + shift * np.asarray(tokens)).tolist()
+    found = statistics(split, tokens, groups)
+    assert list(found) == [*[arm for arm in per_text if arm not in seeds], *seeds]
+    for arm, shift in (("no_hot", 0.1), ("fused_adapted", 0.0)):
+        assert found[arm]["nll"] == pytest.approx(single[arm]["nll"] + shift)
+    gap = found["fused_adapted"]["minus_no_hot"]
+    assert gap["diff"] == pytest.approx(single["fused_adapted"]["minus_no_hot"]["diff"] - 0.1)
+    assert list(gap["seeds"]) == ["seed0", "seed1"]
+    assert np.mean(list(gap["seeds"].values())) == pytest.approx(gap["diff"])
+    for n, name in enumerate(gap["seeds"]):  # each seed against the same seed
+        a, b = (np.sum(split[f"{arm}/{name}"]) for arm in ("fused_adapted", "no_hot"))
+        assert gap["seeds"][name] == pytest.approx((a - b) / sum(tokens)), n
+    wide, narrow = (r["no_hot"]["ci95"] for r in (found, single))
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])  # its seeds differ by more than the texts
+    same, single_gap = (r["fused_adapted"]["minus_no_hot"]["ci95"] for r in (found, single))
+    assert same[1] - same[0] == pytest.approx(single_gap[1] - single_gap[0])  # as much in every seed
+    told = table(found, counts(tokens, groups))
+    assert f"; by seed {gap['seeds']['seed0']:+.4f}, {gap['seeds']['seed1']:+.4f}." in told
+    assert "one seed" not in told
+    alone = {arm: sums for arm, sums in split.items() if not arm.endswith("seed1")}
+    assert "Each training has one seed" in table(statistics(alone, tokens, groups), counts(tokens, groups))
+
+
+def test_verdict_is_honest():
+    per_text, tokens = made_up()
+    groups = list(range(50))
+
+    def verdict(per_text, groups=groups):
+        return table(statistics(per_text, tokens, groups), counts(tokens, groups))
+
+    assert "Transfer: " in verdict(per_text) and "rough" not in verdict(per_text)
+    assert "No transfer shown: fused is not reliably better than self." in verdict(
+        {**per_text, "self": per_text["fused"]}
+    )
+    assert "rest on 10 groups only and are rough" in verdict(per_text, [n % 10 for n in groups])
+    told = verdict(per_text, [0] * 50)
+    assert "no interval can be given" in told and "[no interval]" in told and "No transfer shown" in told
+
+
+def test_a_loss_that_is_not_a_number_is_no_success():
+    """Neither where losses are measured nor, should one get through, in the sentence."""
+    with pytest.raises(UserError, match="fused: the loss of 2 of 4 general texts is not finite, first that of text 2"):
+        compare_arms.check_finite([1.0, float("nan"), 2.0, float("inf")], "fused", "general")
+    per_text, tokens = made_up()
+    arms = statistics(per_text, tokens, range(50))
+    arms["self"]["fused_minus_arm"]["ci95"] = [float("nan")] * 2
+    assert "No transfer shown: fused is not reliably better than self." in table(arms, counts(tokens, range(50)))
+    per_text["fused"][3] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        statistics(per_text, tokens, range(50))
+
+
+def test_general_text_says_what_its_intervals_rest_on():
+    per_text, tokens = made_up()
+    arms, few = statistics(per_text, tokens, range(50)), statistics(per_text, tokens, [n % 3 for n in range(50)])
+    told = table(arms, counts(tokens, range(50)), few, counts(tokens, range(3), left_out=2))
+    assert "On general text (50 texts of 3 groups, base 3.0000)" in told
+    assert "General text: The intervals rest on 3 groups only and are rough." in told
+    assert "General text: 2 more texts have no token to score" in told
+
+
+def test_a_loss_beyond_any_perplexity_is_told():
+    per_text, tokens = made_up()
+    per_text["permuted"] = [900.0 * count for count in tokens]
+    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50)))
+    assert "permuted       900.0000      inf" in told
+
+
+def test_what_was_left_out_and_what_losses_include_is_told():
+    per_text, tokens = made_up()
+    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), left_out=3, end_of_turn=True))
+    assert "3 more texts have no token to score and are left out." in told
+    assert "include the token that ends an answer" in told
+    del per_text["wrong_layer"]
+    absent = compare_arms.impossible_controls(1)
+    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), absent=absent))
+    assert "wrong_layer is left out: the target has one layer" in told
+    assert "than every control that was measured (without wrong_layer)" in told

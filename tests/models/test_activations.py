@@ -1,0 +1,288 @@
+"""Pooling, alignment and row order, checked against one text at a time."""
+
+import logging
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_tokenizer, qwen2, save, sentences
+from torch.testing import assert_close
+
+from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
+from core.models.families import SIDES, attention_layout
+from core.models.checkpoints import open_checkpoint
+from core.data import Row
+from core.runs.plan_directory import row_memory
+from core.runs.process import TEMPORARY, UserError
+
+
+def rows_of(texts: list[str]) -> list[Row]:
+    return [Row(((None, text),)) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return qwen2().eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return make_tokenizer(400, 1), make_tokenizer(500, 2)
+
+
+def layout_of(model):
+    return attention_layout(model.config.to_dict(), "model")
+
+
+def inputs_and_outputs(model, ids: list[int]) -> dict[tuple[str, int], torch.Tensor]:
+    """Every side of one unpadded text, all tokens, by separate hooks."""
+    seen = {}
+    handles = []
+    for layer, block in enumerate(model.model.layers):
+        for c in "qkvo":
+
+            def hook(_module, args, output, c=c, layer=layer):
+                seen[c, layer] = output[0]
+                seen["o_in" if c == "o" else "attn_in", layer] = args[0][0]
+
+            handles.append(getattr(block.self_attn, f"{c}_proj").register_forward_hook(hook))
+    with torch.inference_mode():
+        model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_layout_sizes_follow_the_config(model):
+    layout = layout_of(model)
+    linear = model.model.layers[2].self_attn
+    assert layout.linear(model, 2, "k") is linear.k_proj
+    assert [layout.size(side) for side in SIDES] == [32, 16, 16, 32, 32, 32]
+    assert layout.size("o_in") == linear.o_proj.in_features
+
+
+def test_text_pooling_is_the_mean_over_real_tokens_in_text_order(model):
+    ids = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13]]
+    got = extract(model, layout_of(model), Reading(ids, None), [[1, 0], [3, 2]], "test")
+    assert set(got) == {(side, layer) for side in SIDES for layer in range(4)}
+    for number, text in enumerate(ids):
+        for key, hidden in inputs_and_outputs(model, text).items():
+            assert_close(got[key][number], hidden.mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_token_pooling_takes_the_picked_tokens_in_text_order(model):
+    ids = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11, 3], [12, 13, 14, 15]]
+    picks = [[2], [1, 4, 6], [], [0, 3]]
+    got = extract(model, layout_of(model), Reading(ids, picks), [[1, 3], [0]], "test")
+    for key in got:
+        expected = torch.cat([inputs_and_outputs(model, t)[key][p] for t, p in zip(ids, picks, strict=True) if p])
+        assert_close(got[key], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_outputs_are_taken_before_rotary_embedding(model):
+    """The recorded q is exactly the linear map of the recorded input, at every position."""
+    got = extract(model, layout_of(model), Reading([[5, 6, 7, 8]], [[0, 1, 2, 3]]), [[0]], "test")
+    linear = model.model.layers[1].self_attn.q_proj
+    assert_close(got["q", 1], linear(got["attn_in", 1]).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_hooks_are_gone_afterwards(model):
+    extract(model, layout_of(model), Reading([[1, 2]], None), [[0]], "test")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_text_without_tokens_is_refused():
+    with pytest.raises(UserError, match="text 2 has no tokens"):
+        text_batches(Reading([[1], []], None), 10)
+
+
+def lengths_of(kind: str, count: int) -> list[int]:
+    """Token counts as texts have them: of questions, of prose, evenly spread, and prose cut at 110."""
+    rng = random.Random(count)
+    draw = {
+        "questions": lambda: max(20, int(rng.gauss(180, 70))),
+        "prose": lambda: min(512, max(3, int(rng.lognormvariate(4.5, 1)))),
+        "even": lambda: rng.randint(2, 512),
+        "cut": lambda: min(110, 2 + int(rng.lognormvariate(4.3, 0.7))),
+    }[kind]
+    return [draw() for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["questions", "prose", "even", "cut"])
+@pytest.mark.parametrize("count", [60, 160, 2000])
+@pytest.mark.parametrize("budget", [1024, 4096, 16384])
+def test_batches_keep_to_the_budget_with_little_padding_and_few_passes(kind, count, budget):
+    lengths = lengths_of(kind, count)
+    batches = token_batches(lengths, budget)
+    assert sorted(n for batch in batches for n in batch) == list(range(count))
+    sizes = [len(batch) * max(lengths[n] for n in batch) for batch in batches]
+    assert max(sizes) <= budget
+    assert 1 - sum(lengths) / sum(sizes) <= 0.1
+    # A batch of 10 % padding spans lengths of about 1 to 0.8, whatever their number.
+    assert len(batches) <= 1.25 * sum(lengths) / budget + 17
+    assert sum(len(batch) == 1 for batch in batches) <= 2
+
+
+def test_a_longer_text_is_a_batch_of_its_own_and_tiny_batches_are_not_split():
+    assert token_batches([5, 300, 7, 90, 4], 100) == [[1], [3], [2, 0, 4]]
+    assert token_batches([], 100) == []
+    assert token_batches([40, 2, 1], 4096) == [[0, 1, 2]]
+    assert token_batches([640, 2, 1], 4096) == [[0], [1, 2]]
+
+
+def test_only_texts_that_give_rows_are_read():
+    reading = Reading([[1, 2], [3], [4, 5, 6]], [[0], [], [1, 2]])
+    assert text_batches(reading, 100) == [[2, 0]]
+    assert reading.row_numbers([2, 0]).tolist() == [0, 1, 2] and reading.row_numbers([2]).tolist() == [1, 2]
+    assert reading.row_numbers([]).dtype == torch.long
+
+
+@pytest.fixture(scope="module")
+def long_reading():
+    rng = random.Random(1)
+    return Reading([[rng.randrange(500) for _ in range(rng.randint(1, 20))] for _ in range(40)], None)
+
+
+def memory_for(model, tokens: int, accelerator: bool) -> list[int]:
+    """Let the model's backbone run out of memory beyond so many tokens; returns the sizes that it was asked for."""
+    asked = []
+
+    def check(_module, _args, keywords):
+        asked.append(keywords["input_ids"].numel())
+        if asked[-1] > tokens:
+            if accelerator:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            torch.empty(1 << 60, dtype=torch.int8)  # what the CPU's allocator really says
+
+    model.model.register_forward_pre_hook(check, with_kwargs=True)
+    return asked
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(long_reading, accelerator, caplog):
+    model = qwen2().eval()
+    batches = text_batches(long_reading, 200)
+    expected = extract(model, layout_of(model), long_reading, batches, "test")
+    asked = memory_for(model, 60, accelerator)
+    with caplog.at_level(logging.WARNING):
+        got = extract(model, layout_of(model), long_reading, batches, "test")
+    assert got.keys() == expected.keys()
+    for key, rows in expected.items():
+        assert_close(got[key], rows, atol=1e-5, rtol=1e-4)
+    failed = [size for size in asked if size > 60]
+    assert failed == sorted(failed, reverse=True) and 2 <= len(failed) <= 3  # 200, 100, 60
+    assert sum("halving the batch" in r.getMessage() for r in caplog.records) == len(failed)
+
+
+def test_text_that_does_not_fit_alone_is_named(long_reading):
+    model = qwen2().eval()
+    longest = max(range(40), key=lambda n: len(long_reading.ids[n]))
+    memory_for(model, len(long_reading.ids[longest]) - 1, True)
+    with pytest.raises(UserError, match=rf"text {longest + 1} \(20 tokens\) does not fit .*--max-tokens.*--device-map"):
+        extract(model, layout_of(model), long_reading, text_batches(long_reading, 200), "test")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_other_errors_of_the_model_are_not_taken_for_memory(long_reading):
+    model = qwen2().eval()
+    with pytest.raises(IndexError):
+        extract(model, layout_of(model), Reading([[10**6]], None), [[0]], "test")
+
+
+def test_rows_beyond_the_budget_are_the_same_and_leave_nothing(model, long_reading, tmp_path):
+    arguments = model, layout_of(model), long_reading, text_batches(long_reading, 100), "test"
+    expected = extract(*arguments)
+    with row_memory(tmp_path, 100, 99) as allocate:
+        got = extract(*arguments, allocate)
+        assert all(torch.equal(got[key], rows) for key, rows in expected.items())
+        (place,) = tmp_path.iterdir()
+        assert place.name.startswith(TEMPORARY) and len(list(place.iterdir())) == len(expected)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), row_memory(tmp_path, 100, 99):
+        raise KeyboardInterrupt
+    with row_memory(tmp_path, 100, 100):
+        assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_the_disk_cannot_hold_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**31 - 1))
+    with pytest.raises(UserError, match=r"2\.0 GiB free.* need 2\.0 GiB"), row_memory(tmp_path, 2**30, 0):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("where", ["auto", "cpu", "disk", "layers"])
+def test_device_maps_give_the_same_rows(long_reading, tmp_path, where, dtype):
+    """`layers`: every second layer and the embedding stay on disk."""
+    folder = save(qwen2().to(torch.bfloat16), make_tokenizer(500, 2), tmp_path / "model")
+    checkpoint = open_checkpoint(str(folder))
+    layers = {f"model.layers.{n}": "disk" if n % 2 else "cpu" for n in range(4)}
+    rest = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    model = checkpoint.load_model(dtype, {**layers, **rest} if where == "layers" else where, tmp_path / "offload")
+    on_disk = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    assert ("model.layers.1.self_attn.q_proj.weight" in on_disk) == (where in ("disk", "layers"))
+    assert ("model.layers.0.self_attn.q_proj.weight" in on_disk) == (where == "disk")
+    batches = text_batches(long_reading, 100)
+    expected = extract(checkpoint.load_model(dtype), checkpoint.layout, long_reading, batches, "test")
+    got = extract(model, checkpoint.layout, long_reading, batches, "test")
+    assert all(torch.equal(got[key], rows) for key, rows in expected.items())
+
+
+def test_aligned_positions_end_the_same_prefix(tokenizers):
+    small, large = tokenizers
+    texts = sentences(30, 9)
+    to_small, to_large, aside = read_aligned(rows_of(texts), small, large, 500, 10**6, 0)
+    count = 0
+    for text, ids_a, ids_b, a, b in zip(texts, to_small.ids, to_large.ids, to_small.picks, to_large.picks, strict=True):
+        assert len(a) == len(b) and 0 not in a and 0 not in b
+        for i, j in zip(a, b, strict=True):
+            prefix = small.decode(ids_a[: i + 1])
+            assert prefix == large.decode(ids_b[: j + 1]) and text.startswith(prefix)
+            count += 1
+    assert count == len(aside) == to_small.n_rows > 200
+
+
+def test_every_shared_token_end_is_found(tokenizers):
+    """Against a direct search over decoded prefixes of one ASCII text."""
+    small, large = tokenizers
+    text = "model layer neuron target source plan weight transport"
+    ends = []
+    for tokenizer in tokenizers:
+        ids = tokenizer(text)["input_ids"]
+        ends.append({len(tokenizer.decode(ids[: i + 1])): i for i in range(1, len(ids))})
+    shared = sorted(ends[0].keys() & ends[1].keys())
+    to_small, to_large, _ = read_aligned(rows_of([text]), small, large, 500, 10**6, 0)
+    assert to_small.picks == [[ends[0][e] for e in shared]] and to_large.picks == [[ends[1][e] for e in shared]]
+
+
+def test_of_the_bytes_of_a_letter_the_last_counts_and_a_cut_letter_does_not():
+    letters = make_tokenizer(259, 1)  # bytes only: a Thai letter is three tokens
+    other = make_tokenizer(259, 2)
+    whole, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 9, 100, 0)
+    assert whole.picks == [[2, 5, 8]]
+    cut, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 8, 100, 0)
+    assert cut.picks == [[2, 5]]
+
+
+def test_row_sample_is_seeded_sorted_and_the_same_in_both_models(tokenizers):
+    rows = rows_of(sentences(40, 4))
+    everything, _, _ = read_aligned(rows, *tokenizers, 500, 10**6, 0)
+    a, b, aside = read_aligned(rows, *tokenizers, 500, 50, 7)
+    again, _, _ = read_aligned(rows, *tokenizers, 500, 50, 7)
+    other, _, _ = read_aligned(rows, *tokenizers, 500, 50, 8)
+    assert a.n_rows == b.n_rows == 50 and a.picks == again.picks != other.picks
+    assert all(set(x) <= set(y) and x == sorted(x) for x, y in zip(a.picks, everything.picks, strict=True))
+    owners = [number for number, picked in enumerate(a.picks) for _ in picked]
+    assert aside.tolist() == [number % ASIDE_EVERY == ASIDE_EVERY - 1 for number in owners]
+
+
+def test_roles_take_each_models_own_template_with_text_pooling_only(tokenizers):
+    small, large = tokenizers
+    rows = [Row((("user", "plan"), ("assistant", "weight")))]
+    reading = read_texts(rows, small, 100)
+    assert small.decode(reading.ids[0]) == "<|user|>plan<|end|><|assistant|>weight<|end|>"
+    aligned, _, _ = read_aligned(rows, small, large, 100, 100, 0)
+    assert small.decode(aligned.ids[0]) == "plan\nweight"
+    assert len(read_texts(rows, small, 4).ids[0]) == 4

@@ -1,0 +1,329 @@
+"""The solver: over-relaxation against plain iterations, laws of any plan, adversarial costs."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from core import hot_transport
+from core.hot_transport import corr_distance_matrix
+from core.transport import scaling, sinkhorn
+from core.transport.sinkhorn import SinkhornResult, sinkhorn_uniform_streaming
+
+
+def plain(C: torch.Tensor, reg: float, tol: float, n_iters: int) -> tuple[int, torch.Tensor]:
+    """Textbook Sinkhorn in float64: (iterations until the L1 row error is at most tol, plan)."""
+    K = torch.exp(-C.double() / reg)
+    n, m = K.shape
+    v = torch.ones(m, dtype=torch.float64)
+    done = 0
+    while done < n_iters:
+        u = 1 / (n * (K @ v))
+        v = 1 / (m * (u @ K))
+        done += 1
+        if float((u * (K @ v) - 1 / n).abs().sum()) <= tol:
+            break
+    return done, u[:, None] * K * v
+
+
+def errors(result: SinkhornResult, C: torch.Tensor) -> float:
+    """Larger L1 marginal error, recomputed in float64 from the potentials."""
+    Q = torch.exp((result.f[:, None] + result.g - C.double()) / result.reg)
+    n, m = Q.shape
+    return max(float((Q.sum(1) - 1 / n).abs().sum()), float((Q.sum(0) - 1 / m).abs().sum()))
+
+
+def correlated(n: int, m: int, seed: int, noise: float = 0.3, factors: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(80, factors, generator=generator)
+    X, Y = (
+        shared @ torch.randn(factors, k, generator=generator) + noise * torch.randn(80, k, generator=generator)
+        for k in (n, m)
+    )
+    return corr_distance_matrix(X, Y)
+
+
+HARD = [(30, 50, 0, 0.03, 0.1), (64, 48, 1, 0.03, 0.05), (40, 40, 2, 0.027, 0.05), (100, 80, 3, 0.03, 0.02)]
+EASY = [(30, 50, 4, 0.3, 0.3), (80, 60, 5, 0.1, 0.5), (50, 50, 6, 0.1, 1.0), (20, 90, 7, 0.05, 0.3)]
+
+
+@pytest.mark.parametrize(("n", "m", "seed", "reg", "noise"), HARD + EASY)
+def test_over_relaxation_never_needs_more_iterations_and_half_where_there_are_many(n, m, seed, reg, noise):
+    C = correlated(n, m, seed, noise)
+    many, _ = plain(C, reg, 1e-6, 20000)
+    result = sinkhorn_uniform_streaming(C, reg, 20000)
+    assert result.converged and errors(result, C) <= 5e-6
+    assert result.n_iters <= many and (many <= 100 or result.n_iters <= many / 2)
+
+
+def test_the_hard_problems_are_hard():
+    assert sum(plain(correlated(n, m, seed, noise), reg, 1e-6, 20000)[0] > 100 for n, m, seed, reg, noise in HARD) >= 3
+
+
+@pytest.mark.parametrize("n_iters", [1, 10, 200])
+@pytest.mark.parametrize("reg", [0.1, 0.03])
+def test_paper_mode_is_exactly_so_many_plain_iterations(n_iters, reg):
+    C = correlated(40, 56, 0, 0.1)
+    result = sinkhorn_uniform_streaming(C, reg, n_iters, mode="paper")
+    _, Q = plain(C, reg, -1.0, n_iters)
+    assert result.n_iters == n_iters
+    assert float((result.plan().double() - Q).abs().sum() / 2) <= 1e-6
+
+
+# Each of these once divided by an error of 0, which small problems reach, or stopped there.
+TINY = [(1, 4, 3, 0.1), (2, 3, 3, 0.03), (2, 3, 4, 1.0), (1, 1, 0, 0.001), (1, 2, 1, 0.001), (4, 1, 0, 0.001)]
+
+
+@pytest.mark.parametrize(("n", "m", "seed", "reg"), TINY)
+def test_paper_mode_on_tiny_problems_is_exact_as_well(n, m, seed, reg):
+    C = random_cost(n, m, seed)
+    for n_iters in (1, 2, 30, 200):
+        for result in (sinkhorn_uniform_streaming(C, reg, n_iters, mode="paper"), *batch([C], reg, n_iters, "paper")):
+            assert result.n_iters == n_iters
+            assert torch.isfinite(result.f).all() and torch.isfinite(result.g).all() and math.isfinite(result.cost)
+            assert float(result.plan().sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("n_iters", [1, 3, 40])
+@pytest.mark.parametrize("size", [(9, 14), (1, 3), (1, 1)])
+def test_the_log_domain_does_exactly_the_iterations_of_pot(n_iters, size):
+    """POT begins with the columns, so it gets the transposed problem."""
+    ot = pytest.importorskip("ot")
+    C, reg = random_cost(*size, 3).double(), 0.02
+    n, m = size
+    scaled = scaling.scale_log(C, reg, n_iters, 1e-6, paper=True)
+    a, b = (torch.full((size,), 1 / size, dtype=torch.float64) for size in (m, n))
+    _, log = ot.bregman.sinkhorn_log(a, b, C.T, reg, n_iters, stopThr=0, log=True, warn=False)
+    assert scaled.n_iters == n_iters
+    shift = log["log_v"][0] * reg - scaled.f[0]  # potentials are unique up to a constant
+    assert_close(scaled.f + shift, log["log_v"] * reg, atol=1e-12, rtol=0)
+    assert_close(scaled.g - shift, log["log_u"] * reg, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_costs_and_settings_that_are_no_numbers_are_refused(value):
+    C = random_cost(3, 4, 0)
+    for reg in (value, 0.0, -1.0):
+        with pytest.raises(ValueError, match="reg must be positive"):
+            sinkhorn_uniform_streaming(C, reg)
+    assert not sinkhorn_uniform_streaming(C, 0.1, 5, tol=math.nan).converged
+    C[1, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        sinkhorn_uniform_streaming(C, 0.1)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        hot_transport.standardize(C)
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.03])
+def test_row_blocks_do_not_matter(monkeypatch, reg):
+    C = correlated(70, 50, 1)
+    whole = sinkhorn_uniform_streaming(C, reg)
+    monkeypatch.setattr(scaling, "CACHED_BYTES", 1000)
+    monkeypatch.setattr(scaling, "BLOCK_BYTES", 7 * 50 * 4)
+    blocked = sinkhorn_uniform_streaming(C, reg)
+    assert float((blocked.plan() - whole.plan()).abs().sum() / 2) <= 1e-6
+    assert blocked.cost == pytest.approx(whole.cost, abs=1e-6)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_cost_given_as_correlation_is_the_same_problem(in_place):
+    C = correlated(30, 20, 2)
+    R = (1 - C).numpy().copy()
+    K = R if in_place else R * 0
+    given_C = sinkhorn_uniform_streaming(C, 0.1)
+    given_R = sinkhorn.solve_one(R, (1.0, -1.0), (0.0, 2.0), 0.1, 1000, 1e-6, "auto", C.__getitem__, K)
+    assert_close(given_R.plan(), given_C.plan(), atol=1e-8, rtol=1e-4)
+    assert given_R.cost == pytest.approx(given_C.cost, abs=1e-6)
+    assert in_place != bool(((1 - C).numpy() == R).all())
+
+
+def test_top_mass_is_the_share_of_the_largest_entries(monkeypatch):
+    monkeypatch.setattr(sinkhorn, "PLAN_BLOCK_ROWS", 4)
+    result = sinkhorn_uniform_streaming(correlated(18, 12, 3), 0.05)
+    Q = result.plan().flatten().sort(descending=True).values
+    for k in (1, 10, 1000):
+        assert result.top_mass(k) == pytest.approx(float(Q[:k].sum() / Q.sum()), rel=1e-5)
+
+
+problems = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(0, 10**6), st.sampled_from([1.0, 0.1, 0.03]))
+
+
+def random_cost(n: int, m: int, seed: int) -> torch.Tensor:
+    return torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems)
+def test_laws_of_the_plan(problem):
+    """Transposing, permuting, shifting, and scaling cost and epsilon together; flags tell the truth."""
+    n, m, seed, reg = problem
+    C = random_cost(n, m, seed)
+    result = sinkhorn_uniform_streaming(C, reg, 20000)
+    Q = result.plan()
+    recomputed = errors(result, C)
+    assert result.converged == (result.error <= 1e-6) and abs(recomputed - result.error) <= 2e-6
+    if not result.converged:
+        return
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    others = {
+        "transposed": sinkhorn_uniform_streaming(C.T.contiguous(), reg, 20000).plan().T,
+        "permuted": sinkhorn_uniform_streaming(C[rows], reg, 20000).plan()[rows.argsort()],
+        "shifted": sinkhorn_uniform_streaming(C + 3, reg, 20000).plan(),
+        "scaled": sinkhorn_uniform_streaming(C * 7, reg * 7, 20000).plan(),
+    }
+    # Two plans within a marginal error of 1e-6 differ by more the smaller epsilon is.
+    for name, other in others.items():
+        assert float((other - Q).abs().sum() / 2) <= (1e-5 if reg >= 0.1 else 1e-3), name
+
+
+def adversarial() -> dict[str, torch.Tensor]:
+    blocks = torch.full((20, 30), 2.0)
+    blocks[:10, :15] = blocks[10:, 15:] = 0.0
+    X = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    constant = X.clone()
+    constant[:, 3] = 1.0
+    one = X[:, :1] + 1e-3 * torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
+    return {
+        "blocks of 0 and 2": blocks,
+        "duplicate neurons": corr_distance_matrix(X[:, [0, 0, 0, 1, 2, 2]], X),
+        "constant neurons": corr_distance_matrix(constant, constant),
+        "one neuron correlated with many": corr_distance_matrix(X, one),
+        "two rows": corr_distance_matrix(X[:2], X[:2]),
+        "single target": random_cost(1, 9, 1),
+        "single source": random_cost(9, 1, 2),
+        "all equal": torch.full((7, 5), 2.0),
+    }
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.03, 0.01, 0.001])
+@pytest.mark.parametrize("name", adversarial())
+def test_adversarial_costs_stay_finite_and_are_told(name, reg):
+    C = adversarial()[name]
+    result = sinkhorn_uniform_streaming(C, reg, 3000)
+    assert torch.isfinite(result.f).all() and torch.isfinite(result.g).all() and math.isfinite(result.cost)
+    assert result.converged == (result.error <= 1e-6)
+    assert abs(errors(result, C) - result.error) <= 2e-6
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.01, 0.001])
+def test_small_epsilon_finds_the_permutation(reg):
+    X = torch.randn(200, 30, generator=torch.Generator().manual_seed(4))
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
+    result = sinkhorn_uniform_streaming(corr_distance_matrix(X, X[:, order]), reg, 3000)
+    assert result.converged and torch.equal(result.plan().argmax(1), order.argsort())
+    if reg < 0.1:
+        assert_close(result.plan().max(1).values, torch.full((30,), 1 / 30), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_other_types_are_solved_in_float32(dtype):
+    C = (random_cost(6, 8, 0) * 2).to(dtype)
+    assert_close(sinkhorn_uniform_streaming(C, 0.5).plan(), sinkhorn_uniform_streaming(C.float(), 0.5).plan())
+
+
+def test_tolerance_zero_uses_every_iteration():
+    result = sinkhorn_uniform_streaming(correlated(30, 50, 0), 0.1, 60, tol=0.0)
+    assert result.n_iters == 60 and not result.converged and result.error < 1e-6
+
+
+def test_bad_mode_is_refused():
+    with pytest.raises(ValueError, match="expected one of auto, paper"):
+        sinkhorn_uniform_streaming(torch.ones(2, 2), 0.1, mode="fast")
+
+
+def batch(costs: list[torch.Tensor], reg: float, n_iters: int = 20000, mode: str = "auto") -> list[SinkhornResult]:
+    """What an accelerator runs, on the CPU."""
+    rows = [C.__getitem__ for C in costs]
+    return sinkhorn.solve_batch(torch.stack(costs), (0.0, 1.0), (0.0, 2.0), reg, n_iters, 1e-6, mode, rows)
+
+
+COMPANY = [(0.02, 1), (1.0, 2), (0.1, 3), (0.3, 4), (0.05, 5)]
+
+
+@pytest.mark.parametrize("reg", [0.1, 0.03, 0.01])
+def test_batches_solve_each_problem_and_stop_it_by_itself(reg):
+    costs = [correlated(30, 50, seed, noise) for noise, seed in COMPANY]
+    together = batch(costs, reg)
+    for C, result in zip(costs, together, strict=True):
+        (alone,) = batch([C], reg)
+        assert (result.n_iters, result.solver) == (alone.n_iters, alone.solver)
+        assert result.converged and errors(result, C) <= 5e-6
+        assert float((result.plan() - alone.plan()).abs().sum() / 2) <= 1e-6
+        assert float((result.plan() - sinkhorn_uniform_streaming(C, reg, 20000).plan()).abs().sum() / 2) <= 5e-6
+        assert result.cost == pytest.approx(float((result.plan() * C).sum()), abs=1e-6)
+    assert reg == 0.1 or len({result.n_iters for result in together}) > 1
+
+
+def test_batches_beyond_a_floats_range_take_the_log_domain():
+    costs = [random_cost(12, 15, seed) for seed in (0, 1)]
+    for C, result in zip(costs, batch(costs, 0.003, 100), strict=True):
+        alone = sinkhorn_uniform_streaming(C, 0.003, 100)
+        assert result.solver == "log-float64" and result.error == alone.error > 1e-6 and not result.converged
+        assert_close(result.f, alone.f, atol=1e-12, rtol=0)
+
+
+def test_batched_paper_mode_is_plain():
+    costs = [correlated(40, 56, seed, 0.1) for seed in (0, 1, 2)]
+    for n_iters in (1, 10, 25):
+        for C, result in zip(costs, batch(costs, 0.03, n_iters, "paper"), strict=True):
+            _, Q = plain(C, 0.03, -1.0, n_iters)
+            assert result.n_iters == n_iters
+            assert float((result.plan().double() - Q).abs().sum() / 2) <= 1e-6
+
+
+def test_a_batch_reads_the_device_once_per_check(monkeypatch):
+    K = torch.stack([correlated(30, 50, seed, noise) for noise, seed in COMPANY])
+    reads = []
+    as_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append("check") or as_list(tensor))
+    for name in ("item", "__float__", "__int__", "__bool__", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name: reads.append(name) or 0.0)
+    scaled = scaling._scale_batch(K, (0.0, 1.0), 0.0, 0.05, 2000, 1e-6, False, None)
+    monkeypatch.undo()
+    assert reads == ["check"] * (max(one.n_iters for one in scaled) // scaling.CHECK_EVERY + 1)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_layers_in_turn_in_batches_and_alone_give_the_same_plans(small, monkeypatch):
+    if not small:
+        monkeypatch.setattr(hot_transport, "CACHED_BYTES", 0)
+    generator = torch.Generator().manual_seed(0)
+    zx, *Zy = (hot_transport.standardize(torch.randn(30, k, generator=generator)) for k in (12, 20, 20, 20))
+    rows = torch.tensor([1, 5])
+    in_turn = list(hot_transport.solve_layer(zx, Zy, 0.1, probe_rows=rows))
+    together = hot_transport._solve_together(zx, Zy, (0.1, 1000, 1e-6, "auto"), rows)
+    for zy, one, other in zip(Zy, in_turn, together, strict=True):
+        C = 1 - (zx.T @ zy)
+        alone = sinkhorn_uniform_streaming(C, 0.1)
+        for result in (one, other):
+            assert_close(result.plan(), alone.plan(), atol=1e-8, rtol=1e-4)
+            assert_close(result.probed, alone.apply(zy[rows].T), atol=1e-6, rtol=1e-4)
+            assert result.cost == pytest.approx(alone.cost, abs=1e-6)
+
+
+def test_batches_let_go_of_their_layers_before_the_next_are_read():
+    """Two layers of 5 x 4 and their matrices of 3 x 4 fit, or one where a solve needs float64."""
+    zx = torch.zeros(5, 3)
+
+    def sizes(reg, budget):
+        refs, found = [], []
+
+        def layers():
+            for _ in range(5):
+                held = sum(ref() is not None for ref in refs)
+                assert held < max(1, budget // pair)  # those of the batch that is being filled
+                layer = torch.zeros(5, 4)
+                refs.append(weakref.ref(layer))
+                yield layer
+                del layer
+
+        for group in hot_transport._batches(zx, layers(), reg, budget):
+            found.append(len(group))
+        return found
+
+    pair = 4 * 3 * 4 + 4 * 5 * 4
+    assert sizes(0.1, 2 * pair) == [2, 2, 1] and sizes(0.01, 2 * pair) == [1] * 5 and sizes(0.1, 0) == [1] * 5

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from core.models.families import SIDES, AttentionLayout
 from core.data import Row
 from core.fusion.transport_weights import INPUT_SIDE, PROJECTIONS
+from core.models.families import SIDES, AttentionLayout
 from core.runs.process import UserError
 from core.texts.tokens import tokenized
 
@@ -159,7 +159,11 @@ def row_bytes(layout: AttentionLayout, n_rows: int) -> int:
 
 @torch.no_grad()
 def extract(
-    model: nn.Module, layout: AttentionLayout, reading: Reading, batches: Sequence[list[int]], desc: str,
+    model: nn.Module,
+    layout: AttentionLayout,
+    reading: Reading,
+    batches: Sequence[list[int]],
+    desc: str,
     allocate: Callable[[int, int], Tensor] = torch.empty,
 ) -> dict[tuple[str, int], Tensor]:
     """Run the backbone (no LM head) over batches of texts and record input and output of every attention projection.

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.models.families import AttentionLayout, attention_layout, projection_in_tower
 from core.models.convert import NOT_COPIED, gguf_config
+from core.models.families import AttentionLayout, attention_layout, projection_in_tower
 from core.models.locate import CONFIG_ONLY, INDEX_FILE, SINGLE_FILE, find, model_folder, weight_map
-from core.runs.process import MANIFEST, UserError, atomic_file, first_line, read_json, write_json, write_safetensors
 from core.models.weight_digest import sample_digest
+from core.runs.process import MANIFEST, UserError, atomic_file, first_line, read_json, write_json, write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -166,12 +166,16 @@ class Checkpoint:
             return
         kind, remote = self.layout.model_type, "auto_map" in self.config
         if not self.trust_remote_code:
-            raise UserError(f"{self.name} is a {kind} model, whose classes are not part of transformers; read the code "
-                            f"that comes with it, then allow it with --trust-remote-code")
+            raise UserError(
+                f"{self.name} is a {kind} model, whose classes are not part of transformers; read the code "
+                f"that comes with it, then allow it with --trust-remote-code"
+            )
         if not remote and find_spec(kind) is None:
-            raise UserError(f"{self.folder} brings no code of its own (no auto_map in config.json) and the package "
-                            f"{kind} is not installed; install it (pip install {kind}) or take a copy of the model "
-                            f"that has its modeling files")
+            raise UserError(
+                f"{self.folder} brings no code of its own (no auto_map in config.json) and the package "
+                f"{kind} is not installed; install it (pip install {kind}) or take a copy of the model "
+                f"that has its modeling files"
+            )
         if not remote:
             import_module(kind)  # registers its classes with transformers
 

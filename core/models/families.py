@@ -48,8 +48,9 @@ class Family:
 def _vision_language(architecture: str, tower_on_disk: str, head_on_disk: str = "lm_head") -> Family:
     """A vision-language model of transformers: the text decoder is one part, the others stay untouched."""
     tower = "model.language_model"
-    return Family(architecture, tower, "lm_head", (tower, tower_on_disk), ("lm_head", head_on_disk),
-                  "AutoModelForImageTextToText")
+    return Family(
+        architecture, tower, "lm_head", (tower, tower_on_disk), ("lm_head", head_on_disk), "AutoModelForImageTextToText"
+    )
 
 
 # config.model_type -> family
@@ -69,8 +70,14 @@ FAMILIES = {
     "llava_onevision": _vision_language(
         "LlavaOnevisionForConditionalGeneration", "language_model.model", "language_model.lm_head"
     ),
-    "tinyllava": Family("TinyLlavaForConditionalGeneration", "language_model.model", "language_model.lm_head",
-                        ("language_model.model",), ("language_model.lm_head",), needs_code=True),
+    "tinyllava": Family(
+        "TinyLlavaForConditionalGeneration",
+        "language_model.model",
+        "language_model.lm_head",
+        ("language_model.model",),
+        ("language_model.lm_head",),
+        needs_code=True,
+    ),
 }
 # `--model_type` of step 3 -> values of config.model_type
 SEED_MODEL_TYPES = {
@@ -156,8 +163,9 @@ def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
         raise UserError(f"{where} has the unsupported model_type {model_type!r}; supported: {supported}")
     text = _text_config(config, where)
     if model_type not in TOWERS and text.model_type not in TOWERS:
-        raise UserError(f"{where}: the language tower is a {text.model_type} model; supported towers: "
-                        f"{', '.join(sorted(TOWERS))}")
+        raise UserError(
+            f"{where}: the language tower is a {text.model_type} model; supported towers: {', '.join(sorted(TOWERS))}"
+        )
     heads = text.num_attention_heads
     if not heads:
         raise UserError(f"{where} has num_attention_heads {heads}")
@@ -179,8 +187,10 @@ def _text_config(config: dict[str, Any], where: str) -> Any:
     if FAMILIES[config["model_type"]].needs_code:  # the tower is one of transformers' own
         config = config.get("text_config") or {}
         if config.get("model_type") not in TOWERS & FAMILIES.keys():
-            raise UserError(f"{where}: text_config.model_type is {config.get('model_type')!r}; supported towers: "
-                            f"{', '.join(sorted(TOWERS))}")
+            raise UserError(
+                f"{where}: text_config.model_type is {config.get('model_type')!r}; supported towers: "
+                f"{', '.join(sorted(TOWERS))}"
+            )
     rest = {key: value for key, value in config.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(config["model_type"], **rest).get_text_config()

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from core.models.families import attention_layout
-from core.models.convert import BIN_FILES, bin_files, converted, converted_folder
 from core.hub import HUB_TIMEOUT_S, hub_refusal
+from core.models.convert import BIN_FILES, bin_files, converted, converted_folder
+from core.models.families import attention_layout
 from core.runs.process import UserError, first_line, read_json
 
 SINGLE_FILE = "model.safetensors"

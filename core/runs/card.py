@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from core.models.checkpoints import Checkpoint
 from core.data import HUB_IDS
-from core.training.hot_linear import RESIDUAL_FILE
+from core.models.checkpoints import Checkpoint
 from core.runs.process import atomic_file, digest_of, hold, outputs_held, read_json
+from core.training.hot_linear import RESIDUAL_FILE
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,10 @@ def fused_lineage(
 
 
 def adapted_lineage(
-    start: Checkpoint, before: Mapping[str, Any] | None, hot: bool, training: dict[str, Any],
+    start: Checkpoint,
+    before: Mapping[str, Any] | None,
+    hot: bool,
+    training: dict[str, Any],
     teacher: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """The same of an adapted checkpoint; without `hot` only the target and a teacher are in it.
@@ -198,13 +201,21 @@ The layers and neurons of the two models were matched on {_data_text(lineage["da
     report = _report_table(means)
     if dropped:
         report += f"\n\n{dropped} source biases dropped: the target has none there."
-    sections = [what, _results(), _models_section(models), f"## What was transported\n\nMeans over layers.\n\n{report}",
-                _settings_section(lineage["settings"])]
+    sections = [
+        what,
+        _results(),
+        _models_section(models),
+        f"## What was transported\n\nMeans over layers.\n\n{report}",
+        _settings_section(lineage["settings"]),
+    ]
     return _card(f"{target} fused with {source}", _front_matter(models, "merge", [lineage["data"]]), sections)
 
 
 def adapted_card(
-    lineage: Mapping[str, Any], data: Mapping[str, Any], curve: Mapping[str, Any], counts: Mapping[str, int],
+    lineage: Mapping[str, Any],
+    data: Mapping[str, Any],
+    curve: Mapping[str, Any],
+    counts: Mapping[str, int],
     method: str | None,
 ) -> str:
     """README.md of an adapted checkpoint.
@@ -222,8 +233,10 @@ def adapted_card(
     if "source" in models:
         read.append(lineage["data"])
         title = f"{target} fused with {models['source']['name']}, fine-tuned"
-        how = (f"Fine-tuned from `{target}` fused with `{models['source']['name']}`, by residual-frozen adaptation\n"
-               f"([arXiv 2602.05495](https://arxiv.org/abs/2602.05495), section 4.3).")
+        how = (
+            f"Fine-tuned from `{target}` fused with `{models['source']['name']}`, by residual-frozen adaptation\n"
+            f"([arXiv 2602.05495](https://arxiv.org/abs/2602.05495), section 4.3)."
+        )
     elif "teacher" in models:
         title = f"{target}, fine-tuned with {models['teacher']['name']} as teacher"
         how = f"Fine-tuned from `{target}` ({method}): what a fused model has to beat."
@@ -285,8 +298,10 @@ def _models_section(models: Mapping[str, Mapping[str, Any]]) -> str:
 def _report_table(means: Mapping[str, Mapping[str, float | None]]) -> str:
     """Markdown table of stage 2's report; `-` where no layer has a figure."""
     keys = next(iter(means.values())).keys()
-    lines = ["| projection | " + " | ".join(REPORT_HEADINGS.get(key, key.replace("_", " ")) for key in keys) + " |",
-             "| --- " * (len(keys) + 1) + "|"]
+    lines = [
+        "| projection | " + " | ".join(REPORT_HEADINGS.get(key, key.replace("_", " ")) for key in keys) + " |",
+        "| --- " * (len(keys) + 1) + "|",
+    ]
     for projection, mean in means.items():
         figures = ["-" if value is None else f"{value:.3g}" for value in mean.values()]
         lines.append(f"| {projection} | " + " | ".join(figures) + " |")

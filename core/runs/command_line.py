@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from core.runs.settings import Experiment
 from core.runs.process import UserError, write_text
+from core.runs.settings import Experiment
 
 
 def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:

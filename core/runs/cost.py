@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from core.models.activations import row_bytes
-from core.models.families import FAMILIES, SIDES, AttentionLayout
-from core.models.checkpoints import Checkpoint, open_config
-from core.runs.settings import Experiment
 from core.hot_transport import STANDARDIZE_BYTES, entry_bytes, solve_layer, standardize
+from core.models.activations import row_bytes
+from core.models.checkpoints import Checkpoint, open_config
+from core.models.families import FAMILIES, SIDES, AttentionLayout
+from core.runs.settings import Experiment
 from core.transport.scaling import CACHED_BYTES, PLAN_BLOCK_ROWS
 
 # Rows on which stage 1 measures the reconstruction of X.
@@ -199,11 +199,16 @@ def _side_seconds(
     result = next(solve_layer(zx, [zy], experiment.regularisation, 2, mode="paper", probe_rows=probe))
 
     def solve(sweeps: int) -> Callable[[], Any]:
-        return lambda: [list(solve_layer(zx, [zy] * 2, experiment.regularisation, sweeps, mode="paper",
-                                         probe_rows=probe))]
+        return lambda: [
+            list(solve_layer(zx, [zy] * 2, experiment.regularisation, sweeps, mode="paper", probe_rows=probe))
+        ]
 
-    work = {"few": solve(2), "many": solve(12), "standardize": lambda: standardize(Y),
-            "top": lambda: result.top_mass(max(zx.shape[1], zy.shape[1]))}
+    work = {
+        "few": solve(2),
+        "many": solve(12),
+        "standardize": lambda: standardize(Y),
+        "top": lambda: result.top_mass(max(zx.shape[1], zy.shape[1])),
+    }
     spent = {name: _seconds(function, budget / 4) for name, function in work.items()}
     sweep = max(0.0, spent["many"] - spent["few"]) / 20
     problem = spent["few"] / 2 + max(0, iterations - 2) * sweep

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.models.families import SIDES, AttentionLayout
-from core.models.checkpoints import Checkpoint
 from core.fusion.transport_weights import INPUT_SIDE
 from core.hot_transport import SinkhornResult, correlation_cost_rows, effective_layer_plan, standardize
+from core.models.checkpoints import Checkpoint
+from core.models.families import SIDES, AttentionLayout
 from core.runs.process import TEMPORARY, Manifest, UserError, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,10 @@ def row_memory(folder: Path, needed: int, budget: int) -> Iterator[Callable[[int
         return
     free = shutil.disk_usage(folder).free
     if free < 2 * needed:  # the rows, and the file made from them; a full disk would kill a process that maps a file
-        raise UserError(f"{folder} has {free / 2**30:.1f} GiB free; rows beyond --activations-budget-mb need "
-                        f"{2 * needed / 2**30:.1f} GiB there: make room or raise the budget")
+        raise UserError(
+            f"{folder} has {free / 2**30:.1f} GiB free; rows beyond --activations-budget-mb need "
+            f"{2 * needed / 2**30:.1f} GiB there: make room or raise the budget"
+        )
     with tempfile.TemporaryDirectory(prefix=TEMPORARY + "rows-", dir=folder) as place:
         log.info("%.1f GiB of rows are kept on disk (--activations-budget-mb)", needed / 2**30)
         files = count()
@@ -170,15 +172,18 @@ def write_part(
     what was `measured` on them, which `join_parts` hands on."""
     path = part_file(folder, side, layer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, {
-        "f": torch.stack([r.f for r in results]),
-        "g": torch.stack([r.g for r in results]),
-        "n_iters": torch.tensor([r.n_iters for r in results], dtype=torch.int32),
-        "error": torch.tensor([r.error for r in results], dtype=torch.float64),
-        "converged": torch.tensor([r.converged for r in results]),
-        "layer_cost": torch.tensor([r.cost for r in results], dtype=torch.float64),
-        **{MEASURED + key: value for key, value in measured.items()},
-    })
+    write_safetensors(
+        path,
+        {
+            "f": torch.stack([r.f for r in results]),
+            "g": torch.stack([r.g for r in results]),
+            "n_iters": torch.tensor([r.n_iters for r in results], dtype=torch.int32),
+            "error": torch.tensor([r.error for r in results], dtype=torch.float64),
+            "converged": torch.tensor([r.converged for r in results]),
+            "layer_cost": torch.tensor([r.cost for r in results], dtype=torch.float64),
+            **{MEASURED + key: value for key, value in measured.items()},
+        },
+    )
 
 
 def join_parts(

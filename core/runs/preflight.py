@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 
-from core.models.families import SIDES
-from core.models.checkpoints import Checkpoint
-from core.runs.cost import BASE_BYTES, Cost, table
 from core.fusion.transport_weights import PROJECTIONS, FusionSettings
+from core.models.checkpoints import Checkpoint
+from core.models.families import SIDES
+from core.runs.cost import BASE_BYTES, Cost, table
 from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
 from core.runs.process import UserError
 

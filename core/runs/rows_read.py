@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.models.checkpoints import Checkpoint
 from core.data import DataSpec, Division
+from core.models.checkpoints import Checkpoint
 from core.runs.process import UserError, read_json, write_json
 from core.texts.split import shared_values
 

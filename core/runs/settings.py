@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.models.families import SEED_MODEL_TYPES
-from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.data import DATA_SUBSETS, MAX_SAMPLES, DataSpec
-from core.fusion.transport_weights import FEATURE_MAPS, FusionSettings
-from core.training.hot_linear import FREEZE_STRATEGIES
 from core.fusion.residual import RESIDUAL_FORMS
+from core.fusion.transport_weights import FEATURE_MAPS, FusionSettings
+from core.models.checkpoints import Checkpoint, open_checkpoint
+from core.models.families import SEED_MODEL_TYPES
 from core.runs.process import UserError
 from core.runs.settings_check import check_settings
+from core.training.hot_linear import FREEZE_STRATEGIES
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 

@@ -9,10 +9,10 @@ import torch
 from conftest import make_tokenizer, qwen2, save, sentences
 from torch.testing import assert_close
 
-from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
-from core.models.families import SIDES, attention_layout
-from core.models.checkpoints import open_checkpoint
 from core.data import Row
+from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
+from core.models.checkpoints import open_checkpoint
+from core.models.families import SIDES, attention_layout
 from core.runs.plan_directory import row_memory
 from core.runs.process import TEMPORARY, UserError
 

@@ -13,8 +13,8 @@ from conftest import ROOT, llama, make_tokenizer
 from safetensors.torch import load_file
 
 from core.models import convert
-from core.models.families import attention_layout
 from core.models.checkpoints import open_checkpoint, open_config, write_folded
+from core.models.families import attention_layout
 from core.runs.process import TEMPORARY, UserError
 
 

@@ -5,52 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from conftest import family_model, make_tokenizer, run_main, save, save_tinyllava
+from conftest import run_main
+from family_models import fuse_pair, logits, make, stock
 from safetensors.torch import load_file
 from stages import killed
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
-from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
-from core.models.families import FAMILIES, SIDES
 from core.models.checkpoints import open_checkpoint
-from core.training.hot_linear import enable_hot_residual_for_model, load_residuals, restore_base
+from core.models.families import SIDES
 from core.runs.plan_directory import PlanDirectory
+from core.training.hot_linear import enable_hot_residual_for_model, load_residuals, restore_base
 
-NAMES = ("llama31", "mistral", "qwen3", "gemma3_text", "gemma3", "qwen2_vl", "qwen2_5_vl", "llava", "llava_llama",
-         "llava_next", "llava_onevision")
-IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def make(name: str, folder: Path) -> Path:
-    if name == "tinyllava":
-        return save_tinyllava(folder)
-    return save(family_model(name), make_tokenizer(400, 1), folder)
-
-
-def fuse_pair(target: Path, source: Path, texts: Path, folder: Path, *flags: str) -> tuple[Path, Path]:
-    """Plans and a fused checkpoint of 4 neurons per projection."""
-    run_main(stage1, "--target-model", target, "--source-model", source, "--data-subset", "file", "--data-file", texts,
-             "--calibration-samples", 24, "--max-tokens", 16, "--out-dir", folder / "p", *flags)
-    run_main(stage2, "--target-model", target, "--source-model", source, "--hot-dir", folder / "p", "--top-k", 4,
-             "--feature-map", "calibrated", "--alpha", 0.5, "--output-dir", folder / "f")
-    return folder / "p", folder / "f"
-
-
-def stock(folder: Path, trust: bool = False):
-    """The model as transformers loads it, every key in its place."""
-    family = FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
-    loader = getattr(transformers, family.auto)
-    model, info = loader.from_pretrained(folder, output_loading_info=True, trust_remote_code=trust)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=IDS).logits
+NAMES = (
+    "llama31",
+    "mistral",
+    "qwen3",
+    "gemma3_text",
+    "gemma3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "llava",
+    "llava_llama",
+    "llava_next",
+    "llava_onevision",
+)
 
 
 def check_fused(target: Path, out: Path, trust: bool = False) -> None:
@@ -120,9 +100,14 @@ def test_disk_names_of_both_conventions_are_found(tmp_path):
     for file in old.iterdir():
         if file.name != "model.safetensors":
             (new / file.name).write_bytes(file.read_bytes())
-    renamed = {name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else
-               name.replace("visual.", "model.visual.", 1) if name.startswith("visual.") else name: tensor
-               for name, tensor in tensors.items()}
+    renamed = {
+        name.replace("model.", "model.language_model.", 1)
+        if name.startswith("model.")
+        else name.replace("visual.", "model.visual.", 1)
+        if name.startswith("visual.")
+        else name: tensor
+        for name, tensor in tensors.items()
+    }
     save_file(renamed, new / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(str(new))
     assert checkpoint.tower == "model.language_model"
@@ -137,8 +122,18 @@ def test_disk_names_of_both_conventions_are_found(tmp_path):
 
 def test_tinyllava_only_on_request(models, texts, tmp_path, fails, monkeypatch):
     own = make("tinyllava", tmp_path / "own")
-    flags = ["--target-model", own, "--source-model", models["source"], "--data-subset", "file", "--data-file", texts,
-             "--out-dir", tmp_path / "p"]
+    flags = [
+        "--target-model",
+        own,
+        "--source-model",
+        models["source"],
+        "--data-subset",
+        "file",
+        "--data-file",
+        texts,
+        "--out-dir",
+        tmp_path / "p",
+    ]
     assert "allow it with --trust-remote-code" in fails(stage1, *flags)
     _, out = fuse_pair(own, models["source"], texts, tmp_path / "ok", "--trust-remote-code")
     check_fused(own, out, trust=True)
@@ -154,19 +149,42 @@ def test_towers_without_the_projections_are_refused(tmp_path, fails, models, tex
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["model_type"] = "gpt2"
     (folder / "config.json").write_text(json.dumps(config))
-    told = fails(stage1, "--target-model", folder, "--source-model", models["source"], "--data-subset", "file",
-                 "--data-file", texts, "--out-dir", tmp_path / "p")
+    told = fails(
+        stage1,
+        "--target-model",
+        folder,
+        "--source-model",
+        models["source"],
+        "--data-subset",
+        "file",
+        "--data-file",
+        texts,
+        "--out-dir",
+        tmp_path / "p",
+    )
     assert "the language tower is a gpt2 model; supported towers: gemma3_text, llama" in told
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "tinyllava"])
-def test_training_moves_the_language_tower_alone_and_resumes_to_the_same_weights(name, models, texts, tmp_path,
-                                                                                 monkeypatch):
+def test_training_moves_the_language_tower_alone_and_resumes_to_the_same_weights(
+    name, models, texts, tmp_path, monkeypatch
+):
     trust = ["--trust-remote-code"] if name == "tinyllava" else []
     own = make(name, tmp_path / "own")
     _, fused = fuse_pair(own, models["source"], texts, tmp_path, *trust)
-    flags = ["--model_dir", fused, "--sft-samples", 8, "--gradient-accumulation", 2, "--learning-rate", "1e-2",
-             "--save-steps", 1, *trust]
+    flags = [
+        "--model_dir",
+        fused,
+        "--sft-samples",
+        8,
+        "--gradient-accumulation",
+        2,
+        "--learning-rate",
+        "1e-2",
+        "--save-steps",
+        1,
+        *trust,
+    ]
     run_main(stage3, *flags, "--output_dir", tmp_path / "whole")
 
     with killed(monkeypatch, "on_step_end", lambda state, _: state.global_step == 3):

@@ -46,10 +46,22 @@ def test_stage1_bad_input(fails, models, texts, tmp_path, flags, message):
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in few))
     (tmp_path / "blank.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*few, " "]))
     (tmp_path / "bad.yaml").write_text("learning: fast")
-    places = {"EMPTY": "empty", "BERT": "bert", "CONFIG": "config", "OTHERS": "others", "FEW": "few.jsonl",
-              "BLANK": "blank.jsonl", "YAML": "bad.yaml"}
-    given = {"--target-model": models["target"], "--source-model": models["source"], "--data-subset": "file",
-             "--data-file": texts, "--out-dir": tmp_path / "out"}
+    places = {
+        "EMPTY": "empty",
+        "BERT": "bert",
+        "CONFIG": "config",
+        "OTHERS": "others",
+        "FEW": "few.jsonl",
+        "BLANK": "blank.jsonl",
+        "YAML": "bad.yaml",
+    }
+    given = {
+        "--target-model": models["target"],
+        "--source-model": models["source"],
+        "--data-subset": "file",
+        "--data-file": texts,
+        "--out-dir": tmp_path / "out",
+    }
     given |= {flag: tmp_path / places[value] if value in places else value for flag, value in flags.items()}
     assert message in fails(stage1, *(part for pair in given.items() for part in pair))
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "others").iterdir())) == 1
@@ -57,8 +69,17 @@ def test_stage1_bad_input(fails, models, texts, tmp_path, flags, message):
 
 def test_stage2_bad_input(fails, models, plans, tmp_path):
     def failure(*flags, target="target", source="source", hot_dir=plans["token"]):
-        given = ["--hot_dir", hot_dir, "--modelA_id", models[target], "--modelB_id", models[source],
-                 "--output_dir", tmp_path / "out", *flags]
+        given = [
+            "--hot_dir",
+            hot_dir,
+            "--modelA_id",
+            models[target],
+            "--modelB_id",
+            models[source],
+            "--output_dir",
+            tmp_path / "out",
+            *flags,
+        ]
         line = fails(stage2, *given)
         assert not (tmp_path / "out").exists()
         return line
@@ -87,8 +108,9 @@ def test_stage3_bad_input(fails, fused, models, plans, tmp_path):
     )
     assert "--output_dir is missing" in fails(stage3, "--model_dir", fused)
     assert "holds the output of stage 'plans'" in fails(stage3, "--model_dir", fused, "--output_dir", plans["text"])
-    assert "leaves nothing to train" in fails(stage3, "--model_dir", fused, "--output_dir", out, "--alpha", 0,
-                                              "--freeze-strategy", "frozen_base")
+    assert "leaves nothing to train" in fails(
+        stage3, "--model_dir", fused, "--output_dir", out, "--alpha", 0, "--freeze-strategy", "frozen_base"
+    )
     assert not out.exists()
 
 
@@ -99,14 +121,34 @@ def test_an_output_folder_is_never_an_input(fails, fused, models, plans, tmp_pat
     assert "holds the input" in fails(stage3, "--model_dir", trained, "--output_dir", trained)
     again = ["--target-model", trained, "--source-model", models["source"], "--data-subset", "python_reference"]
     assert "holds the input" in fails(stage1, *again, "--out-dir", trained)
-    assert "holds the input" in fails(stage2, "--hot_dir", plans["token"], "--modelA_id", models["target"],
-                                      "--modelB_id", models["source"], "--output_dir", plans["token"])
+    assert "holds the input" in fails(
+        stage2,
+        "--hot_dir",
+        plans["token"],
+        "--modelA_id",
+        models["target"],
+        "--modelB_id",
+        models["source"],
+        "--output_dir",
+        plans["token"],
+    )
     assert digests(trained) == before
 
 
 def test_another_split_of_the_same_data_is_refused(fails, fused, texts, tmp_path):
-    line = fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "a", "--data-subset", "file",
-                 "--data-file", texts, "--split-seed", 1)
+    line = fails(
+        stage3,
+        "--model_dir",
+        fused,
+        "--output_dir",
+        tmp_path / "a",
+        "--data-subset",
+        "file",
+        "--data-file",
+        texts,
+        "--split-seed",
+        1,
+    )
     assert "split_seed is 1, but the plans were made with 0" in line
 
 
@@ -125,8 +167,19 @@ def test_nan_activations_are_named(models, texts, tmp_path):
         broken.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
     folder = save(broken, make_tokenizer(400, 1), tmp_path / "broken")
     with pytest.raises(UserError, match="target layer 1, side k: activations contain NaN"):
-        run_main(stage1, "--target-model", folder, "--source-model", models["source"], "--data-subset", "file",
-                 "--data-file", texts, "--out-dir", tmp_path / "p")
+        run_main(
+            stage1,
+            "--target-model",
+            folder,
+            "--source-model",
+            models["source"],
+            "--data-subset",
+            "file",
+            "--data-file",
+            texts,
+            "--out-dir",
+            tmp_path / "p",
+        )
 
 
 @pytest.mark.parametrize(
@@ -141,6 +194,10 @@ def test_nan_activations_are_named(models, texts, tmp_path):
     ],
 )
 def test_every_way_to_start_a_command(command, folder):
-    done = subprocess.run([sys.executable, *command, "--alpha", "x" if "generate" in command[-1] else "0.1", "--nope"],
-                          cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command, "--alpha", "x" if "generate" in command[-1] else "0.1", "--nope"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -18,6 +18,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from core import generate_hot_residual as stage2
 from core import hub
 from core import train_hot_residual_sft as stage3
+from core.models.checkpoints import open_checkpoint
 from core.runs.card import (
     RESULTS_BEGIN,
     RESULTS_END,
@@ -27,7 +28,6 @@ from core.runs.card import (
     licence_text,
     read_licence,
 )
-from core.models.checkpoints import open_checkpoint
 from core.runs.process import UserError
 
 
@@ -55,8 +55,20 @@ def licensed(root, monkeypatch):
 
 
 def fuse(plans, out, *flags):
-    run_main(stage2, "--hot_dir", plans["token"], "--modelA_id", "someone/small", "--modelB_id", "someone/big",
-             "--feature-map", "regression", "--output_dir", out, *flags)
+    run_main(
+        stage2,
+        "--hot_dir",
+        plans["token"],
+        "--modelA_id",
+        "someone/small",
+        "--modelB_id",
+        "someone/big",
+        "--feature-map",
+        "regression",
+        "--output_dir",
+        out,
+        *flags,
+    )
     return out
 
 
@@ -80,8 +92,12 @@ def test_cards_name_models_licence_and_the_whole_experiment(plans, licensed, tmp
     with caplog.at_level(logging.WARNING):
         fused = fuse(plans, tmp_path / "fused", "--target-revision", "v1.5", "--ridge", "0.02")
     assert not [r for r in caplog.records if "licence" in r.getMessage()]
-    shared = {"license": "apache-2.0", "tags": ["transport-and-merge"], "library_name": "transformers",
-              "pipeline_tag": "text-generation"}
+    shared = {
+        "license": "apache-2.0",
+        "tags": ["transport-and-merge"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
     both = ["someone/small", "someone/big"]
     assert front_matter(fused) == {**shared, "base_model": both, "base_model_relation": "merge"}
     card = (fused / "README.md").read_text()
@@ -143,8 +159,12 @@ def test_a_card_is_no_part_of_a_model_or_a_fingerprint(plans, licensed, tmp_path
     [
         ("license: apache-2.0", "license: mit", "other", "licences differ: target apache-2.0, source mit; check that"),
         ("license: apache-2.0", None, "other", "licences differ: target apache-2.0, source unknown; check that both"),
-        ("license: other\nlicense_name: llama3\nlicense_link: https://x/y", "license: llama3.1", "other",
-         "licences differ: target llama3, source llama3.1"),
+        (
+            "license: other\nlicense_name: llama3\nlicense_link: https://x/y",
+            "license: llama3.1",
+            "other",
+            "licences differ: target llama3, source llama3.1",
+        ),
         ("license: [", "x: 1", "unknown", "licences are not stated: target unknown, source unknown"),
     ],
 )
@@ -245,8 +265,18 @@ def test_push_uploads_the_finished_folder_and_again_when_asked_again(plans, lice
     assert json.loads((fused / "manifest.json").read_text())["fingerprint"] == fingerprint
 
     for scenario, repo in (("hot", "someone/mine-adapted"), ("no_hot", "someone/mine-no-hot")):
-        flags = ["--model_dir", fused, "--output_dir", tmp_path / scenario, "--sft-samples", 3,
-                 "--training_scenario", scenario, "--push-to-hub", "mine"]
+        flags = [
+            "--model_dir",
+            fused,
+            "--output_dir",
+            tmp_path / scenario,
+            "--sft-samples",
+            3,
+            "--training_scenario",
+            scenario,
+            "--push-to-hub",
+            "mine",
+        ]
         for _ in range(2):
             run_main(stage3, *flags)
             assert calls.pop()[:2] == (repo, tmp_path / scenario)
@@ -284,8 +314,10 @@ def test_push_gives_up_where_the_hub_does_not_answer(tmp_path, monkeypatch):
 
 # What the hub answers when a model is asked for
 
-GATED = ("Access to model someone/x is restricted and you are not in the authorized list. "
-         "Visit https://huggingface.co/someone/x to ask for access.")
+GATED = (
+    "Access to model someone/x is restricted and you are not in the authorized list. "
+    "Visit https://huggingface.co/someone/x to ask for access."
+)
 
 
 @pytest.mark.parametrize(
@@ -307,8 +339,17 @@ def test_refused_models_give_the_hubs_reason_and_the_fix(fails, plans, monkeypat
         raise refused(*answer)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    line = fails(stage2, "--hot_dir", plans["token"], "--modelA_id", "someone/x", "--target-revision", "v9",
-                 "--output_dir", tmp_path / "f")
+    line = fails(
+        stage2,
+        "--hot_dir",
+        plans["token"],
+        "--modelA_id",
+        "someone/x",
+        "--target-revision",
+        "v9",
+        "--output_dir",
+        tmp_path / "f",
+    )
     assert told in line and "neither a folder" not in line and not (tmp_path / "f").exists()
 
 

@@ -22,8 +22,20 @@ def configs(models, tmp_path):
 
 
 def test_plan_only_counts_what_stage_1_will_write(configs, plans, capsys):
-    run_main(stage1, "--target-model", configs / "target", "--source-model", configs / "source" / "config.json",
-             "--plan-only", "--pooling", "token", "--max-rows", 1000, "--max-tokens", 24)
+    run_main(
+        stage1,
+        "--target-model",
+        configs / "target",
+        "--source-model",
+        configs / "source" / "config.json",
+        "--plan-only",
+        "--pooling",
+        "token",
+        "--max-rows",
+        1000,
+        "--max-tokens",
+        24,
+    )
     printed = capsys.readouterr().out
     assert re.search(r"q +36 x 32 +12 ", printed) and re.search(r"v +12 x 16 +12 ", printed)
     assert re.search(r"plans +72 ", printed)
@@ -43,9 +55,12 @@ def test_rows_beyond_the_budget_take_no_memory(configs, monkeypatch):
     monkeypatch.setattr(cost, "CALIBRATION_S", 0.1)
     target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
     rows = 4 * 4000 * 4 * (2 * 16 + 4 * 32)  # of the source: 4000 rows, 4 layers, sides k, v and the four others
-    memory = [cost.stage1_cost(target, source, Experiment(calibration_samples=4000, activations_budget_mb=budget,
-                                                          pairs_budget_mb=1)).memory
-              for budget in (rows // 2**20 + 1, 0)]
+    memory = [
+        cost.stage1_cost(
+            target, source, Experiment(calibration_samples=4000, activations_budget_mb=budget, pairs_budget_mb=1)
+        ).memory
+        for budget in (rows // 2**20 + 1, 0)
+    ]
     assert memory[1] < memory[0] - rows / 2
 
 

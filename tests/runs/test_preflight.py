@@ -10,8 +10,8 @@ from conftest import run_main
 from safetensors.torch import load_file, save_file
 
 import run_activs_and_hot as stage1
-from core.models import checkpoints
 from core import generate_hot_residual as stage2
+from core.models import checkpoints
 
 
 @pytest.fixture
@@ -30,13 +30,33 @@ def pair(models, tmp_path):
 
 
 def stage1_flags(pair, texts, out):
-    return ["--target-model", pair["target"], "--source-model", pair["source"], "--data-subset", "file", "--data-file",
-            texts, "--max-tokens", 24, "--out-dir", out]
+    return [
+        "--target-model",
+        pair["target"],
+        "--source-model",
+        pair["source"],
+        "--data-subset",
+        "file",
+        "--data-file",
+        texts,
+        "--max-tokens",
+        24,
+        "--out-dir",
+        out,
+    ]
 
 
 def stage2_flags(pair, plans, out):
-    return ["--target-model", pair["target"], "--source-model", pair["source"], "--hot-dir", plans["text"],
-            "--output-dir", out]
+    return [
+        "--target-model",
+        pair["target"],
+        "--source-model",
+        pair["source"],
+        "--hot-dir",
+        plans["text"],
+        "--output-dir",
+        out,
+    ]
 
 
 def test_stage1_dry_run_says_what_it_would_do(no_weights, models, texts, tmp_path, capsys):
@@ -97,8 +117,11 @@ def damage(folder, **changes):
 def test_missing_and_misshapen_tensors_are_told(stage, fails, no_weights, pair, plans, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(stage2.PlanDirectory, "check_models", lambda *_: None)
     damage(pair["target"], model__layers__0__self_attn__k_proj__weight=None)
-    damage(pair["source"], model__layers__1__self_attn__q_proj__weight=torch.zeros(32, 30),
-           model__layers__2__self_attn__q_proj__weight=torch.zeros(32, 30))
+    damage(
+        pair["source"],
+        model__layers__1__self_attn__q_proj__weight=torch.zeros(32, 30),
+        model__layers__2__self_attn__q_proj__weight=torch.zeros(32, 30),
+    )
     flags = stage1_flags(pair, texts, tmp_path / "o") if stage == 1 else stage2_flags(pair, plans, tmp_path / "o")
     for mode in ((), ("--dry-run",)):
         told = fails(stage1 if stage == 1 else stage2, *flags, *mode)

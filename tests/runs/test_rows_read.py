@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import run_main, sentences
+from data_files import write
 from stages import fuse, train
-from test_data import write
 
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from core.runs.command_line import Parser, load_experiment, parse_command
-from core.runs.settings import Experiment
 from core.fusion.transport_weights import FusionSettings
+from core.runs.command_line import Parser, load_experiment, parse_command
 from core.runs.process import UserError
+from core.runs.settings import Experiment
 from evaluation.scores import runner_flags
 
 DEMO = ROOT / "scripts/experiments/demo.yaml"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import run_main
-from test_data import fake_hub
+from data_files import fake_hub
 
 from core.data import DataSpec, divide
 from scripts import download_assets

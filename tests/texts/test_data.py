@@ -12,20 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHARED_DATA
+from data_files import all_rows, fake_hub, write
 
 from core.data import SOURCES, DataSpec, divide, load_rows
 from core.runs.process import UserError
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-    return str(path)
-
-
-def all_rows(*data):
-    """The rows of all parts of the data set that `DataSpec(*data)` names."""
-    return [row for rows in divide(DataSpec(*data)).parts.values() for row in rows]
-
 
 SHOWN = "import core.data, datasets; print(datasets.__file__)"
 
@@ -238,29 +228,6 @@ def test_at_most_so_many_rows_are_read_in_a_seeded_order(tmp_path, caplog):
     assert [len(found) for found in seeds] == [100, 100] and seeds[0] != seeds[1]
     assert len(load_rows(DataSpec("file", path), "sft", 20)) == 20
     assert "20 of " in caplog.text and "characters on average" in caplog.text and caplog.text.count("  e.g. text ") == 3
-
-
-def fake_hub(monkeypatch, records, commit=None):
-    """`datasets.load_dataset` with a data set of these records; returns what was asked for.
-
-    With a commit, the data set knows the addresses of the files it was made of, as one that was downloaded does.
-    """
-    import datasets
-
-    asked = []
-    real = datasets.load_dataset
-
-    def load(hub_id, config=None, split=None, revision=None, streaming=False, **local):
-        if local:
-            return real(hub_id, split=split, **local)
-        asked.append((hub_id, config, split, revision, streaming))
-        files = {f"hf://datasets/{hub_id}@{commit}/data/{n}.parquet": {"num_bytes": 1} for n in range(2)}
-        data = datasets.Dataset.from_list(records)
-        data.info.download_checksums = files if commit else None
-        return data.to_iterable_dataset() if streaming else data
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))

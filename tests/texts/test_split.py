@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import WORDS, sentences
-from test_data import all_rows, write
+from data_files import all_rows, write
 
 from core.data import DataSpec, divide, load_rows
 from core.runs.process import UserError
@@ -217,7 +217,7 @@ def test_near_duplicates_are_left_out_of_the_held_out_part_and_told(tmp_path, ca
 
 
 def test_an_export_has_the_groups_of_the_data_set(tmp_path, monkeypatch):
-    from test_data import fake_hub
+    from data_files import fake_hub
 
     from core.data import export_rows
 

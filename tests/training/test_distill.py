@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, run_main
+from family_models import logits, stock
 from stages import losses, run
-from test_families import logits, stock
 
 from core import train_hot_residual_sft as stage3
 from core.data import DataSpec, Row, load_rows

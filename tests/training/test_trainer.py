@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from family_models import fuse_pair, logits, make, stock
 from safetensors.torch import load_file
 from stages import killed, losses, run
-from test_families import fuse_pair, logits, make, stock
 
 from core import train_hot_residual_sft as stage3
 from core.data import DataSpec, load_rows

@@ -1,0 +1,1 @@
+"""Models as files: families, where a model is, its weights, its activations."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.data import Row, divide
+from core.errors import UserError
+from core.files import MANIFEST, TEMPORARY, read_json
 from core.hot_transport import (
     SinkhornResult,
     compute_P,
@@ -27,30 +29,18 @@ from core.hot_transport import (
     solve_layer,
     standardize_layer,
 )
+from core.locks import outputs_held
+from core.manifest import Manifest, check_output_folder
 from core.models.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
-from core.models.checkpoints import Checkpoint
+from core.models.checkpoints import Checkpoint, open_pair
 from core.models.families import SIDES
 from core.models.locate import waits_for
 from core.runs import cost, plan_directory
 from core.runs import preflight as checks
 from core.runs.command_line import parse_command, save_resolved
-from core.runs.process import (
-    MANIFEST,
-    TEMPORARY,
-    Manifest,
-    UserError,
-    check_output_folder,
-    log_to_file,
-    outputs_held,
-    process_state,
-    provenance,
-    read_json,
-    run_command,
-    setup_logging,
-)
+from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
 from core.runs.rows_read import recorded, write_rows_read
-from core.runs.settings import Experiment, open_pair
-from core.runs.settings_check import MIN_TEXTS
+from core.runs.settings import MIN_TEXTS, Experiment
 from core.transport.sinkhorn import no_cost
 
 log = logging.getLogger("stage1")
@@ -70,7 +60,7 @@ def main(argv: list[str]) -> None:
             "dry_run": "check everything that can be checked without loading a model, print it, and stop",
         },
     )
-    experiment = dataclasses.replace(command.experiment, epsilon=command.experiment.regularisation)
+    experiment = command.experiment.changed(epsilon=command.experiment.epsilon)
     if "plan_only" in command.modes:
         print(cost.estimate(experiment))
         return
@@ -80,13 +70,13 @@ def main(argv: list[str]) -> None:
         print(f"{'; '.join(waiting)}: its tensors, tokenizer and the disk are checked after that")
         return
     folder = command.path("out_dir", "plans")
-    target, source = open_pair(experiment)
+    target, source = open_pair(experiment.models, experiment.compute.device)
     check_output_folder(folder, target.folder, source.folder)
     preflight(target, source, folder, experiment, dry_run)
-    division = divide(experiment.data_spec)
+    division = divide(experiment.data.spec)
     for part in ("sft", "validation", "held_out"):  # later stages need them, when it is too late to split anew
         division.tell_share(part)
-    rows = division.rows("calibration", experiment.calibration_samples)
+    rows = division.rows("calibration", experiment.reading.calibration_samples)
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
     if dry_run:
@@ -97,7 +87,7 @@ def main(argv: list[str]) -> None:
     readings, aside = read_both(target, source, rows, experiment)
     settings = experiment.deciding("1")
     data = division.identity(rows)
-    state = process_state(experiment.device)
+    state = process_state(experiment.compute.device)
     inputs = {"target": target.identity, "source": source.identity, "data": data, "settings": settings}
     if state.is_main_process:
         Manifest.begin(folder, plan_directory.STAGE, inputs)
@@ -127,8 +117,8 @@ def main(argv: list[str]) -> None:
 def models_to_fetch(experiment: Experiment) -> list[str]:
     """The models of which only the config can be read now, with what they wait for."""
     pair = {
-        "target": (experiment.target_model, experiment.target_revision),
-        "source": (experiment.source_model, experiment.source_revision),
+        "target": (experiment.models.target_model, experiment.models.target_revision),
+        "source": (experiment.models.source_model, experiment.models.source_revision),
     }
     found = {role: (name, waits_for(name, revision)) for role, (name, revision) in pair.items() if name}
     return [f"{role} {name} waits for {what}" for role, (name, what) in found.items() if what]
@@ -136,7 +126,7 @@ def models_to_fetch(experiment: Experiment) -> list[str]:
 
 def preflight(target: Checkpoint, source: Checkpoint, folder: Path, experiment: Experiment, report: bool) -> None:
     """Check models, disk and memory from configs and headers; print them when `report`. Raises UserError."""
-    small, large = (cost.opened_model(model, experiment.dtype) for model in (target, source))
+    small, large = (cost.opened_model(model, experiment.compute.dtype) for model in (target, source))
     estimate = cost.stage1_cost(small, large, experiment, timed=False)
     if report:
         print(checks.stage1_report(target, source, estimate))
@@ -145,7 +135,7 @@ def preflight(target: Checkpoint, source: Checkpoint, folder: Path, experiment: 
         *checks.model_problems("source", source),
         *checks.disk_problems(folder, estimate.disk),
     ]
-    short = checks.memory_problems(estimate.memory, experiment.device)
+    short = checks.memory_problems(estimate.memory, experiment.compute.device)
     if report:
         problems += short
     elif short:
@@ -158,12 +148,12 @@ def read_both(
 ) -> tuple[dict[str, Reading], Tensor]:
     """Token ids and row positions of both models, and which rows are kept aside."""
     tokenizers = target.load_tokenizer(), source.load_tokenizer()
-    if experiment.pooling == "token":
+    if experiment.reading.pooling == "token":
         to_target, to_source, aside = read_aligned(
-            rows, *tokenizers, experiment.max_tokens, experiment.max_rows, experiment.seed
+            rows, *tokenizers, experiment.reading.max_tokens, experiment.reading.max_rows, experiment.compute.seed
         )
     else:
-        to_target, to_source = (read_texts(rows, tokenizer, experiment.max_tokens) for tokenizer in tokenizers)
+        to_target, to_source = (read_texts(rows, tokenizer, experiment.reading.max_tokens) for tokenizer in tokenizers)
         aside = torch.tensor([is_aside(number) for number in range(len(rows))])
     return {"target": to_target, "source": to_source}, aside
 
@@ -182,7 +172,7 @@ def record_activations(
     """
     selected = (folder / "selection.safetensors").is_file()
     there = {name: plan_directory.activations_file(folder, name).is_file() for name in models}
-    budget = experiment.activations_budget_mb * 2**20
+    budget = experiment.reading.activations_budget_mb * 2**20
     for name in [name for name in models if not (there[name] and (name == "source" or selected))]:
         checkpoint, reading = models[name], readings[name]
         if state.num_processes > 1:
@@ -194,9 +184,11 @@ def record_activations(
             if state.num_processes > 1:
                 rows = plan_directory.join_shares(folder, name, state.num_processes, checkpoint.layout, allocate)
             else:
-                batches = text_batches(reading, experiment.tokens_per_batch)
+                batches = text_batches(reading, experiment.compute.tokens_per_batch)
                 rows = read_rows(folder, name, checkpoint, reading, batches, experiment, allocate)
-            strengths = plan_directory.write_activations(folder, name, rows, aside, half=experiment.pooling == "token")
+            strengths = plan_directory.write_activations(
+                folder, name, rows, aside, half=experiment.reading.pooling == "token"
+            )
         if name == "target":
             plan_directory.write_selection(folder, strengths)
         plan_directory.remove_shares(folder, name)
@@ -209,10 +201,10 @@ def read_share(
     path = plan_directory.share_file(folder, name, state.process_index, state.num_processes)
     if path.is_file():
         return
-    batches = text_batches(reading, experiment.tokens_per_batch)[state.process_index :: state.num_processes]
+    batches = text_batches(reading, experiment.compute.tokens_per_batch)[state.process_index :: state.num_processes]
     numbers = reading.row_numbers(n for batch in batches for n in batch)
     needed = row_bytes(checkpoint.layout, len(numbers))
-    with plan_directory.row_memory(folder, needed, experiment.activations_budget_mb * 2**20) as allocate:
+    with plan_directory.row_memory(folder, needed, experiment.reading.activations_budget_mb * 2**20) as allocate:
         plan_directory.write_share(
             path, read_rows(folder, name, checkpoint, reading, batches, experiment, allocate), numbers
         )
@@ -229,7 +221,7 @@ def read_rows(
 ) -> dict[tuple[str, int], Tensor]:
     """Load a model, read batches of texts with it, and let it go. What it offloads goes to a temporary folder."""
     with tempfile.TemporaryDirectory(prefix=TEMPORARY + "offload-", dir=folder) as offload:
-        model = checkpoint.load_model(experiment.dtype, experiment.device_map, Path(offload))
+        model = checkpoint.load_model(experiment.compute.dtype, experiment.reading.device_map, Path(offload))
         rows = extract(model, checkpoint.layout, reading, batches, f"{name} activations", allocate)
         del model
         gc.collect()
@@ -251,7 +243,10 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
                 state.wait_for_everyone()
             if todo and state.is_main_process:
                 tensors, measured = plan_directory.join_parts(
-                    folder, side, L, lambda costs: compute_P(costs, experiment.eta, experiment.layer_cost_scale)
+                    folder,
+                    side,
+                    L,
+                    lambda costs: compute_P(costs, experiment.transport.eta, experiment.transport.layer_cost_scale),
                 )
                 sides[side] = describe(tensors, measured)
                 manifest.save()
@@ -259,13 +254,13 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
             bar.n = (SIDES.index(side) + 1) * L * M
             bar.refresh()
     missed = {side: record["not_converged"] for side, record in sides.items() if record["not_converged"]}
-    if missed and experiment.sinkhorn_mode == "auto":
+    if missed and experiment.transport.sinkhorn_mode == "auto":
         pairs = "; ".join(
             f"{side} {len(found)}, e.g. (target, source) layers {found[:3]}" for side, found in missed.items()
         )
         log.warning(
             "plans that did not reach the tolerance %.0e: %s; raise --sinkhorn-iters or --epsilon",
-            experiment.sinkhorn_tol,
+            experiment.transport.sinkhorn_tol,
             pairs,
         )
 
@@ -274,15 +269,17 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
     """This process's share of one side's target layers."""
 
     def standardized(model: str, layer: int) -> Tensor:
-        return standardize_layer(plan_directory.read_layer(folder, model, side, layer, experiment.device), model, layer)
+        return standardize_layer(
+            plan_directory.read_layer(folder, model, side, layer, experiment.compute.device), model, layer
+        )
 
     L, M = shape
     T, m = plan_directory.read_layer(folder, "source", side, 0).shape
-    budget, rows = experiment.pairs_budget_mb * 2**20, 4 * M * T * m
+    budget, rows = experiment.transport.pairs_budget_mb * 2**20, 4 * M * T * m
     fits = rows <= budget  # a part of the layers would be of no use: each would be dropped before it is read again
     source = lru_cache(M if fits else 0)(lambda k: standardized("source", k))
     e = experiment
-    problem = (e.regularisation, e.sinkhorn_iters, e.sinkhorn_tol, e.sinkhorn_mode)
+    problem = (e.epsilon, e.transport.sinkhorn_iters, e.transport.sinkhorn_tol, e.transport.sinkhorn_mode)
     probe = torch.linspace(0, T - 1, min(T, cost.PROBE_ROWS)).round().long()
     for layer in range(state.process_index, L, state.num_processes):
         if plan_directory.part_file(folder, side, layer).is_file():

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.runs.process import UserError, digest_of, first_line, write_text
+from core.errors import UserError, first_line
+from core.files import digest_of, write_text
 from core.texts.rows import Row, row_of
 from core.texts.split import SHARES, SIMILARITY, group_names, near_duplicates, part_of, seeded_order, shared_values
 
@@ -22,7 +23,7 @@ if _FOLDER not in sys.path:
     sys.path.append(_FOLDER)
 
 from dataset_general_texts import python_reference
-from dataset_sources import SOURCES, read_source
+from dataset_sources import EPSILON, SOURCES, read_source
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,10 @@ FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 DATA_SUBSETS = ("python_reference", *SOURCES, "file")
 # Data sets of the hub: model cards name them.
 HUB_IDS = {name: source.hub_id for name, source in SOURCES.items()}
-# Rows read of a data set, unless --max-samples says otherwise.
-MAX_SAMPLES = 40_000
+# Rows read of a data set, unless --max-rows-read says otherwise.
+MAX_ROWS_READ = 40_000
+# Names of settings on disk, where they differ.
+SPEC_ON_DISK = {"max_rows_read": "max_samples"}
 # The column that says what a row belongs to, where no other one is named.
 GROUP_COLUMN = "group"
 # What to do about a part with too few rows, and about texts of several parts that are too alike.
@@ -48,7 +51,7 @@ class DataSpec:
     Attributes:
         subset, file: a name of DATA_SUBSETS, or a local file or folder.
         split_seed: of the split into parts.
-        max_samples: at most so many rows are read, before they are divided.
+        max_rows_read: at most so many rows are read, before they are divided.
         group_column: the column that names the group of a row; None: `group`, and where a row has none, what its text
             shares with others.
     """
@@ -56,8 +59,13 @@ class DataSpec:
     subset: str
     file: str | None = None
     split_seed: int = 0
-    max_samples: int = MAX_SAMPLES
+    max_rows_read: int = MAX_ROWS_READ
     group_column: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as manifests hold them, where the limit has the name of the first format."""
+        found = asdict(self)
+        return {SPEC_ON_DISK.get(name, name): value for name, value in found.items()}
 
 
 @dataclass
@@ -152,7 +160,7 @@ class Division:
     def identity(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Where rows came from, and their count and digest, for a stage's manifest."""
         contents = {"rows": len(rows), "sha256": digest_of([row.messages for row in rows])}
-        return {**asdict(self.spec), "revision": self.revision, **contents}
+        return {**self.spec.identity(), "revision": self.revision, **contents}
 
 
 def divide(spec: DataSpec) -> Division:
@@ -260,7 +268,7 @@ def _read(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None]:
     """Raw records, where they came from, and the revision of a data set of the hub."""
     subset = spec.subset
     if spec.file is not None:
-        records = _read_local(Path(spec.file), spec.max_samples, spec.split_seed)
+        records = _read_local(Path(spec.file), spec.max_rows_read, spec.split_seed)
         beside = _revision_file(Path(spec.file))
         return records, spec.file, beside.read_text("utf-8").strip() if beside.is_file() else None
     if subset == "file":
@@ -272,7 +280,7 @@ def _read(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None]:
     try:
         if subset == "python_reference":
             return python_reference(), subset, None
-        records, revision = read_source(subset, spec.max_samples, spec.split_seed)
+        records, revision = read_source(subset, spec.max_rows_read, spec.split_seed)
         return records, subset, revision
     except ModuleNotFoundError as error:
         raise UserError(f"{subset}: this Python has no {error.name}; install your system's full Python") from None
@@ -308,3 +316,8 @@ def _read_local(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"data file {path} cannot be read: {first_line(error.__cause__ or error)}") from None
     return list(data if len(data) <= limit else data.shuffle(seed=seed).select(range(limit)))
+
+
+def epsilon_of(subset: str) -> float:
+    """The paper's entropic regularisation of Q for a data set."""
+    return SOURCES[subset].epsilon if subset in SOURCES else EPSILON

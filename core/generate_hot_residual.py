@@ -18,29 +18,22 @@ if __package__ in (None, ""):
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from core.errors import UserError
+from core.files import read_json, write_json, write_text
 from core.fusion.residual import Residual
-from core.fusion.transport_weights import PROJECTIONS, FusionSettings, fuse_attention_only_from_hot_dir
+from core.fusion.settings import FusionSettings
+from core.fusion.transport_weights import PROJECTIONS, fuse_attention_only_from_hot_dir
 from core.hub import push_folder
-from core.models.checkpoints import Checkpoint, write_folded
+from core.locks import outputs_held
+from core.manifest import Manifest, check_output_folder
+from core.models.checkpoints import Checkpoint, open_pair, write_folded
 from core.runs import preflight as checks
 from core.runs.card import CARD, fused_card, fused_lineage, licence_warning
 from core.runs.command_line import parse_command, save_resolved
 from core.runs.plan_directory import PlanDirectory
-from core.runs.process import (
-    Manifest,
-    UserError,
-    check_output_folder,
-    log_to_file,
-    outputs_held,
-    provenance,
-    read_json,
-    run_command,
-    setup_logging,
-    write_json,
-    write_text,
-)
+from core.runs.process import log_to_file, provenance, run_command, setup_logging
 from core.runs.rows_read import write_rows_read
-from core.runs.settings import Experiment, open_pair
+from core.runs.settings import Experiment
 from core.training.hot_linear import (
     RESIDUAL_FILE,
     enable_hot_residual_for_model,
@@ -76,15 +69,14 @@ def main(argv: list[str]) -> None:
         {"dry_run": "check everything that can be checked without reading weights, print it, and stop"},
     )
     folder = command.path("output_dir", "fused")
-    plans = PlanDirectory(command.path("hot_dir", "plans"), command.experiment.device)
+    plans = PlanDirectory(command.path("hot_dir", "plans"), command.experiment.compute.device)
     made_from = plans.manifest.inputs
-    experiment = dataclasses.replace(
-        command.experiment,
-        target_model=command.experiment.target_model or made_from["target"]["id"],
-        source_model=command.experiment.source_model or made_from["source"]["id"],
+    experiment = command.experiment.changed(
+        target_model=command.experiment.models.target_model or made_from["target"]["id"],
+        source_model=command.experiment.models.source_model or made_from["source"]["id"],
     )
-    settings = experiment.fusion_settings()
-    target, source = open_pair(experiment)
+    settings = experiment.fusion
+    target, source = open_pair(experiment.models, experiment.compute.device)
     check_output_folder(folder, plans.folder, target.folder, source.folder)
     plans.check_models(target, source)
     preflight(plans, target, source, folder, experiment, "dry_run" in command.modes)
@@ -111,7 +103,7 @@ def main(argv: list[str]) -> None:
         lines = transport_layers(folder / PARTS, plans, target, source, settings)
         parts = [part_file(folder / PARTS, layer) for layer in range(plans.shape[0])]
         join_residuals(parts, folder / RESIDUAL_FILE)
-        write_folded(target, folder, fold_from(parts, target, settings), experiment.max_shard_bytes)
+        write_folded(target, folder, fold_from(parts, target, settings), experiment.output.max_shard_bytes)
         means, dropped = by_projection(lines), sum(line["bias"] == "dropped" for line in lines)
         used = sum(len(line["source_layers"]) for line in lines) / len(lines)
         write_json(
@@ -142,16 +134,16 @@ def main(argv: list[str]) -> None:
         log.warning(
             "|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights", ratio
         )
-    push_folder(folder, experiment.push_to_hub)
+    push_folder(folder, experiment.output.push_to_hub)
 
 
 def preflight(
     plans: PlanDirectory, target: Checkpoint, source: Checkpoint, folder: Path, experiment: Experiment, report: bool
 ) -> None:
     """Check models, disk and memory from headers; print what would be done when `report`. Raises UserError."""
-    settings = experiment.fusion_settings()
+    settings = experiment.fusion
     disk = checks.stage2_disk(target, settings)
-    memory = checks.stage2_memory(plans, target, source, experiment.max_shard_bytes)
+    memory = checks.stage2_memory(plans, target, source, experiment.output.max_shard_bytes)
     problems = [
         *checks.model_problems("target", target),
         *checks.model_problems("source", source),
@@ -159,7 +151,7 @@ def preflight(
     ]
     if report:
         print(checks.stage2_report(plans, target, source, settings, memory, disk))
-        problems += checks.memory_problems(memory, experiment.device)
+        problems += checks.memory_problems(memory, experiment.compute.device)
     checks.refuse(problems)
 
 

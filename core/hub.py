@@ -6,7 +6,8 @@ import contextlib
 import logging
 from pathlib import Path
 
-from core.runs.process import TEMPORARY, UserError
+from core.errors import UserError
+from core.files import TEMPORARY
 
 log = logging.getLogger(__name__)
 

@@ -18,27 +18,16 @@ from itertools import product
 from torch import Tensor
 
 from core.data import Row, divide
+from core.errors import UserError
+from core.files import MANIFEST, read_json, write_json, write_safetensors, write_text
 from core.hub import push_folder
+from core.locks import outputs_held
+from core.manifest import Manifest, check_output_folder
 from core.models.checkpoints import Checkpoint
 from core.models.families import TOWERS
 from core.runs.card import CARD, adapted_card, adapted_lineage
 from core.runs.command_line import parse_command, save_resolved
-from core.runs.process import (
-    MANIFEST,
-    Manifest,
-    UserError,
-    check_output_folder,
-    log_to_file,
-    outputs_held,
-    process_state,
-    provenance,
-    read_json,
-    run_command,
-    setup_logging,
-    write_json,
-    write_safetensors,
-    write_text,
-)
+from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
 from core.runs.rows_read import check_held_out, check_same_split, recorded, write_rows_read
 from core.runs.settings import Experiment
 from core.training.hot_linear import set_trainable
@@ -66,25 +55,29 @@ def main(argv: list[str]) -> None:
         {"alpha": "train_alpha"},
     )
     experiment = command.experiment
-    scenario = experiment.training_scenario
-    place = f"adapted/{scenario}/seed{experiment.seed}"
+    scenario = experiment.training.training_scenario
+    place = f"adapted/{scenario}/seed{experiment.compute.seed}"
     folder = command.path("output_dir", place)
     start = open_start(str(command.path("model_dir", "fused")), experiment)
     check_output_folder(folder, start.checkpoint.folder)
     source = open_source(start, experiment) if scenario == "distill" else None
     experiment = resolved(start, experiment)
-    division = divide(experiment.data_spec)
+    division = divide(experiment.data.spec)
     if start.made_by is not None:
         check_same_split(start.made_by["data"], division.spec, division.revision)
     made_with = recorded(start.checkpoint, source)
     if start.made_by is not None and start.checkpoint.folder not in made_with:
         made_with.append(start.checkpoint.folder)  # its record is missing, which reading it tells
     check_held_out(division, made_with)
-    rows = division.rows("sft", experiment.sft_samples)
-    validation = division.rows("validation", experiment.validation_samples) if experiment.validation_samples else []
+    rows = division.rows("sft", experiment.training.sft_samples)
+    validation = (
+        division.rows("validation", experiment.training.validation_samples)
+        if experiment.training.validation_samples
+        else []
+    )
     data, validation_data = division.identity(rows), division.identity(validation)
     read = {"sft": division.marks(rows), "validation": division.marks(validation)}
-    state = process_state(experiment.device)
+    state = process_state(experiment.compute.device)
     settings = {**experiment.deciding("3"), "processes": state.num_processes}
     inputs = {
         "model": start.checkpoint.identity,
@@ -99,7 +92,7 @@ def main(argv: list[str]) -> None:
     state.wait_for_everyone()
     manifest = Manifest(folder, read_json(folder / MANIFEST))
     log_to_file(command.log_file("output_dir", place) if state.is_main_process else None)
-    if experiment.save_untrained_folded and state.is_main_process:
+    if experiment.training.save_untrained_folded and state.is_main_process:
         save_untrained(start, folder, experiment)
     if manifest.complete:
         log.info("%s is finished already", folder)
@@ -108,8 +101,8 @@ def main(argv: list[str]) -> None:
         if state.is_main_process:
             save_resolved(experiment, "3", folder)
         rows, teacher, method = taught(rows, source, tokenizer, folder, experiment, state)
-        examples, counts = sft_examples(rows, tokenizer, experiment.block_size)
-        kept = sft_examples(validation, tokenizer, experiment.block_size)[0] if validation else []
+        examples, counts = sft_examples(rows, tokenizer, experiment.training.block_size)
+        kept = sft_examples(validation, tokenizer, experiment.training.block_size)[0] if validation else []
         trials, chosen = search(start, examples, kept, teacher, folder, experiment, state)
         if state.is_main_process:
             told = {"data": data, "counts": counts, "method": method, "settings": settings, "teacher": source}
@@ -134,17 +127,19 @@ def taught(
     own = source.load_tokenizer()
     if same_vocabulary(tokenizer, own):
         method = (
-            f"token-level: {experiment.distill_weight} of the loss is T^2 KL(source || target), T = "
-            f"{experiment.distill_temperature}"
+            f"token-level: {experiment.distill.distill_weight} of the loss is T^2 KL(source || target), T = "
+            f"{experiment.distill.distill_temperature}"
         )
         log.info("same vocabulary; %s", method)
-        model = source.load_model(experiment.dtype).requires_grad_(False)
-        return rows, Teacher(model, experiment.distill_weight, experiment.distill_temperature), method
+        model = source.load_model(experiment.compute.dtype).requires_grad_(False)
+        return rows, Teacher(model, experiment.distill.distill_weight, experiment.distill.distill_temperature), method
     method = "sequence-level: the source's greedy answers (of a text, its second half) in place of the rows' own"
     log.info("the vocabularies differ; %s", method)
     if state.is_main_process:
-        model = source.load_model(experiment.dtype)
-        write_answers(rows, model, own, folder / ANSWERS, experiment.block_size, experiment.tokens_per_batch)
+        model = source.load_model(experiment.compute.dtype)
+        write_answers(
+            rows, model, own, folder / ANSWERS, experiment.training.block_size, experiment.compute.tokens_per_batch
+        )
         del model
     state.wait_for_everyone()
     return read_answers(rows, folder / ANSWERS), None, method
@@ -168,8 +163,10 @@ def search(
     """
     from core.training.trainer import Diverged
 
-    hot = experiment.training_scenario == "hot"
-    grid = list(product(start.alphas(experiment), experiment.lr_search or (experiment.learning_rate,)))
+    hot = experiment.training.training_scenario == "hot"
+    grid = list(
+        product(start.alphas(experiment), experiment.training.lr_search or (experiment.training.learning_rate,))
+    )
     trials: list[dict[str, Any]] = []
     best = 0
     for number, (alpha, rate) in enumerate(grid):
@@ -238,26 +235,26 @@ def train_once(
     from core.training.adapters import add_lora, merge_lora
     from core.training.trainer import train
 
-    set_seed(experiment.seed)  # before the adapters are drawn: a trial is the same alone and in a search
-    hot, layout = experiment.training_scenario == "hot", start.checkpoint.layout
+    set_seed(experiment.compute.seed)  # before the adapters are drawn: a trial is the same alone and in a search
+    hot, layout = experiment.training.training_scenario == "hot", start.checkpoint.layout
     model = start.load(hot, alpha)
-    if experiment.use_lora:
+    if experiment.adapters.use_lora:
         adapted = add_lora(
             model,
             layout.family.tower,
-            experiment.lora_rank,
-            experiment.lora_alpha,
-            experiment.lora_dropout,
-            experiment.lora_targets,
+            experiment.adapters.lora_rank,
+            experiment.adapters.lora_alpha,
+            experiment.adapters.lora_dropout,
+            experiment.adapters.lora_targets,
         )
-        log.info("LoRA of rank %d on %d layers", experiment.lora_rank, adapted)
-    strategy = experiment.freeze_strategy if hot else "frozen_hot"
-    for part, (trainable, frozen) in set_trainable(model, strategy, experiment.use_lora).items():
+        log.info("LoRA of rank %d on %d layers", experiment.adapters.lora_rank, adapted)
+    strategy = experiment.training.freeze_strategy if hot else "frozen_hot"
+    for part, (trainable, frozen) in set_trainable(model, strategy, experiment.adapters.use_lora).items():
         if trainable + frozen:
             log.info("%-8s %12d trainable %12d frozen parameters", part, trainable, frozen)
     unused = layout.model_type not in TOWERS or (hot and alpha == 0)
     trainer, curve = train(model, examples, validation, place, experiment, learning_rate, teacher, unused)
-    if experiment.use_lora:
+    if experiment.adapters.use_lora:
         merge_lora(model)
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.sharded else model.state_dict()
     return {name: value.to("cpu") for name, value in (whole or {}).items()}, curve
@@ -287,9 +284,9 @@ def finish(
 
     from core.training.trainer import save_curve
 
-    hot, best, place = experiment.training_scenario == "hot", trials[chosen], trial_folder(folder, chosen)
+    hot, best, place = experiment.training.training_scenario == "hot", trials[chosen], trial_folder(folder, chosen)
     curve = read_json(place / DONE)["curve"]
-    save_folded(start, folder, load_file(place / WEIGHTS), hot, best["alpha"] or 0.0, experiment.max_shard_bytes)
+    save_folded(start, folder, load_file(place / WEIGHTS), hot, best["alpha"] or 0.0, experiment.output.max_shard_bytes)
     save_curve(folder, curve)
     settings = told["settings"]
     if len(trials) > 1:
@@ -318,7 +315,7 @@ def finish(
 
 def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
     """Write what training starts from, folded, beside the adapted checkpoint: the ablation without training."""
-    hot, alpha = experiment.training_scenario == "hot", start.alphas(experiment)[0]
+    hot, alpha = experiment.training.training_scenario == "hot", start.alphas(experiment)[0]
     place = folder.with_name(f"{folder.name}-{UNTRAINED}")
     made_by = start.made_by and start.made_by["fingerprint"]
     manifest = Manifest.begin(
@@ -329,12 +326,12 @@ def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
             "made_by": made_by,
             "hot": hot,
             "alpha": alpha,
-            "max_shard_size": experiment.max_shard_size,
+            "max_shard_size": experiment.output.max_shard_size,
         },
     )
     if not manifest.complete:
         state = {name: value.to("cpu") for name, value in start.load(hot, alpha).state_dict().items()}
-        save_folded(start, place, state, hot, alpha, experiment.max_shard_bytes)
+        save_folded(start, place, state, hot, alpha, experiment.output.max_shard_bytes)
         write_rows_read(place, {}, recorded(start.checkpoint))
         manifest.finish(**provenance())
     log.info("%s holds what training starts from", place)
@@ -342,8 +339,8 @@ def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
 
 def repository(experiment: Experiment) -> str | None:
     """Hub repository of this checkpoint: stage 2 has pushed the fused one to `push_to_hub` itself."""
-    suffix = {"hot": "adapted", "no_hot": "no-hot", "distill": "distilled"}[experiment.training_scenario]
-    return experiment.push_to_hub and f"{experiment.push_to_hub}-{suffix}"
+    suffix = {"hot": "adapted", "no_hot": "no-hot", "distill": "distilled"}[experiment.training.training_scenario]
+    return experiment.output.push_to_hub and f"{experiment.output.push_to_hub}-{suffix}"
 
 
 if __name__ == "__main__":

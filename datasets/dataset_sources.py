@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import dataset_gsm8k
 from core.hub import HUB_TIMEOUT_S
 
 # Rows held while a stream is shuffled.
 SHUFFLE_BUFFER = 10_000
+# The paper's entropic regularisation of Q (section 5), where a data set has none of its own.
+EPSILON = 0.1
 COMMIT = re.compile("hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
@@ -24,6 +27,7 @@ class Source:
         streaming: too large to download; the first rows of a seeded shuffle buffer are read.
         columns: column of the data set -> role column of `core.data`, where the names differ.
         rows: what else is peculiar: record -> record, or None to leave it out.
+        epsilon: the paper's entropic regularisation of Q for it.
     """
 
     hub_id: str
@@ -34,6 +38,7 @@ class Source:
     streaming: bool = False
     columns: tuple[tuple[str, str], ...] = ()
     rows: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    epsilon: float = EPSILON
 
 
 def _wikitext(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -56,7 +61,14 @@ SOURCES = {
     "cantonese_wikipedia": Source("jed351/cantonese-wikipedia"),
     "indonesian": Source("izzulgod/indonesian-conversation"),
     "malay": Source("mesolitica/Malaysian-SFT", split="google_translate_camel_ai", streaming=True),
-    "gsm8k": Source("openai/gsm8k", "main", revision="740312add88f781978c0658806c59bc2815b9866", licence="mit"),
+    "gsm8k": Source(
+        "openai/gsm8k",
+        "main",
+        revision="740312add88f781978c0658806c59bc2815b9866",
+        licence="mit",
+        rows=dataset_gsm8k.question_and_answer,
+        epsilon=dataset_gsm8k.EPSILON,
+    ),
     "wikitext": Source(
         "Salesforce/wikitext",
         "wikitext-103-raw-v1",

@@ -13,21 +13,12 @@ if __package__ in (None, ""):
 
 import yaml
 
+from core.errors import UserError
+from core.files import MANIFEST, digest_of, read_json, write_json, write_text
+from core.locks import hold, outputs_held
+from core.manifest import FORMAT_VERSION, check_format
 from core.runs.command_line import Parser
-from core.runs.process import (
-    FORMAT_VERSION,
-    MANIFEST,
-    UserError,
-    check_format,
-    digest_of,
-    hold,
-    outputs_held,
-    read_json,
-    run_command,
-    setup_logging,
-    write_json,
-    write_text,
-)
+from core.runs.process import run_command, setup_logging
 from core.runs.settings import results_root
 from evaluation.benchmarks.registry import EXPERIMENTS, TASK_FILE, TRAINED
 from evaluation.scores import read_score

@@ -16,28 +16,20 @@ if __package__ in (None, ""):
 import torch
 from tqdm.auto import tqdm
 
+from core.errors import UserError
+from core.files import digest_of, read_json, write_json
 from core.fusion.controls import CONTROLS, control_residual
 from core.fusion.residual import Residual
-from core.fusion.transport_weights import FusionSettings, Transport
-from core.models.checkpoints import Checkpoint, open_checkpoint
+from core.fusion.settings import FusionSettings
+from core.fusion.transport_weights import Transport
+from core.locks import hold, outputs_held
+from core.manifest import FORMAT_VERSION, Manifest
+from core.models.checkpoints import Checkpoint, open_checkpoint, open_pair
 from core.runs.card import add_results, results_section
 from core.runs.command_line import parse_command
 from core.runs.plan_directory import PlanDirectory
-from core.runs.process import (
-    FORMAT_VERSION,
-    Manifest,
-    UserError,
-    digest_of,
-    hold,
-    log_to_file,
-    outputs_held,
-    provenance,
-    read_json,
-    run_command,
-    setup_logging,
-    write_json,
-)
-from core.runs.settings import Experiment, of_one_scenario, open_pair
+from core.runs.process import log_to_file, provenance, run_command, setup_logging
+from core.runs.settings import Experiment, of_one_scenario
 from core.training.heldout import text_nll
 from core.training.hot_linear import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
 from evaluation.benchmarks.registry import TRAINED
@@ -58,11 +50,11 @@ def main(argv: list[str]) -> None:
     )
     experiment = command.experiment
     run = command.paths["run_dir"] or command.path("run_dir", ".")
-    plans = PlanDirectory(command.paths["hot_dir"] or run / "plans", experiment.device)
+    plans = PlanDirectory(command.paths["hot_dir"] or run / "plans", experiment.compute.device)
     fused_manifest = Manifest.read(run / "fused", "fused")
     adapted = trained_arms(run)
     check_chain(run, plans, fused_manifest, adapted)
-    target, source = open_pair(experiment)
+    target, source = open_pair(experiment.models, experiment.compute.device)
     plans.check_models(target, source)
     stages = [plans.folder, run / "fused", *(place for found in adapted.values() for place in found)]
     sets = text_sets(experiment, plans.manifest.inputs["data"], stages, target.load_tokenizer())
@@ -194,7 +186,7 @@ def evaluate_arms(
     Raises:
         UserError: a loss that is not finite.
     """
-    size = experiment.tokens_per_batch
+    size = experiment.compute.tokens_per_batch
 
     def measure(model: Any, arm: str) -> tuple[str, dict[str, list[float]]]:
         sums = {name: text_nll(model, texts.examples, size, f"{arm}, {name}") for name, texts in sets.items()}
@@ -206,11 +198,11 @@ def evaluate_arms(
     if in_memory:
         residuals, alpha, form = load_residuals(folders["fused"] / RESIDUAL_FILE)
         residuals = [residual.to(target.device) for residual in residuals]
-        model = target.load_model(experiment.dtype)
+        model = target.load_model(experiment.compute.dtype)
         transport = Transport(plans, source, settings)
         for arm in in_memory:
             changed = [] if arm == "base" else residuals
-            generator = torch.Generator().manual_seed(experiment.seed)
+            generator = torch.Generator().manual_seed(experiment.compute.seed)
             for residual in tqdm(changed, desc=f"building {arm}", unit="projection", disable=not changed):
                 control = control_residual(arm, residual, plans, transport, generator)
                 fold_in_place(model, control, target, alpha, form)
@@ -219,8 +211,10 @@ def evaluate_arms(
         del model
     for arm in arms:
         if arm not in in_memory:
-            checkpoint = open_checkpoint(str(folders[arm]), None, experiment.trust_remote_code, experiment.device)
-            yield measure(checkpoint.load_model(experiment.dtype), arm)
+            checkpoint = open_checkpoint(
+                str(folders[arm]), None, experiment.models.trust_remote_code, experiment.compute.device
+            )
+            yield measure(checkpoint.load_model(experiment.compute.dtype), arm)
 
 
 def check_finite(losses: Sequence[float], arm: str, name: str) -> None:

@@ -28,17 +28,11 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
+from core.errors import UserError
+from core.files import MANIFEST, write_json, write_text
+from core.locks import hold, outputs_held
 from core.runs.command_line import Parser
-from core.runs.process import (
-    MANIFEST,
-    UserError,
-    hold,
-    outputs_held,
-    run_command,
-    setup_logging,
-    write_json,
-    write_text,
-)
+from core.runs.process import run_command, setup_logging
 from evaluation.benchmarks.yue_answers import FILE_NAME, Answer, read_answers
 from evaluation.benchmarks.yue_mmlu import CATEGORIES, NAMES, UNCATEGORISED, category_of
 

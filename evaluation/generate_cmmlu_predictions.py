@@ -21,17 +21,10 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.runs.process import (
-    MANIFEST,
-    UserError,
-    digest_of,
-    hold,
-    outputs_held,
-    read_json,
-    run_command,
-    setup_logging,
-    write_json,
-)
+from core.errors import UserError
+from core.files import MANIFEST, digest_of, read_json, write_json
+from core.locks import hold, outputs_held
+from core.runs.process import run_command, setup_logging
 from evaluation.benchmarks.generation import Decoding, answers
 from evaluation.benchmarks.prompts import CHAT, POLICY_NAMES, asking_flags, chat_template
 from evaluation.benchmarks.yue_answers import read_answers

@@ -14,7 +14,10 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.runs.process import UserError, digest_of, hold, outputs_held, read_json, run_command, setup_logging
+from core.errors import UserError
+from core.files import digest_of, read_json
+from core.locks import hold, outputs_held
+from core.runs.process import run_command, setup_logging
 from evaluation.benchmarks.harness import (
     description,
     harness_version,

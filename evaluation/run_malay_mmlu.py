@@ -15,8 +15,10 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
+from core.files import digest_of, read_json, write_json
+from core.locks import hold, outputs_held
 from core.models.activations import token_batches
-from core.runs.process import digest_of, hold, outputs_held, read_json, run_command, setup_logging, write_json
+from core.runs.process import run_command, setup_logging
 from core.texts.tokens import DATE_STRING, tokenized
 from evaluation.benchmarks.malay_mmlu import LETTERS, Form, Question, data_file, read_questions
 from evaluation.benchmarks.option_scores import encode, letter_ids, option_scores

@@ -12,7 +12,10 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from core.runs.process import UserError, hold, outputs_held, run_command, setup_logging, write_json
+from core.errors import UserError
+from core.files import write_json
+from core.locks import hold, outputs_held
+from core.runs.process import run_command, setup_logging
 from core.runs.settings import results_root
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
 from evaluation.benchmarks.generation import Decoding

@@ -14,10 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from core.errors import UserError
+from core.files import digest_of, read_json, write_json
+from core.manifest import FORMAT_VERSION
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.runs.command_line import Parser
-from core.runs.process import FORMAT_VERSION, UserError, digest_of, provenance, read_json, write_json
-from core.runs.settings_check import check_device
+from core.runs.process import provenance
+from core.runs.settings import check_device
 
 log = logging.getLogger(__name__)
 # Beside weights and config, what a score depends on: tokens, prompts, where an answer ends.

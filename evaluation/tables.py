@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from core.runs.process import UserError
+from core.errors import UserError
 from evaluation.benchmarks.registry import TRAINED
 from evaluation.significance import Estimate, combined, holm, interval, normalised, paired
 from evaluation.verdict import notes, seed_notes, verdict

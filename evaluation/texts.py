@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.data import DataSpec, Row, divide
-from core.runs.process import UserError
+from core.errors import UserError
 from core.runs.rows_read import check_held_out, check_same_split
 from core.runs.settings import Experiment
 from core.training.heldout import trained_tokens
@@ -57,17 +57,17 @@ def text_sets(
     Raises:
         UserError: another split than that of the plans, rows that were read, or no text with a token to score.
     """
-    specs = {"held_out": experiment.data_spec}
-    if experiment.general_file is not None:
-        specs["general"] = DataSpec("file", experiment.general_file, experiment.split_seed)
+    specs = {"held_out": experiment.data.spec}
+    if experiment.evaluation.general_file is not None:
+        specs["general"] = DataSpec("file", experiment.evaluation.general_file, experiment.data.split_seed)
     sets = {}
     for name, spec in specs.items():
         division = divide(spec)
         if name == "held_out":
             check_same_split(plans_data, division.spec, division.revision)
         check_held_out(division, stages)
-        rows = division.rows("held_out", experiment.held_out_samples)
-        texts = text_set(name, rows, tokenizer, experiment.max_tokens)
+        rows = division.rows("held_out", experiment.evaluation.held_out_samples)
+        texts = text_set(name, rows, tokenizer, experiment.reading.max_tokens)
         sets[name] = replace(texts, identity=division.identity(rows), near_duplicates=division.near_duplicates)
     return sets
 

@@ -23,8 +23,9 @@ if __package__ in (None, ""):
 import numpy as np
 from tqdm.auto import tqdm
 
+from core.errors import UserError
 from core.runs.command_line import Parser
-from core.runs.process import UserError, run_command, setup_logging
+from core.runs.process import run_command, setup_logging
 from evaluation.benchmarks.harness import load_local, local_tasks, task_manager
 from evaluation.benchmarks.harness_model import evaluate, language_model, set_shots
 from evaluation.scores import Evaluated

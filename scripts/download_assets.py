@@ -26,12 +26,13 @@ if __package__ in (None, ""):
 from tqdm.auto import tqdm
 
 from core.data import HUB_IDS, DataSpec, export_rows
+from core.errors import UserError, first_line
 from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.locks import file_lock
 from core.models.locate import CARD_FILES, HUB_FILES, model_folder, models_root
 from core.runs.command_line import Parser, load_experiment
-from core.runs.process import UserError, first_line, run_command, setup_logging
+from core.runs.process import run_command, setup_logging
 from core.runs.settings import Experiment
 from evaluation.benchmarks.harness import members, task_manager
 from evaluation.benchmarks.registry import STAND_INS, task_benchmarks
@@ -101,7 +102,7 @@ def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
         for role in ("target_model", "source_model"):
             name = keys[role]
             found.append(Asset("model", name, partial(_model_size, name), partial(_fetch_model, name)))
-        spec, path = Experiment(**keys).data_spec, data_dir / f"{task}.jsonl"
+        spec, path = Experiment.of(**keys).data.spec, data_dir / f"{task}.jsonl"
         name, fetch = f"{HUB_IDS[spec.subset]} -> {path}", partial(_fetch_rows, spec, path)
         found.append(Asset("rows", name, partial(_missing, path), fetch))
     for name in list(names):

@@ -22,13 +22,14 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
-from core.files import LOCK
+from core.errors import UserError
+from core.files import LOCK, atomic_file, write_json, write_text
 from core.hub import HUB_TIMEOUT_S
 from core.locks import file_lock
 from core.models.convert import convert_gguf
 from core.models.locate import CARD_FILES, HUB_FILES, models_root
 from core.runs.card import CARD
-from core.runs.process import UserError, atomic_file, run_command, setup_logging, write_json, write_text
+from core.runs.process import run_command, setup_logging
 
 log = logging.getLogger("fetch")
 CHUNK = 1 << 24

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from core.errors import UserError
 from core.fusion.residual import Residual
 from core.fusion.transport_weights import Plans, Transport, keep_mean, transport_into
-from core.runs.process import UserError
 
 CONTROLS = ("damped", "damped_mean", "permuted", "wrong_layer", "self")
 

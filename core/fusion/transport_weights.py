@@ -10,18 +10,18 @@ Plans and weights come in through two small protocols: this file knows no files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.fusion.residual import Residual, check_finite, select
 from core.fusion.ridge import ridge_factor, solve_ridge
-from core.runs.process import UserError
+from core.fusion.settings import FusionSettings
 
-FEATURE_MAPS = ("coupling", "barycentric", "calibrated", "regression")
 PROJECTIONS = ("q", "k", "v", "o")
 # q, k and v read the same input.
 INPUT_SIDE = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in"}
@@ -50,19 +50,6 @@ class Plans(Protocol):
     def mean(self, model: str, side: str, layer: int) -> Tensor: ...  # [n]
     def std(self, model: str, side: str, layer: int) -> Tensor: ...  # [n]
     def strongest(self, side: str, layer: int) -> Tensor: ...  # target neurons, strongest first [n]
-
-
-@dataclass(frozen=True)
-class FusionSettings:
-    """How to fuse. `top_k` 0 is dense; `p_topk` None is 1 for `regression`, else all but negligible ones."""
-
-    feature_map: str = "coupling"
-    residual_form: str = "interpolate"
-    alpha: float = 0.1
-    top_k: int = 128
-    p_topk: int | None = None
-    q_topk: int | None = None
-    ridge: float = 0.01
 
 
 class Transport:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from core.data import Row
+from core.errors import UserError
 from core.fusion.transport_weights import INPUT_SIDE, PROJECTIONS
 from core.models.families import SIDES, AttentionLayout
-from core.runs.process import UserError
 from core.texts.tokens import tokenized
 
 log = logging.getLogger(__name__)

@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from core.errors import UserError, first_line
+from core.files import MANIFEST, atomic_file, read_json, write_json, write_safetensors
 from core.models.convert import NOT_COPIED, gguf_config
 from core.models.families import AttentionLayout, attention_layout, projection_in_tower
 from core.models.locate import CONFIG_ONLY, INDEX_FILE, SINGLE_FILE, find, model_folder, weight_map
+from core.models.settings import ModelSettings
 from core.models.weight_digest import sample_digest
-from core.runs.process import MANIFEST, UserError, atomic_file, first_line, read_json, write_json, write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +219,15 @@ def open_checkpoint(
     checkpoint = Checkpoint(name, folder, revision, config, layout, trust_remote_code, device)
     _ = checkpoint.tower  # reads the headers: missing weights are told before anything is loaded
     return checkpoint
+
+
+def open_pair(models: ModelSettings, device: str) -> tuple[Checkpoint, Checkpoint]:
+    """(target, source), opened on a device. Raises UserError as `open_checkpoint`."""
+    code = models.trust_remote_code
+    return (
+        open_checkpoint(models.target_model, models.target_revision, code, device),
+        open_checkpoint(models.source_model, models.source_revision, code, device),
+    )
 
 
 def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], AttentionLayout]:

@@ -95,8 +95,8 @@ def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
     """Convert a folder of torch .bin files to safetensors; every other file is copied."""
     import transformers
 
+    from core.files import read_json
     from core.models.families import FAMILIES
-    from core.runs.process import read_json
 
     family = FAMILIES[read_json(source / "config.json")["model_type"]]
     loader: Any = getattr(transformers, family.auto)

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from core.errors import UserError
 from core.fusion.transport_weights import PROJECTIONS
-from core.runs.process import UserError
 
 # Six distinct sides: q, k and v read the same input.
 SIDES = (*PROJECTIONS, "attn_in", "o_in")

@@ -6,10 +6,11 @@ import os
 import re
 from pathlib import Path
 
+from core.errors import UserError, first_line
+from core.files import read_json
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.models.convert import BIN_FILES, bin_files, converted, converted_folder
 from core.models.families import attention_layout
-from core.runs.process import UserError, first_line, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

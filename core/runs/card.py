@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from core.data import HUB_IDS
+from core.files import atomic_file, digest_of, read_json
+from core.locks import hold, outputs_held
 from core.models.checkpoints import Checkpoint
-from core.runs.process import atomic_file, digest_of, hold, outputs_held, read_json
 from core.training.hot_linear import RESIDUAL_FILE
 
 log = logging.getLogger(__name__)

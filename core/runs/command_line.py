@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from core.runs.process import UserError, write_text
-from core.runs.settings import Experiment
+from core.errors import UserError
+from core.files import write_text
+from core.options import numbers
+from core.runs.settings import Experiment, all_settings
 
 
 def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
@@ -38,45 +39,17 @@ def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
             raise UserError(f"{path} has no `quick:` section")
         keys = {**keys, **less, "name": f"{keys.get('name', path.stem)}-quick"}
     keys.setdefault("name", path.stem)
-    fields = {f.name: f for f in dataclasses.fields(Experiment)}
+    known = all_settings() | {setting.alias: setting for setting in all_settings().values() if setting.alias}
     for key in (*keys, *less):
-        if key not in fields:
-            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(fields)}")
-    return {key: _typed(fields[key], value, path) for key, value in keys.items()}
-
-
-def _typed(f: dataclasses.Field, value: Any, path: Path) -> Any:
-    """YAML reads 2e-5 as a string and 1 as an int; turn both into what the field is."""
-    kind = _kind(f)
-    if value is None and "None" in str(f.type):
-        return None
-    if str(f.type) == "tuple[str, ...]":
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise UserError(f"{path}: {f.name} is {value!r}; expected a list of names")
-    if kind is tuple:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(all_settings())}")
+    read = {}
+    for key, value in keys.items():
         try:
-            return _floats(",".join(map(str, value)) if isinstance(value, list) else str(value))
-        except ValueError:
-            raise UserError(f"{path}: {f.name} is {value!r}; expected a list of numbers") from None
-    if kind is not bool and not isinstance(value, bool):
-        try:
-            if kind is not int or float(value) == int(value):
-                return kind(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    elif kind is bool and isinstance(value, bool):
-        return value
-    raise UserError(f"{path}: {f.name} is {value!r}; expected {kind.__name__}")
-
-
-def _kind(f: dataclasses.Field) -> type:
-    kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
-    return kinds.get(str(f.type).split(" |")[0], tuple)
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part.strip())
+            read[known[key].name] = known[key].read(value)
+        except ValueError as error:
+            raise UserError(f"{path}: {key} is {value!r}; {error}") from None
+    return read
 
 
 class Parser(argparse.ArgumentParser):
@@ -156,18 +129,7 @@ def parse_command(
         parser.add_argument(_flag(name), dest=name, type=Path, help=text)
     for name, text in (modes or {}).items():
         parser.add_argument(_flag(name), dest=name, action="store_true", help=text)
-    for f in dataclasses.fields(Experiment):
-        if stage not in f.metadata["stages"]:
-            continue
-        flags = [_flag(f.name), *(_flag(alias) for alias, key in (aliases or {}).items() if key == f.name)]
-        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        if _kind(f) is tuple:
-            kind = {"type": _floats, "metavar": "FLOAT,FLOAT"}
-        elif _kind(f) is not bool:
-            kind = {"type": _kind(f), "choices": f.metadata["choices"], "metavar": _kind(f).__name__.upper()}
-        text = f"{f.metadata['help']}" + (f" {{{','.join(f.metadata['choices'])}}}" if f.metadata["choices"] else "")
-        default = "" if f.default in (None, "", ()) or "default" in text else f" (default {f.default})"
-        parser.add_argument(*flags, dest=f.name, default=None, help=(text + default).replace("%", "%%"), **kind)
+    add_settings(parser, stage, aliases or {})
     given = parser.parse(argv)
     config, quick = given.pop("config"), given.pop("quick")
     folders = {name: given.pop(name) for name in paths}
@@ -176,9 +138,38 @@ def parse_command(
         raise UserError("--quick needs --config")
     keys = load_experiment(config, quick) if config else {}
     keys |= {key: value for key, value in given.items() if value is not None}
-    experiment = Experiment(**keys)
+    experiment = Experiment.of(**keys)
     experiment.check()
     return Command(experiment, folders, config is not None, frozenset(chosen))
+
+
+def add_settings(parser: Parser, stage: str, aliases: Mapping[str, str]) -> None:
+    """Give a parser the settings of a stage as flags, in the groups of the experiment; None where one is not given.
+
+    Args:
+        aliases: extra flag -> setting.
+    """
+    groups: dict[str, Any] = {}
+    for setting in all_settings().values():
+        if stage not in setting.stages:
+            continue
+        if setting.group not in groups:
+            group = getattr(Experiment(), setting.group)
+            groups[setting.group] = parser.add_argument_group(group.__doc__)
+        names = [setting.name, *(alias for alias, name in aliases.items() if name == setting.name)]
+        names += [setting.alias] if setting.alias else []
+        choices = f" {{{','.join(setting.choices)}}}" if setting.choices else ""
+        shown = setting.default not in (None, "", ()) and "default" not in setting.help + choices
+        text = setting.help + choices + (f" (default {setting.default})" if shown else "")
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if setting.kind is tuple:
+            options = {"type": numbers, "metavar": "FLOAT,FLOAT"}
+        elif setting.kind is not bool:
+            options = {"type": setting.kind, "choices": setting.choices, "metavar": setting.kind.__name__.upper()}
+        flags = map(_flag, names)
+        groups[setting.group].add_argument(
+            *flags, dest=setting.name, default=None, help=text.replace("%", "%%"), **options
+        )
 
 
 def _flag(name: str) -> str:
@@ -194,7 +185,5 @@ def _flag_of(token: str) -> str:
 
 def save_resolved(experiment: Experiment, stage: str, folder: Path) -> None:
     """Write the settings a stage really used beside its output."""
-    used = {
-        f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment) if stage in f.metadata["stages"]
-    }
+    used = {name: experiment.value(setting) for name, setting in all_settings().items() if stage in setting.stages}
     write_text(folder / "resolved.yaml", yaml.safe_dump({"name": experiment.name, **used}, sort_keys=False))

@@ -113,8 +113,8 @@ def _model(name: str, layout: AttentionLayout, sizes: dict[str, int], tower: str
 def estimate(experiment: Experiment, timed: bool = True) -> str:
     """Cost of stage 1 in words; `timed` as in `stage1_cost`. Raises UserError as `open_config`."""
     e = experiment
-    target = read_model(e.target_model, e.target_revision, e.dtype, e.device)
-    source = read_model(e.source_model, e.source_revision, e.dtype, e.device)
+    target = read_model(e.models.target_model, e.models.target_revision, e.compute.dtype, e.compute.device)
+    source = read_model(e.models.source_model, e.models.source_revision, e.compute.dtype, e.compute.device)
     lines = [
         f"{role} {model.name}: {model.layout.model_type}, {model.layout.n_layers} layers, "
         f"{(model.layer_parameters + model.other_parameters) / 1e9:.2f} billion parameters"
@@ -125,12 +125,12 @@ def estimate(experiment: Experiment, timed: bool = True) -> str:
 
 def stage1_cost(target: Model, source: Model, experiment: Experiment, timed: bool = True) -> Cost:
     """Estimate stage 1, with texts as long and as many as the settings allow; `timed` calibrates on this machine."""
-    e, token = experiment, experiment.pooling == "token"
-    texts = e.calibration_samples
-    T = min(e.max_rows, texts * e.max_tokens) if token else texts
-    iterations = e.sinkhorn_iters
-    if e.sinkhorn_mode != "paper":
-        usual = round(ITERATIONS * max(1.0, 0.1 / e.regularisation) ** ITERATIONS_POWER)
+    e, token = experiment, experiment.reading.pooling == "token"
+    texts = e.reading.calibration_samples
+    T = min(e.reading.max_rows, texts * e.reading.max_tokens) if token else texts
+    iterations = e.transport.sinkhorn_iters
+    if e.transport.sinkhorn_mode != "paper":
+        usual = round(ITERATIONS * max(1.0, 0.1 / e.epsilon) ** ITERATIONS_POWER)
         iterations = min(iterations, usual)
     L, M = target.layout.n_layers, source.layout.n_layers
     sizes = {side: (target.layout.size(side), source.layout.size(side)) for side in SIDES}
@@ -143,15 +143,17 @@ def stage1_cost(target: Model, source: Model, experiment: Experiment, timed: boo
         sides.append(SideCost(side, n, m, L * M, flops, seconds.get((n, m))))
 
     pair = (target, source)  # two models also where both are the same one
-    passes = [2.0 * model.layer_parameters * texts * e.max_tokens for model in pair]
+    passes = [2.0 * model.layer_parameters * texts * e.reading.max_tokens for model in pair]
     spent = None
     if timed:
-        speeds = (_seconds_per_flop(e.tokens_per_batch, model.layout.hidden, e.device) for model in pair)
+        speeds = (
+            _seconds_per_flop(e.compute.tokens_per_batch, model.layout.hidden, e.compute.device) for model in pair
+        )
         spent = FORWARD_OVERHEAD * sum(one * speed for one, speed in zip(passes, speeds, strict=True))
     rows = [row_bytes(model.layout, T) for model in pair]
     reading = max(
         (model.layer_parameters + model.other_parameters) * model.weight_bytes
-        + (size if size <= e.activations_budget_mb * 2**20 else 0)
+        + (size if size <= e.reading.activations_budget_mb * 2**20 else 0)
         for model, size in zip(pair, rows, strict=True)
     )
     plans = max(plans_memory(n, m, T, M, e) for n, m in sizes.values())
@@ -171,12 +173,12 @@ def plans_memory(n: int, m: int, T: int, M: int, experiment: Experiment) -> floa
         n, m: neurons of the target and of the source.
         T, M: rows per layer, and source layers.
     """
-    budget, rows = experiment.pairs_budget_mb * 2**20, 4 * M * T * m
+    budget, rows = experiment.transport.pairs_budget_mb * 2**20, 4 * M * T * m
     kept = rows if rows <= budget else 0
     target, one = 8.0 * T * n, 8.0 * T * m  # two copies of each layer: standardised and scaled, stored and standardised
     results = 8.0 * M * (n + m) + 4.0 * PROBE_ROWS * n * M
-    matrix = entry_bytes(n, m, experiment.regularisation) * n * m
-    if experiment.device != "cpu":
+    matrix = entry_bytes(n, m, experiment.epsilon) * n * m
+    if experiment.compute.device != "cpu":
         pairs = max(1, min(M, (budget - kept) // (matrix + 4 * T * m)))
         return kept + target + pairs * (matrix + 4.0 * T * m) + one + results
     if 4 * n * m <= CACHED_BYTES:
@@ -193,15 +195,13 @@ def _side_seconds(
 ) -> float:
     """Seconds of one side: L M problems, standardising the rows, and what the summary measures."""
     part = max(1.0, 2.0 * n * m * T / CALIBRATED_OPERATIONS) ** 0.5
-    X, Y = (torch.randn(T, max(1, int(size / part)), device=experiment.device) for size in (n, m))
+    X, Y = (torch.randn(T, max(1, int(size / part)), device=experiment.compute.device) for size in (n, m))
     probe = torch.arange(min(T, PROBE_ROWS))
     zx, zy = standardize(X), standardize(Y)
-    result = next(solve_layer(zx, [zy], experiment.regularisation, 2, mode="paper", probe_rows=probe))
+    result = next(solve_layer(zx, [zy], experiment.epsilon, 2, mode="paper", probe_rows=probe))
 
     def solve(sweeps: int) -> Callable[[], Any]:
-        return lambda: [
-            list(solve_layer(zx, [zy] * 2, experiment.regularisation, sweeps, mode="paper", probe_rows=probe))
-        ]
+        return lambda: [list(solve_layer(zx, [zy] * 2, experiment.epsilon, sweeps, mode="paper", probe_rows=probe))]
 
     work = {
         "few": solve(2),
@@ -213,7 +213,7 @@ def _side_seconds(
     sweep = max(0.0, spent["many"] - spent["few"]) / 20
     problem = spent["few"] / 2 + max(0, iterations - 2) * sweep
     scale = (n * m) / (zx.shape[1] * zy.shape[1])
-    kept = experiment.pairs_budget_mb * 2**20 >= 4 * M * T * m
+    kept = experiment.transport.pairs_budget_mb * 2**20 >= 4 * M * T * m
     layers = L + (M if kept else L * M)
     return scale * (L * M * problem + L * spent["top"]) + part * layers * spent["standardize"]
 

@@ -17,11 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from core.errors import UserError
+from core.files import TEMPORARY, write_safetensors
 from core.fusion.transport_weights import INPUT_SIDE
 from core.hot_transport import SinkhornResult, correlation_cost_rows, effective_layer_plan, standardize
+from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint
 from core.models.families import SIDES, AttentionLayout
-from core.runs.process import TEMPORARY, Manifest, UserError, write_safetensors
 
 log = logging.getLogger(__name__)
 STAGE = "plans"

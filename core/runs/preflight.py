@@ -8,12 +8,13 @@ from pathlib import Path
 
 import psutil
 
-from core.fusion.transport_weights import PROJECTIONS, FusionSettings
+from core.errors import UserError
+from core.fusion.settings import FusionSettings
+from core.fusion.transport_weights import PROJECTIONS
 from core.models.checkpoints import Checkpoint
 from core.models.families import SIDES
 from core.runs.cost import BASE_BYTES, Cost, table
 from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
-from core.runs.process import UserError
 
 GIB = 2**30
 FLOATS = {"F64", "F32", "F16", "BF16"}

@@ -1,7 +1,4 @@
-"""What every command shares: how it ends, what it logs and where, what is recorded of this code.
-
-Errors, files, locks and manifests have files of their own; their names are found here as well.
-"""
+"""What every command shares: how it ends, what it logs and where, what is recorded of this code."""
 
 from __future__ import annotations
 
@@ -17,43 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from core.errors import UserError, first_line
-from core.files import (
-    MANIFEST,
-    TEMPORARY,
-    atomic_file,
-    digest_of,
-    read_json,
-    write_json,
-    write_safetensors,
-    write_text,
-)
-from core.locks import hold, outputs_held
-from core.manifest import FORMAT_VERSION, Manifest, check_format, check_output_folder
-
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "TEMPORARY",
-    "Manifest",
-    "UserError",
-    "atomic_file",
-    "check_format",
-    "check_output_folder",
-    "digest_of",
-    "first_line",
-    "hold",
-    "log_to_file",
-    "outputs_held",
-    "process_state",
-    "provenance",
-    "read_json",
-    "run_command",
-    "setup_logging",
-    "write_json",
-    "write_safetensors",
-    "write_text",
-]
+from core.errors import UserError
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.data import DataSpec, Division
+from core.data import SPEC_ON_DISK, DataSpec, Division
+from core.errors import UserError
+from core.files import read_json, write_json
 from core.models.checkpoints import Checkpoint
-from core.runs.process import UserError, read_json, write_json
 from core.texts.split import shared_values
 
 # Part -> marks (`Division.marks`) of the rows of it that this folder was made with, by its own stage or one before it.
@@ -75,11 +76,11 @@ def check_same_split(made_from: Mapping[str, Any], spec: DataSpec, revision: str
         same = (made_from["subset"], made_from["file"]) == (spec.subset, spec.file)
     if not same:
         return
-    for name in ("split_seed", "max_samples", "group_column"):
-        value = getattr(spec, name)
-        if made_from[name] != value:
+    for name in ("split_seed", "max_rows_read", "group_column"):
+        value, before = getattr(spec, name), made_from[SPEC_ON_DISK.get(name, name)]
+        if value != before:
             raise UserError(
-                f"{name} is {value}, but the plans were made with {made_from[name]}: held-out texts would be trained "
+                f"{name} is {value}, but the plans were made with {before}: held-out texts would be trained "
                 f"on; use the same {name}, or run all stages again"
             )
     if None not in (revision, made_from["revision"]) and revision != made_from["revision"]:

@@ -1,24 +1,43 @@
-"""One experiment = one YAML = one frozen dataclass. Every key is a flag of the commands that use it."""
+"""One experiment is one YAML file and one frozen dataclass, whose groups hold the settings.
+
+Every key of the file is a flag of the commands that use it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from core.data import DATA_SUBSETS, MAX_SAMPLES, DataSpec
-from core.fusion.residual import RESIDUAL_FORMS
-from core.fusion.transport_weights import FEATURE_MAPS, FusionSettings
-from core.models.checkpoints import Checkpoint, open_checkpoint
-from core.models.families import SEED_MODEL_TYPES
-from core.runs.process import UserError
-from core.runs.settings_check import check_settings
-from core.training.hot_linear import FREEZE_STRATEGIES
+import torch
 
+from core.data import DATA_SUBSETS, MAX_ROWS_READ, DataSpec, epsilon_of
+from core.errors import UserError
+from core.fusion.settings import FusionSettings
+from core.hub import check_repo_id
+from core.models.settings import ComputeSettings, ModelSettings
+from core.options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Range, Setting, option, settings_of
+from core.training.settings import AdapterSettings, DistillSettings, TrainingSettings
+
+# Plans need so many texts or rows.
+MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
+
+# Conditions of `option`: whether a setting can change a byte of a stage, with the others as they are. In stage 1 the
+# seed draws the rows of token pooling and nothing else; in the other stages it always counts.
+CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
+    "token pooling": lambda e, stage: stage != "1" or e.reading.pooling == "token",
+    "hot": lambda e, _: e.training.training_scenario == "hot",
+    "distill": lambda e, _: e.training.training_scenario == "distill",
+    "LoRA": lambda e, _: e.adapters.use_lora,
+    "early stop": lambda e, _: e.training.early_stop is not None,
+    "no early stop": lambda e, _: e.training.early_stop is None,
+    "no search of rates": lambda e, _: not e.training.lr_search,
+}
 
 
 def results_root() -> Path:
@@ -26,82 +45,32 @@ def results_root() -> Path:
     return Path(os.environ.get("TRANSPORT_RESULTS_ROOT") or "runs")
 
 
-# Conditions of `option`: whether a setting can change a byte of a stage, with the others as they are. In stage 1 the
-# seed draws the rows of token pooling and nothing else; in the other stages it always counts.
-CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
-    "token pooling": lambda e, stage: stage != "1" or e.pooling == "token",
-    "hot": lambda e, _: e.training_scenario == "hot",
-    "distill": lambda e, _: e.training_scenario == "distill",
-    "LoRA": lambda e, _: e.use_lora,
-    "early stop": lambda e, _: e.early_stop is not None,
-    "no early stop": lambda e, _: e.early_stop is None,
-    "no search of rates": lambda e, _: not e.lr_search,
-}
-
-
-def option(
-    default: Any,
-    stages: str,
-    help: str,
-    choices: Sequence[str] | None = None,
-    changes: str | None = None,
-    only_with: str | None = None,
-) -> Any:
-    """A dataclass field that is also a flag of the commands in `stages` (1, 2, 3; e for evaluation).
-
-    Args:
-        changes: those of `stages` whose output has other bytes when the value is another one; there the value is part
-            of the fingerprint. The default is all of them. It is narrower for a setting that names an input (a model,
-            rows), whose contents are in the fingerprint instead, and for one that only decides where or how fast
-            something is done.
-        only_with: the one of CONDITIONS without which the value changes nothing; None: it always counts.
-    """
-    changes = stages if changes is None else changes
-    return field(
-        default=default,
-        metadata={"stages": stages, "help": help, "choices": choices, "changes": changes, "only_with": only_with},
-    )
-
-
 @dataclass(frozen=True)
-class Experiment:
-    """All settings of one run. Keys of the YAML and flags of the commands are these fields."""
+class DataSettings:
+    """texts"""
 
-    name: str = option("experiment", "", "name of the run; outputs go to runs/<name>/")
-    target_model: str = option(
-        "", "12e", "small model that is improved: folder, id in $MODELS_ROOT, or hub id", changes=""
-    )
-    source_model: str = option(
-        "", "123e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id", changes=""
-    )
-    target_revision: str | None = option(None, "12e", "hub revision of the target", changes="")
-    source_revision: str | None = option(None, "123e", "hub revision of the source", changes="")
-    trust_remote_code: bool = option(False, "13e", "allow code that comes with a model", changes="")
-    device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
-    dtype: str = option(
-        "auto",
+    split_seed: int = option(
+        0,
         "13e",
-        "compute dtype; auto: float32 on a CPU, else the model's own",
-        ("auto", "float32", "bfloat16", "float16"),
+        "seed of the split into calibration, fine-tuning, validation and held-out texts",
+        range=NOT_NEGATIVE,
+        changes="",
     )
-    seed: int = option(
-        0, "13e", "seed of the row sample, of training and of the permuted control", only_with="token pooling"
-    )
-    split_seed: int = option(0, "13e", "seed of the split into calibration, fine-tuning and held-out texts", changes="")
-
-    data_subset: str = option("", "13e", "texts", tuple(DATA_SUBSETS), changes="")
+    data_subset: str = option("", "13e", "texts", DATA_SUBSETS, changes="")
     data_file: str | None = option(
         None,
         "13e",
         "local .jsonl, .json, .csv, .parquet or .txt, a folder of such files, or one that datasets' save_to_disk wrote",
         changes="",
     )
-    max_samples: int = option(
-        MAX_SAMPLES,
+    max_rows_read: int = option(
+        MAX_ROWS_READ,
         "13e",
         "at most so many rows of the data set are read, in a seeded order, and divided into calibration, fine-tuning, "
         "validation and held-out parts",
+        range=AT_LEAST_ONE,
         changes="",
+        alias="max_samples",
     )
     group_column: str | None = option(
         None,
@@ -110,28 +79,58 @@ class Experiment:
         "group, and where there is none, what texts share",
         changes="",
     )
-    calibration_samples: int = option(2000, "1", "at most so many texts are read by both models", changes="")
-    max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens")
+
+    @property
+    def spec(self) -> DataSpec:
+        """Which rows are read and how they are divided."""
+        return DataSpec(self.data_subset, self.data_file, self.split_seed, self.max_rows_read, self.group_column)
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """reading activations"""
+
+    calibration_samples: int = option(
+        2000,
+        "1",
+        "at most so many texts are read by both models",
+        range=Range(MIN_TEXTS, f"plans need at least {MIN_TEXTS} texts"),
+        changes="",
+    )
+    max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens", range=AT_LEAST_ONE)
     pooling: str = option(
         "text", "1", "text: one mean per text (the paper); token: one row per aligned position", ("text", "token")
     )
-    max_rows: int = option(4096, "1", "at most so many rows with token pooling", only_with="token pooling")
-    tokens_per_batch: int = option(4096, "13e", "tokens per forward pass, padding included; a longer text goes alone")
+    max_rows: int = option(
+        4096,
+        "1",
+        "at most so many rows with token pooling",
+        range=Range(MIN_TEXTS, f"plans need at least {MIN_TEXTS} rows"),
+        only_with="token pooling",
+    )
     activations_budget_mb: int = option(
         16384,
         "1",
         "memory for one model's rows in each process; beyond it they are "
         "kept in a temporary file of the plan directory",
+        range=Range(0, "expected 0 (all on disk) or more"),
         changes="",
     )
     device_map: str | None = option(
         None, "1", "spread each model over devices and disk while it reads; default all of it on --device", DEVICE_MAPS
     )
 
-    epsilon: float | None = option(None, "1", "entropic regularisation of Q; default 0.1, and 0.03 for gsm8k")
-    eta: float = option(0.1, "1", "entropic regularisation of P")
-    sinkhorn_iters: int = option(1000, "1", "upper bound on Sinkhorn iterations")
-    sinkhorn_tol: float = option(1e-6, "1", "bound on the larger L1 marginal error of Q")
+
+@dataclass(frozen=True)
+class TransportSettings:
+    """transport plans"""
+
+    epsilon: float | None = option(
+        None, "1", "entropic regularisation of Q; default 0.1, and 0.03 for gsm8k", range=POSITIVE
+    )
+    eta: float = option(0.1, "1", "entropic regularisation of P", range=POSITIVE)
+    sinkhorn_iters: int = option(1000, "1", "upper bound on Sinkhorn iterations", range=AT_LEAST_ONE)
+    sinkhorn_tol: float = option(1e-6, "1", "bound on the larger L1 marginal error of Q", range=POSITIVE)
     sinkhorn_mode: str = option(
         "auto", "1", "auto, or paper: exactly --sinkhorn-iters plain iterations (it used 200)", ("auto", "paper")
     )
@@ -139,23 +138,17 @@ class Experiment:
         8192,
         "1",
         "memory for the source's rows of one side; beyond it they are read again for every target layer",
+        range=AT_LEAST_ONE,
         changes="",
     )
     layer_cost_scale: str = option(
         "median", "1", "scale of the layer cost: median, or none (the paper's letter)", ("median", "none")
     )
 
-    feature_map: str = option("coupling", "2", "how plans become linear maps (README: four feature maps)", FEATURE_MAPS)
-    residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
-    alpha: float = option(0.1, "2", "fusion strength, 0 to 1")
-    top_k: int = option(128, "2", "strongest neurons fused per layer and projection; 0: all")
-    p_topk: int | None = option(
-        None,
-        "2",
-        "source layers per target layer; default 1 for regression, else all with at least 1e-4 of the row of P",
-    )
-    q_topk: int | None = option(None, "2", "entries kept per row of Q (not for regression); default all")
-    ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal")
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """checkpoints"""
 
     push_to_hub: str | None = option(
         None,
@@ -166,96 +159,76 @@ class Experiment:
     )
     max_shard_size: str = option("5GB", "23", "largest file of weights, e.g. 5GB or 500MB; one is in memory at a time")
 
-    model_type: str | None = option(
-        None, "3", "family of --model_dir; detected when left out", tuple(SEED_MODEL_TYPES), changes=""
-    )
-    training_scenario: str = option(
-        "hot",
-        "3",
-        "hot: train from the fused start with its residual; no_hot: the same "
-        "from the unfused target; distill: no_hot with the source as teacher",
-        ("hot", "no_hot", "distill"),
-    )
-    freeze_strategy: str = option(
-        "frozen_hot",
-        "3",
-        "with hot: frozen_hot (= frozen_transport) fixes the residual; frozen_base: only it trains; none: both train",
-        FREEZE_STRATEGIES,
-        only_with="hot",
-    )
-    train_alpha: float | None = option(
-        None, "3", "with hot: residual strength while training; default the fused one", only_with="hot"
-    )
-    sft_samples: int = option(2000, "3", "at most so many fine-tuning rows", changes="")
-    block_size: int = option(2048, "3", "fine-tuning rows are cut at so many tokens; with --packing, tokens per pack")
-    packing: bool = option(False, "3", "put several whole rows into one sequence; none attends to another")
-    epochs: float = option(1.0, "3", "passes over the fine-tuning rows")
-    train_batch_size: int = option(1, "3", "rows (with --packing, packs) per device and step")
-    gradient_accumulation: int = option(8, "3", "steps per optimizer update")
-    gradient_checkpointing: bool = option(False, "3", "compute activations again in the backward pass: less memory")
-    learning_rate: float = option(1e-6, "3", "peak learning rate", only_with="no search of rates")
-    lr_scheduler: str = option(
-        "linear", "3", "how the learning rate ends", ("linear", "cosine", "constant", "constant_with_warmup")
-    )
-    warmup: float = option(0.0, "3", "updates in which the learning rate rises; below 1, share of all updates")
-    weight_decay: float = option(0.0, "3", "of AdamW")
-    max_grad_norm: float = option(1.0, "3", "gradients are clipped at this norm; 0: not at all")
-    save_steps: int = option(
-        200, "3", "optimizer updates between training checkpoints (resume points)", only_with="early stop"
-    )
-    validation_samples: int = option(
-        32,
-        "3",
-        "at most so many validation rows (of groups that nothing else reads); "
-        "their loss is recorded before, during and after; 0: none",
-    )
-    eval_steps: int | None = option(
-        None, "3", "updates between validations; default once per epoch", only_with="no early stop"
-    )
-    early_stop: int | None = option(
-        None,
-        "3",
-        "stop when the validation loss has not fallen in so many validations, "
-        "one at each --save-steps, and take the best; default never",
-    )
-    alpha_search: tuple[float, ...] = option(
-        (),
-        "3",
-        "with hot: train with each of these alphas, e.g. 0.03,0.1, and keep the best on the validation rows",
-        only_with="hot",
-    )
-    lr_search: tuple[float, ...] = option((), "3", "the same for learning rates; both: every combination")
-    report_to: str = option("none", "3", "logging service of the Trainer, e.g. tensorboard or wandb", changes="")
-    save_untrained_folded: bool = option(
-        False, "3", "also write <output_dir>-untrained: what training starts from, folded", changes=""
-    )
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` as a number. Raises UserError when it is none."""
+        from accelerate.utils import convert_file_size_to_int  # which imports torch.distributed
 
-    use_lora: bool = option(False, "3", "train LoRA adapters (merged at the end) instead of the base weights")
-    lora_rank: int = option(8, "3", "rank of the adapters", only_with="LoRA")
-    lora_alpha: float = option(16.0, "3", "adapters are scaled by lora_alpha / lora_rank", only_with="LoRA")
-    lora_dropout: float = option(0.0, "3", "dropout before the adapters", only_with="LoRA")
-    lora_targets: str = option(
-        "q_proj,k_proj,v_proj,o_proj", "3", "layers that get adapters, or all-linear", only_with="LoRA"
-    )
+        try:
+            return convert_file_size_to_int(self.max_shard_size.upper().replace("IB", "iB"))
+        except ValueError:
+            raise self._refused from None
 
-    distill_weight: float = option(
-        0.5,
-        "3",
-        "share of the teacher's divergence in the loss of distill, where both models have the same vocabulary",
-        only_with="distill",
-    )
-    distill_temperature: float = option(1.0, "3", "softens both distributions in that divergence", only_with="distill")
+    @property
+    def _refused(self) -> UserError:
+        return UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB")
 
-    held_out_samples: int = option(64, "e", "at most so many held-out texts", changes="")
+    def check(self) -> None:
+        """Raise UserError for a repository id or a size that is none."""
+        check_repo_id(self.push_to_hub)
+        if self.max_shard_bytes < 1:
+            raise self._refused
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """evaluation"""
+
+    held_out_samples: int = option(64, "e", "at most so many held-out texts", range=AT_LEAST_ONE, changes="")
     general_file: str | None = option(
-        None,
-        "e",
-        "local general text; what fusion costs there is reported beside the gain",
-        changes="",
+        None, "e", "local general text; what fusion costs there is reported beside the gain", changes=""
     )
     benchmarks: tuple[str, ...] = option(
         (), "", "what evaluation/run_task.py runs: malay_mmlu, yue_mmlu, and names of lm-evaluation-harness"
     )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All settings of one run, in groups. In files and flags the names of the settings stand alone, without a group."""
+
+    name: str = option("experiment", "", "name of the run; outputs go to runs/<name>/")
+    models: ModelSettings = field(default_factory=ModelSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    reading: ReadingSettings = field(default_factory=ReadingSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
+    fusion: FusionSettings = field(default_factory=FusionSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    @classmethod
+    def of(cls, **values: Any) -> Experiment:
+        """The defaults with some settings changed, by their names alone: `Experiment.of(alpha=0.3, seed=1)`."""
+        return cls().changed(**values)
+
+    def changed(self, **values: Any) -> Experiment:
+        """This experiment with some settings changed, by their names alone."""
+        declared = all_settings()
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            groups.setdefault(declared[name].group, {})[name] = value
+        own = groups.pop("", {})
+        return dataclasses.replace(
+            self, **own, **{group: dataclasses.replace(getattr(self, group), **new) for group, new in groups.items()}
+        )
+
+    def value(self, setting: Setting) -> Any:
+        """The value of one setting."""
+        return getattr(getattr(self, setting.group) if setting.group else self, setting.name)
 
     @property
     def run_dir(self) -> Path:
@@ -263,53 +236,54 @@ class Experiment:
         return results_root() / self.name
 
     @property
-    def data_spec(self) -> DataSpec:
-        """Which rows are read and how they are divided."""
-        return DataSpec(self.data_subset, self.data_file, self.split_seed, self.max_samples, self.group_column)
-
-    @property
-    def regularisation(self) -> float:
-        """epsilon, or the paper's for the data."""
-        return self.epsilon if self.epsilon is not None else (0.03 if self.data_subset == "gsm8k" else 0.1)
-
-    @property
-    def max_shard_bytes(self) -> int:
-        """`max_shard_size` as a number. Raises UserError when it is none."""
-        from accelerate.utils import convert_file_size_to_int
-
-        try:
-            return convert_file_size_to_int(self.max_shard_size.upper().replace("IB", "iB"))
-        except ValueError:
-            raise UserError(f"max_shard_size is {self.max_shard_size!r}; expected a size like 5GB or 500MB") from None
+    def epsilon(self) -> float:
+        """Regularisation of Q: the one given, or the paper's for the data."""
+        given = self.transport.epsilon
+        return epsilon_of(self.data.data_subset) if given is None else given
 
     def deciding(self, stage: str) -> dict[str, Any]:
         """The settings that change the bytes of a stage's output, for its fingerprint: None where the others make it
         change nothing, and of a device its kind (which of two equal GPUs makes no difference)."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if stage in f.metadata["changes"]}
-        for f in dataclasses.fields(self):
-            condition = f.metadata["only_with"]
-            if f.name in found and condition and not CONDITIONS[condition](self, stage):
-                found[f.name] = None
-        return {**found, "device": self.device.partition(":")[0]}
-
-    def fusion_settings(self) -> FusionSettings:
-        """The part that stage 2 needs."""
-        return FusionSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FusionSettings)})
+        found = {}
+        for name, setting in all_settings().items():
+            if stage in setting.changes:
+                idle = setting.only_with and not CONDITIONS[setting.only_with](self, stage)
+                found[name] = None if idle else self.value(setting)
+        return {**found, "device": self.compute.device.partition(":")[0]}
 
     def check(self) -> None:
-        """Raise UserError for a value out of range, or for settings that exclude each other."""
-        check_settings(self)
+        """Raise UserError for a value out of range, for settings that exclude each other, or a device not here."""
+        for setting in all_settings().values():
+            setting.check(self.value(setting))
+        for group in (self.fusion, self.training, self.output):
+            group.check()
+        if self.training.freeze_strategy == "frozen_base" and self.adapters.use_lora:
+            raise UserError("LoRA adapts the base, which frozen_base freezes; leave out one of the two")
+        check_device(self.compute.device)
+
+
+@cache
+def all_settings() -> dict[str, Setting]:
+    """Every setting by its name, in the order of the groups."""
+    found = settings_of(Experiment, "")
+    for group in dataclasses.fields(Experiment):
+        if not group.metadata:
+            found += settings_of(group.default_factory, group.name)  # type: ignore[arg-type]  # the group's class
+    return {setting.name: setting for setting in found}
 
 
 def of_one_scenario() -> set[str]:
     """The settings that only one scenario of stage 3 has: two trainings of different scenarios may differ in them."""
-    return {f.name for f in dataclasses.fields(Experiment) if f.metadata["only_with"] in ("hot", "distill")}
+    return {name for name, setting in all_settings().items() if setting.only_with in ("hot", "distill")}
 
 
-def open_pair(experiment: Experiment) -> tuple[Checkpoint, Checkpoint]:
-    """The experiment's (target, source), opened on its device. Raises UserError as `open_checkpoint`."""
-    code, device = experiment.trust_remote_code, experiment.device
-    return (
-        open_checkpoint(experiment.target_model, experiment.target_revision, code, device),
-        open_checkpoint(experiment.source_model, experiment.source_revision, code, device),
-    )
+def check_device(name: str) -> None:
+    """Raise UserError for a device that this machine does not have."""
+    try:
+        device = torch.device(name)
+        present = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
+        usable = (device.index or 0) < present
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU")

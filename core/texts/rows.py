@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from core.runs.process import UserError
+from core.errors import UserError
 from core.texts.tokens import templated
 
 # How conversations spell the roles of chat templates.

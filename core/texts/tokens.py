@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from unittest import mock
 
-from core.runs.process import UserError, first_line
+from core.errors import UserError, first_line
 
 # What an error shows of a text.
 BEGINNING = 60

@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from core.runs.process import UserError
+from core.errors import UserError
 from core.training.hot_linear import HotResidualLinear
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.data import Row
+from core.errors import UserError
+from core.files import write_text
 from core.models.activations import token_batches
-from core.runs.process import UserError, write_text
 from core.texts.tokens import templated, tokenized
 from core.training.sft import IGNORED
 

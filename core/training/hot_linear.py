@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from core.errors import UserError
+from core.files import write_safetensors
 from core.fusion.residual import Residual, mix
 from core.models.families import linear_at
-from core.runs.process import UserError, write_safetensors
+from core.training.settings import FREEZE_STRATEGIES
 
 RESIDUAL_FILE = "hot_residual.safetensors"
 # Tokens times k over n from which making W_eff twice costs less than k/n of two matmuls: elsewhere, on a CPU.
 FOLD_FROM = (1024, 24)
-FREEZE_STRATEGIES = ("frozen_hot", "frozen_transport", "frozen_base", "none")
 
 
 class HotResidualLinear(nn.Linear):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.data import Row
-from core.runs.process import UserError
+from core.errors import UserError
 from core.texts.tokens import templated, tokenized
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.fusion.residual import Residual
+from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint, write_folded
 from core.models.families import SEED_MODEL_TYPES
-from core.runs.process import Manifest, UserError
 from core.runs.settings import Experiment
 from core.training.hot_linear import (
     RESIDUAL_FILE,
@@ -49,8 +49,8 @@ class Start:
 
     def alphas(self, experiment: Experiment) -> tuple[float, ...]:
         """The strengths to train with: those to search, the one given, or the fused one."""
-        given = self.alpha if experiment.train_alpha is None else experiment.train_alpha
-        return (experiment.training_scenario == "hot" and experiment.alpha_search) or (given,)
+        given = self.alpha if experiment.training.train_alpha is None else experiment.training.train_alpha
+        return (experiment.training.training_scenario == "hot" and experiment.training.alpha_search) or (given,)
 
     def load(self, hot: bool, alpha: float) -> Any:
         """The model in float32 (half types are for the passes: updates would vanish in them), unfused, and with
@@ -64,16 +64,16 @@ class Start:
 
 def open_start(name: str, experiment: Experiment) -> Start:
     """The model to train. Raises UserError when it cannot be trained as asked."""
-    checkpoint = open_checkpoint(name, None, experiment.trust_remote_code, experiment.device)
-    check_model_type(checkpoint, experiment.model_type)
-    if experiment.device not in ("cpu", "cuda"):
+    checkpoint = open_checkpoint(name, None, experiment.models.trust_remote_code, experiment.compute.device)
+    check_model_type(checkpoint, experiment.training.model_type)
+    if experiment.compute.device not in ("cpu", "cuda"):
         raise UserError(
-            f"device {experiment.device}: training takes cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES"
+            f"device {experiment.compute.device}: training takes cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES"
         )
     if (checkpoint.folder / RESIDUAL_FILE).is_file():
         made_by = Manifest.read(checkpoint.folder, "fused", "adapted").record
         return Start(checkpoint, made_by, *load_residuals(checkpoint.folder / RESIDUAL_FILE))
-    if experiment.training_scenario == "hot":
+    if experiment.training.training_scenario == "hot":
         raise UserError(
             f"{checkpoint.folder} has no {RESIDUAL_FILE}; give a fused checkpoint, or --training-scenario no_hot"
         )
@@ -82,15 +82,15 @@ def open_start(name: str, experiment: Experiment) -> Start:
 
 def open_source(start: Start, experiment: Experiment) -> Checkpoint:
     """The teacher: the model given, else the source of the fusion."""
-    name, revision = experiment.source_model, experiment.source_revision
+    name, revision = experiment.models.source_model, experiment.models.source_revision
     made_from = (start.made_by or {}).get("inputs", {}).get("source") or {}
     if not name and not made_from:
         raise UserError(f"{start.checkpoint.folder} does not say what the teacher is; give --source-model")
     source = open_checkpoint(
         name or made_from["id"],
         revision if name else made_from["revision"],
-        experiment.trust_remote_code,
-        experiment.device,
+        experiment.models.trust_remote_code,
+        experiment.compute.device,
     )
     if made_from and not source.same_model(made_from):
         raise UserError(
@@ -106,25 +106,27 @@ def resolved(start: Start, experiment: Experiment) -> Experiment:
     Raises:
         UserError: an alpha at which nothing would train.
     """
-    if experiment.dtype == "auto":
-        dtypes = {"BF16": "bfloat16", "F16": "float16"} if experiment.device != "cpu" else {}
+    if experiment.compute.dtype == "auto":
+        dtypes = {"BF16": "bfloat16", "F16": "float16"} if experiment.compute.device != "cpu" else {}
         stored = [dtype for _, dtype in start.checkpoint.headers.values()]
         dtype = dtypes.get(max(set(stored), key=stored.count), "float32")
-        experiment = dataclasses.replace(experiment, dtype=dtype)
-    trains_residual_alone = (experiment.training_scenario, experiment.freeze_strategy) == ("hot", "frozen_base")
+        experiment = experiment.changed(dtype=dtype)
+    trains_residual_alone = (experiment.training.training_scenario, experiment.training.freeze_strategy) == (
+        "hot",
+        "frozen_base",
+    )
     if trains_residual_alone and 0 in start.alphas(experiment):
         raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
     if start.made_by is None:
         return experiment
     data = start.made_by["data"]
-    if not experiment.data_subset and experiment.data_file is None:
+    if not experiment.data.data_subset and experiment.data.data_file is None:
         log.info("no data given: taking that of the plans, %s", data["file"] or data["subset"])
-        experiment = dataclasses.replace(
-            experiment,
+        experiment = experiment.changed(
             data_subset=data["subset"],
             data_file=data["file"],
             split_seed=data["split_seed"],
-            max_samples=data["max_samples"],
+            max_rows_read=data["max_samples"],
             group_column=data["group_column"],
         )
     return experiment

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
+from core.errors import UserError, first_line
+from core.files import atomic_file, write_json
 from core.models.locate import SINGLE_FILE
-from core.runs.process import UserError, atomic_file, first_line, write_json
 from core.runs.settings import Experiment
 from core.training.distill import distillation_loss
 from core.training.heldout import text_nll, trained_tokens
@@ -174,38 +175,38 @@ def train(
         UserError: settings that the Trainer refuses (a logging service that is not installed).
         Diverged: a loss or a weight that is no number.
     """
-    set_seed(experiment.seed)
+    set_seed(experiment.compute.seed)
     last, state = _last_point(folder)
-    items: list[Any] = pack(examples, experiment.block_size) if experiment.packing else list(examples)
+    items: list[Any] = pack(examples, experiment.training.block_size) if experiment.training.packing else list(examples)
     try:
         arguments = _arguments(folder, experiment, learning_rate, bool(validation), last is None, unused)
-        if not (experiment.eval_steps or experiment.early_stop):
+        if not (experiment.training.eval_steps or experiment.training.early_stop):
             # Validate once per epoch, counted in updates: at the end of an epoch the Trainer validates after it has
             # saved, and what is killed in between would never validate.
             batches = math.ceil(len(items) / (arguments.train_batch_size * arguments.world_size))
-            arguments.eval_steps = math.ceil(batches / experiment.gradient_accumulation)
+            arguments.eval_steps = math.ceil(batches / experiment.training.gradient_accumulation)
         trainer = ExactTrainer(
             model=model,
             args=arguments,
             train_dataset=items,
             eval_dataset=list(validation) or None,
-            data_collator=flattening_collator(has_mrope(model)) if experiment.packing else pad,
-            callbacks=[EarlyStoppingCallback(experiment.early_stop)] if experiment.early_stop else [],
+            data_collator=flattening_collator(has_mrope(model)) if experiment.training.packing else pad,
+            callbacks=[EarlyStoppingCallback(experiment.training.early_stop)] if experiment.training.early_stop else [],
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"training cannot begin: {first_line(error)}") from None
     trainer.teacher, trainer.validation = teacher, validation
-    trainer.tokens_per_batch = experiment.tokens_per_batch
+    trainer.tokens_per_batch = experiment.compute.tokens_per_batch
     trainer.model_accepts_loss_kwargs = True  # our compute_loss divides by the tokens of the whole update
     try:
-        if last is not None and _has_ended(state, experiment.early_stop) and not trainer.sharded:
+        if last is not None and _has_ended(state, experiment.training.early_stop) and not trainer.sharded:
             # Killed after its last update: the Trainer would make one more.
             trainer.state = TrainerState.load_from_json(str(last / STATE))
-            best = trainer.state.best_model_checkpoint if experiment.early_stop else None
+            best = trainer.state.best_model_checkpoint if experiment.training.early_stop else None
             load_trained(model, folder / Path(best or last).name / SINGLE_FILE)
         else:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-        best_loss = trainer.state.best_metric if experiment.early_stop else None
+        best_loss = trainer.state.best_metric if experiment.training.early_stop else None
         seen = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
         if validation and best_loss is None and seen[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
@@ -243,43 +244,43 @@ def _has_ended(state: dict[str, Any], early_stop: int | None) -> bool:
 def _arguments(
     folder: Path, e: Experiment, learning_rate: float, validates: bool, fresh: bool, unused: bool
 ) -> TrainingArguments:
-    every = e.save_steps if e.early_stop else e.eval_steps
+    every = e.training.save_steps if e.training.early_stop else e.training.eval_steps
     # Ours decides, not the launcher's; and TensorBoard's files outlive the resume points.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(e.dtype, "no")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(e.compute.dtype, "no")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parents[1] / "logs" / folder.name)
     arguments = TrainingArguments(
         output_dir=str(folder),
         run_name=e.name,
-        num_train_epochs=e.epochs,
-        per_device_train_batch_size=e.train_batch_size,
-        gradient_accumulation_steps=e.gradient_accumulation,
-        activation_checkpointing=e.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if e.gradient_checkpointing else None,
+        num_train_epochs=e.training.epochs,
+        per_device_train_batch_size=e.training.train_batch_size,
+        gradient_accumulation_steps=e.training.gradient_accumulation,
+        activation_checkpointing=e.training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if e.training.gradient_checkpointing else None,
         learning_rate=learning_rate,
-        warmup_steps=e.warmup,
-        weight_decay=e.weight_decay,
-        lr_scheduler_type=e.lr_scheduler,
-        max_grad_norm=e.max_grad_norm,
-        save_steps=e.save_steps,
+        warmup_steps=e.training.warmup,
+        weight_decay=e.training.weight_decay,
+        lr_scheduler_type=e.training.lr_scheduler,
+        max_grad_norm=e.training.max_grad_norm,
+        save_steps=e.training.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if validates else "no",
         eval_steps=every,
         eval_on_start=validates and fresh,
-        load_best_model_at_end=e.early_stop is not None,
-        metric_for_best_model="eval_loss" if e.early_stop else None,
+        load_best_model_at_end=e.training.early_stop is not None,
+        metric_for_best_model="eval_loss" if e.training.early_stop else None,
         restore_callback_states_from_checkpoint=not fresh,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is no number is told, not smoothed over
-        seed=e.seed,
-        use_cpu=e.device == "cpu",
-        ddp_backend="gloo" if e.device == "cpu" and torch.distributed.is_initialized() else None,
+        seed=e.compute.seed,
+        use_cpu=e.compute.device == "cpu",
+        ddp_backend="gloo" if e.compute.device == "cpu" and torch.distributed.is_initialized() else None,
         ddp_find_unused_parameters=unused,
         ddp_timeout=30 * 24 * 3600,
-        bf16=e.dtype == "bfloat16",
-        fp16=e.dtype == "float16",
-        report_to=e.report_to,
+        bf16=e.compute.dtype == "bfloat16",
+        fp16=e.compute.dtype == "float16",
+        report_to=e.training.report_to,
         remove_unused_columns=False,
-        dataloader_pin_memory=e.device != "cpu",
+        dataloader_pin_memory=e.compute.device != "cpu",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU: no silent DataParallel, no larger batch
     return arguments

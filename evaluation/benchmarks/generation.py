@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from core.errors import UserError
 from core.models.activations import token_batches
-from core.runs.process import UserError
 from core.texts.tokens import DATE_STRING, tokenized
 from evaluation.benchmarks.prompts import CHAT, chat_template, rendered
 from evaluation.scores import Evaluated, check_logits

@@ -22,8 +22,9 @@ from typing import Any
 
 import yaml
 
+from core.errors import UserError, first_line
+from core.files import digest_of
 from core.hub import HUB_TIMEOUT_S
-from core.runs.process import UserError, digest_of, first_line
 from evaluation.benchmarks.local_rows import READERS
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.runs.process import UserError
+from core.errors import UserError
 from evaluation.benchmarks.yue_mmlu import NAMES, read_questions
 
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.runs.process import UserError
+from core.errors import UserError
 from evaluation.benchmarks.prompts import CHAT, rendered
 
 LETTERS = "ABCDE"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.models.families import AttentionLayout
-from core.runs.process import UserError
 from core.texts.tokens import tokenized
 
 # Rows of logits [n, V] that are made float32 at a time: beside the logits themselves, little memory.

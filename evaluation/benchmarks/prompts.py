@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.errors import UserError
+from core.files import MANIFEST, read_json
 from core.runs.command_line import Parser
-from core.runs.process import MANIFEST, UserError, read_json
 from core.texts.tokens import templated
 from evaluation.scores import Evaluated
 

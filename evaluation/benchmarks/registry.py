@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from core.errors import UserError
 from core.runs.command_line import load_experiment
-from core.runs.process import UserError
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 TASK_FILE = "task.json"

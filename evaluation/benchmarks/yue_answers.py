@@ -9,7 +9,8 @@ from typing import Any
 
 from rapidfuzz.distance import Indel
 
-from core.runs.process import UserError, read_json
+from core.errors import UserError
+from core.files import read_json
 from evaluation.benchmarks.yue_mmlu import OPTIONS
 
 FILE_NAME = re.compile(r"cmmlu-yue-(?P<subject>.+)-(?P<shots>\d+)shot\.json")

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.runs.process import UserError, read_json
+from core.errors import UserError
+from core.files import read_json
 
 log = logging.getLogger(__name__)
 OPTIONS = "ABCD"

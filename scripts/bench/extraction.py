@@ -25,9 +25,9 @@ import torch
 
 from core.data import load_rows
 from core.models.activations import Reading, extract, pad, text_batches
-from core.models.checkpoints import Checkpoint
+from core.models.checkpoints import Checkpoint, open_pair
 from core.runs.command_line import load_experiment
-from core.runs.settings import Experiment, open_pair
+from core.runs.settings import Experiment
 from run_activs_and_hot import read_both
 
 
@@ -39,18 +39,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    experiment = Experiment(**load_experiment(arguments.config))
+    experiment = Experiment.of(**load_experiment(arguments.config))
     experiment.check()
-    target, source = open_pair(experiment)
-    rows = load_rows(experiment.data_spec, "calibration", experiment.calibration_samples)
+    target, source = open_pair(experiment.models, experiment.compute.device)
+    rows = load_rows(experiment.data.spec, "calibration", experiment.reading.calibration_samples)
     readings, _ = read_both(target, source, rows, experiment)
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; pooling {experiment.pooling}, "
-        f"{experiment.tokens_per_batch} tokens per batch"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; pooling {experiment.reading.pooling}, "
+        f"{experiment.compute.tokens_per_batch} tokens per batch"
     )
     print("model      texts  batches  padding  bare tokens/s  with hooks  overhead (quartiles)")
     for name, checkpoint in (("target", target), ("source", source)):
-        batches = text_batches(readings[name], experiment.tokens_per_batch)
+        batches = text_batches(readings[name], experiment.compute.tokens_per_batch)
         chosen = batches[:: max(1, len(batches) // arguments.batches)]
         bare, hooked = measure(checkpoint, readings[name], chosen, arguments.repeats, experiment)
         tokens = sum(len(readings[name].ids[n]) for batch in chosen for n in batch)
@@ -73,7 +73,7 @@ def measure(
     checkpoint: Checkpoint, reading: Reading, batches: list[list[int]], repeats: int, experiment: Experiment
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Seconds (bare, with hooks), each [batches][repeats]; which of the two goes first alternates."""
-    model = checkpoint.load_model(experiment.dtype)
+    model = checkpoint.load_model(experiment.compute.dtype)
     backbone: Any = checkpoint.layout.decoder(model)
 
     @torch.no_grad()

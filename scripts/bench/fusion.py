@@ -25,12 +25,14 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from core.fusion.transport_weights import FusionSettings, Transport
+from core.files import write_json, write_safetensors
+from core.fusion.settings import FusionSettings
+from core.fusion.transport_weights import Transport
+from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.models.families import SIDES
 from core.models.locate import INDEX_FILE
 from core.runs import plan_directory
-from core.runs.process import Manifest, write_json, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = json.loads((ROOT / "scripts" / "configs" / "llama-3.2-1b.json").read_text())

@@ -233,10 +233,10 @@ def _device_generator():
 
 def test_the_device_exists_only_inside():
     """No hook in the product: it asks torch, which answers yes inside alone."""
-    from core.runs.process import UserError
+    from core.errors import UserError
     from core.runs.settings import Experiment
 
     with imaginary_device():
-        Experiment(device="cuda").check()
+        Experiment.of(device="cuda").check()
     with pytest.raises(UserError, match="device 'cuda' is not available here"):
-        Experiment(device="cuda").check()
+        Experiment.of(device="cuda").check()

@@ -24,8 +24,8 @@ from stages import fuse, train
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
+from core.errors import UserError
 from core.hot_transport import compute_Q_and_layer_costs
-from core.runs.process import UserError
 from core.runs.settings import Experiment
 from core.training.start import open_start
 from evaluation import compare_arms, run_task
@@ -90,7 +90,7 @@ def run_stage3(case: Any, out: Path, device: str) -> None:
     teacher = ("--training-scenario", "distill", "--source-model", case.models["other"], "--data-file", case.texts)
     train(case.models["target"], out / "by_token", *shared, *teacher)
     # The Trainer moves a model as a whole; others who attach residuals do not.
-    start = open_start(str(case.made[2] / "biased"), Experiment(device=device))
+    start = open_start(str(case.made[2] / "biased"), Experiment.of(device=device))
     logits = start.load(True, 0.3)(torch.arange(40, device=device).reshape(2, 20)).logits
     save_file({"logits": logits.detach()}, out / "logits.safetensors")
 

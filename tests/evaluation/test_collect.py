@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from conftest import run_main
 
-from core.runs.process import FORMAT_VERSION, UserError, digest_of
+from core.errors import UserError
+from core.files import digest_of
+from core.manifest import FORMAT_VERSION
 from evaluation import collect_results
 from evaluation.scores import Score, finished, mean_and_error, write_score
 from evaluation.significance import holm, paired

@@ -14,10 +14,12 @@ import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.data import Row
+from core.errors import UserError
 from core.fusion.controls import CONTROLS, control_residual
-from core.models.checkpoints import open_checkpoint
+from core.fusion.settings import FusionSettings
+from core.manifest import Manifest
+from core.models.checkpoints import open_checkpoint, open_pair
 from core.runs.card import RESULTS_BEGIN, RESULTS_END
-from core.runs.process import Manifest, UserError
 from core.training.hot_linear import load_residuals
 from evaluation import compare_arms
 from evaluation.texts import TextSet, text_set
@@ -165,9 +167,9 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     """base evaluated after the controls equals base evaluated first."""
     folder, flags = run
     command = compare_arms.parse_command([str(f) for f in flags], "e", "", {"run_dir": ""})
-    target, source = compare_arms.open_pair(command.experiment)
+    target, source = open_pair(command.experiment.models, "cpu")
     plans = compare_arms.PlanDirectory(folder / "plans")
-    settings = compare_arms.FusionSettings("regression", top_k=7)
+    settings = FusionSettings("regression", top_k=7)
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
     arms, places = ["base", "damped", "permuted", "wrong_layer", "base"], {"fused": folder / "fused"}
     sets = {"held_out": TextSet(examples, ["a"], 0, False)}

@@ -10,8 +10,9 @@ import yaml
 from conftest import llama, make_tokenizer, run_main, save
 from malay_rows import rows, write
 
+from core.errors import UserError
+from core.manifest import FORMAT_VERSION
 from core.models.checkpoints import open_checkpoint
-from core.runs.process import FORMAT_VERSION, UserError
 from evaluation import collect_results, generate_cmmlu_predictions, run_lm_eval, run_task
 from evaluation.benchmarks import harness
 from evaluation.benchmarks import registry as task_lists

@@ -8,8 +8,8 @@ import torch
 from conftest import llama, make_tokenizer
 from malay_rows import rows
 
+from core.errors import UserError
 from core.models.checkpoints import open_checkpoint
-from core.runs.process import UserError
 from core.texts.tokens import DATE_STRING
 from evaluation.benchmarks.malay_mmlu import read_options, read_questions
 from evaluation.benchmarks.option_scores import encode, option_scores

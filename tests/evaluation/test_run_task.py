@@ -9,9 +9,10 @@ from conftest import run_main
 from malay_rows import rows, write
 from safetensors.torch import load_file, save_file
 
+from core.errors import UserError
+from core.files import digest_of
 from core.models.checkpoints import open_checkpoint
 from core.runs.command_line import load_experiment
-from core.runs.process import UserError, digest_of
 from evaluation import run_task
 from evaluation.benchmarks.registry import GENERAL, STAND_INS, task_benchmarks
 from evaluation.scores import Evaluated

@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import run_main
 
-from core.runs.process import FORMAT_VERSION, UserError
+from core.errors import UserError
+from core.manifest import FORMAT_VERSION
 from evaluation import collect_results
 from evaluation.benchmarks.harness import HUB_TASKS, local_tasks, reported_metric
 from evaluation.benchmarks.registry import EXPERIMENTS, GENERAL, STAND_INS, task_benchmarks

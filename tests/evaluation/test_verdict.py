@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from core.errors import UserError
 from core.fusion.controls import CONTROLS
-from core.runs.process import UserError
 from evaluation import compare_arms
 from evaluation.verdict import statistics, table
 

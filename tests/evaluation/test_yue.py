@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import SHARED_DATA, run_main
 
-from core.runs.process import UserError
+from core.errors import UserError
 from evaluation import evaluate_cmmlu_yue as evaluate
 from evaluation.benchmarks.yue_answers import choose, options_shown, read_answers
 from evaluation.benchmarks.yue_mmlu import CATEGORIES, NAMES, Question, prompt, read_questions

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import family_model, qwen2, run_main, save
 
+from core.errors import UserError
 from core.models.checkpoints import open_checkpoint
-from core.runs.process import UserError
 from evaluation import evaluate_cmmlu_yue as evaluate
 from evaluation import generate_cmmlu_predictions as predict
 from evaluation.benchmarks import generation

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from core.errors import UserError
 from core.fusion.controls import CONTROLS, control_residual
 from core.fusion.residual import mix, select
 from core.fusion.ridge import ridge_factor, solve_ridge
+from core.fusion.settings import FEATURE_MAPS, FusionSettings
 from core.fusion.transport_weights import (
-    FEATURE_MAPS,
     INPUT_SIDE,
-    FusionSettings,
     Transport,
     empty_residual,
     explained_variance,
@@ -21,7 +21,6 @@ from core.fusion.transport_weights import (
     keep_mean,
 )
 from core.hot_transport import effective_layer_plan
-from core.runs.process import UserError
 
 L, M, T = 2, 3, 60
 TARGET = {"q": 6, "k": 4, "v": 4, "o": 5, "attn_in": 5, "o_in": 6}

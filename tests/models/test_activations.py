@@ -10,11 +10,12 @@ from conftest import make_tokenizer, qwen2, save, sentences
 from torch.testing import assert_close
 
 from core.data import Row
+from core.errors import UserError
+from core.files import TEMPORARY
 from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
 from core.models.checkpoints import open_checkpoint
 from core.models.families import SIDES, attention_layout
 from core.runs.plan_directory import row_memory
-from core.runs.process import TEMPORARY, UserError
 
 
 def rows_of(texts: list[str]) -> list[Row]:

@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT, llama, make_tokenizer
 from safetensors.torch import load_file
 
+from core.errors import UserError
+from core.files import TEMPORARY
 from core.models import convert
 from core.models.checkpoints import open_checkpoint, open_config, write_folded
 from core.models.families import attention_layout
-from core.runs.process import TEMPORARY, UserError
 
 
 def test_weights_are_read_one_at_a_time_in_float32(models):
@@ -278,4 +279,4 @@ def test_shard_sizes_are_bytes_in_any_spelling():
     from core.runs.settings import Experiment
 
     sizes = {"5GB": 5 * 10**9, "5gb": 5 * 10**9, "5GiB": 5 * 2**30, "5gib": 5 * 2**30, "500MB": 5 * 10**8}
-    assert {text: Experiment(max_shard_size=text).max_shard_bytes for text in sizes} == sizes
+    assert {text: Experiment.of(max_shard_size=text).max_shard_bytes for text in sizes} == sizes

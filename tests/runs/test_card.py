@@ -18,6 +18,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from core import generate_hot_residual as stage2
 from core import hub
 from core import train_hot_residual_sft as stage3
+from core.errors import UserError
 from core.models.checkpoints import open_checkpoint
 from core.runs.card import (
     RESULTS_BEGIN,
@@ -28,7 +29,6 @@ from core.runs.card import (
     licence_text,
     read_licence,
 )
-from core.runs.process import UserError
 
 
 @pytest.fixture(scope="module")

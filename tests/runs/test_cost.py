@@ -40,8 +40,8 @@ def test_plan_only_counts_what_stage_1_will_write(configs, plans, capsys):
     assert re.search(r"q +36 x 32 +12 ", printed) and re.search(r"v +12 x 16 +12 ", printed)
     assert re.search(r"plans +72 ", printed)
     target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
-    rows = stage1.plans.PlanDirectory(plans["token"]).manifest.record["rows"]
-    experiment = Experiment(pooling="token", max_rows=rows)
+    rows = stage1.plan_directory.PlanDirectory(plans["token"]).manifest.record["rows"]
+    experiment = Experiment.of(pooling="token", max_rows=rows)
     estimate = cost.stage1_cost(target, source, experiment)
     written = sum(path.stat().st_size for path in plans["token"].rglob("*.safetensors"))
     assert estimate.rows == rows
@@ -57,7 +57,7 @@ def test_rows_beyond_the_budget_take_no_memory(configs, monkeypatch):
     rows = 4 * 4000 * 4 * (2 * 16 + 4 * 32)  # of the source: 4000 rows, 4 layers, sides k, v and the four others
     memory = [
         cost.stage1_cost(
-            target, source, Experiment(calibration_samples=4000, activations_budget_mb=budget, pairs_budget_mb=1)
+            target, source, Experiment.of(calibration_samples=4000, activations_budget_mb=budget, pairs_budget_mb=1)
         ).memory
         for budget in (rows // 2**20 + 1, 0)
     ]
@@ -78,7 +78,7 @@ def test_paper_mode_and_epsilon_decide_the_iterations(configs):
     target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
 
     def iterations(**changes):
-        return cost.stage1_cost(target, source, Experiment(**changes)).iterations
+        return cost.stage1_cost(target, source, Experiment.of(**changes)).iterations
 
     assert iterations(sinkhorn_mode="paper", sinkhorn_iters=200) == 200
     assert iterations(epsilon=0.03) > iterations(epsilon=0.1) == iterations(epsilon=0.5) == 10
@@ -111,7 +111,7 @@ def test_two_equal_models_are_two_models(configs):
 
 def test_memory_of_the_plans_follows_the_budget():
     def memory(M, budget, device="cpu"):
-        experiment = dataclasses.replace(Experiment(), pairs_budget_mb=budget, device=device)
+        experiment = Experiment.of(pairs_budget_mb=budget, device=device)
         return cost.plans_memory(1024, 2048, 2000, M, experiment) / 2**20
 
     rows = 4 * 2000 * 2048 / 2**20  # of one source layer
@@ -124,9 +124,9 @@ def test_memory_of_the_plans_follows_the_budget():
 
 def test_a_short_run_has_no_negative_time(configs):
     target, source = (cost.read_model(str(configs / name), None, "auto", "cpu") for name in ("target", "source"))
-    short = cost.stage1_cost(target, source, Experiment(sinkhorn_mode="paper", sinkhorn_iters=1))
+    short = cost.stage1_cost(target, source, Experiment.of(sinkhorn_mode="paper", sinkhorn_iters=1))
     assert all(side.seconds > 0 for side in short.sides)
-    assert cost.stage1_cost(target, source, Experiment(sinkhorn_iters=3), timed=False).iterations == 3
+    assert cost.stage1_cost(target, source, Experiment.of(sinkhorn_iters=3), timed=False).iterations == 3
 
 
 def test_what_was_not_estimated_is_said_once(configs, models, texts, tmp_path, capsys):

@@ -14,10 +14,10 @@ from stages import digests, fuse
 
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
+from core.errors import UserError
 from core.files import LOCK, atomic_file
 from core.locks import hold, outputs_held
 from core.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from core.runs.process import UserError
 from evaluation import collect_results, compare_arms
 
 

@@ -12,7 +12,7 @@ from stages import fuse, train
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
 from core.data import DataSpec, Row, divide
-from core.runs.process import UserError
+from core.errors import UserError
 from core.runs.rows_read import ROWS_READ, check_held_out, check_same_split, rows_read, write_rows_read
 from evaluation import compare_arms
 
@@ -154,7 +154,7 @@ def test_another_split_of_the_same_data_is_refused_whatever_its_spelling(tmp_pat
     check_same_split(made_from, DataSpec("gsm8k", None, 1), None)
     for changed, told in (
         (DataSpec("", "t.jsonl", 1), "split_seed is 1, but the plans were made with 0"),
-        (DataSpec("", "t.jsonl", 0, 200), "max_samples is 200, but the plans were made with 40000"),
+        (DataSpec("", "t.jsonl", 0, 200), "max_rows_read is 200, but the plans were made with 40000"),
         (DataSpec("", "t.jsonl", group_column="doc"), "group_column is doc, but the plans were made with None"),
     ):
         with pytest.raises(UserError, match=told):

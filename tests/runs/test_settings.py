@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from core.fusion.transport_weights import FusionSettings
+from core.errors import UserError
+from core.fusion.settings import FusionSettings
 from core.runs.command_line import Parser, load_experiment, parse_command
-from core.runs.process import UserError
-from core.runs.settings import Experiment
+from core.runs.settings import Experiment, all_settings
 from evaluation.scores import runner_flags
 
 DEMO = ROOT / "scripts/experiments/demo.yaml"
@@ -21,22 +21,40 @@ def parse(*argv: str, stage: str = "1", aliases: dict[str, str] | None = None):
 
 def test_demo_is_the_setting_that_was_measured():
     demo = parse("--config", DEMO, stage="2").experiment
-    assert (demo.pooling, demo.max_rows, demo.feature_map, demo.residual_form) == (
+    assert (demo.reading.pooling, demo.reading.max_rows, demo.fusion.feature_map, demo.fusion.residual_form) == (
         "token",
         4096,
         "regression",
         "interpolate",
     )
-    assert (demo.alpha, demo.top_k, demo.max_tokens, demo.block_size) == (0.07, 0, 110, 110)
-    assert (demo.calibration_samples, demo.sft_samples, demo.held_out_samples) == (160, 96, 64)
-    assert (demo.train_batch_size, demo.gradient_accumulation, demo.learning_rate, demo.epochs) == (1, 4, 2e-5, 1.0)
+    assert (demo.fusion.alpha, demo.fusion.top_k, demo.reading.max_tokens, demo.training.block_size) == (
+        0.07,
+        0,
+        110,
+        110,
+    )
+    assert (demo.reading.calibration_samples, demo.training.sft_samples, demo.evaluation.held_out_samples) == (
+        160,
+        96,
+        64,
+    )
+    assert (
+        demo.training.train_batch_size,
+        demo.training.gradient_accumulation,
+        demo.training.learning_rate,
+        demo.training.epochs,
+    ) == (1, 4, 2e-5, 1.0)
     assert demo.run_dir == Path("runs/demo")
 
 
 def test_quick_is_the_same_on_less_data():
     full, quick = (parse("--config", DEMO, *extra).experiment for extra in ((), ("--quick",)))
-    assert quick.name == "demo-quick" and quick.calibration_samples < full.calibration_samples
-    assert (quick.feature_map, quick.alpha, quick.seed) == (full.feature_map, full.alpha, full.seed)
+    assert quick.name == "demo-quick" and quick.reading.calibration_samples < full.reading.calibration_samples
+    assert (quick.fusion.feature_map, quick.fusion.alpha, quick.compute.seed) == (
+        full.fusion.feature_map,
+        full.fusion.alpha,
+        full.compute.seed,
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts/experiments").glob("*.yaml")), ids=lambda p: p.name)
@@ -46,8 +64,8 @@ def test_every_experiment_file_loads(path):
 
 def test_flags_override_the_file_and_dashes_are_underscores():
     for spelling in ("--max-rows", "--max_rows"):
-        assert parse("--config", DEMO, spelling, "70").experiment.max_rows == 70
-    assert parse("--config", DEMO, "--max_rows=90").experiment.max_rows == 90
+        assert parse("--config", DEMO, spelling, "70").experiment.reading.max_rows == 70
+    assert parse("--config", DEMO, "--max_rows=90").experiment.reading.max_rows == 90
     assert parse("--out_dir", "x").path("out_dir", "plans") == Path("x")
     assert parse("--config", DEMO).path("out_dir", "plans") == Path("runs/demo/plans")
 
@@ -60,7 +78,7 @@ def test_seed_letters_mean_what_the_seed_says():
         "small",
         aliases={"model_a_path": "source_model", "model_b_path": "target_model"},
     ).experiment
-    assert (one.source_model, one.target_model) == ("big", "small")
+    assert (one.models.source_model, one.models.target_model) == ("big", "small")
     two = parse(
         "--modelA_id",
         "small",
@@ -69,13 +87,13 @@ def test_seed_letters_mean_what_the_seed_says():
         stage="2",
         aliases={"modelA_id": "target_model", "modelB_id": "source_model"},
     ).experiment
-    assert (two.source_model, two.target_model) == ("big", "small")
+    assert (two.models.source_model, two.models.target_model) == ("big", "small")
 
 
 def test_gsm8k_has_its_own_epsilon():
-    assert parse("--data-subset", "gsm8k").experiment.regularisation == 0.03
-    assert parse("--data-subset", "file").experiment.regularisation == 0.1
-    assert parse("--data-subset", "gsm8k", "--epsilon", "0.2").experiment.regularisation == 0.2
+    assert parse("--data-subset", "gsm8k").experiment.epsilon == 0.03
+    assert parse("--data-subset", "file").experiment.epsilon == 0.1
+    assert parse("--data-subset", "gsm8k", "--epsilon", "0.2").experiment.epsilon == 0.2
 
 
 @pytest.mark.parametrize(
@@ -163,11 +181,11 @@ CHANGES = {
 }
 # Those that only name an input: the contents of the model, or of the rows, are recorded in their place.
 INPUTS = {
-    "1": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column "
+    "1": "target_model target_revision source_model source_revision data_subset data_file max_rows_read group_column "
     "split_seed calibration_samples",
     "2": "target_model target_revision source_model source_revision",
-    "3": "source_model source_revision data_subset data_file max_samples group_column split_seed sft_samples",
-    "e": "target_model target_revision source_model source_revision data_subset data_file max_samples group_column "
+    "3": "source_model source_revision data_subset data_file max_rows_read group_column split_seed sft_samples",
+    "e": "target_model target_revision source_model source_revision data_subset data_file max_rows_read group_column "
     "split_seed held_out_samples general_file",
 }
 # Those that say where, how fast, or what else: no byte of the output depends on them.
@@ -177,16 +195,7 @@ BESIDE = {
     "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
     "e": "trust_remote_code",
 }
-OTHERS = {
-    "str": "another",
-    "int": 7,
-    "float": 0.77,
-    "bool": True,
-    "tuple[float, ...]": (0.5,),
-    "str | None": "another",
-    "int | None": 7,
-    "float | None": 0.77,
-}
+OTHERS = {str: "another", int: 7, float: 0.77, bool: True, tuple: (0.5,)}
 
 
 LORA, DISTILL, TOKEN = {"use_lora": True}, {"training_scenario": "distill"}, {"pooling": "token"}
@@ -202,13 +211,13 @@ NEEDS: dict[str, dict] = {
 @pytest.mark.parametrize("stage", CHANGES)
 def test_every_setting_of_a_stage_is_decided_and_a_changed_one_changes_the_fingerprint(stage):
     """A new setting fails here until somebody has decided what it changes."""
-    fields = [f for f in dataclasses.fields(Experiment) if stage in f.metadata["stages"]]
+    names = [name for name, setting in all_settings().items() if stage in setting.stages]
     decided = [*CHANGES[stage].split(), *INPUTS[stage].split(), *BESIDE[stage].split()]
-    assert sorted(decided) == sorted(f.name for f in fields)
-    for f in fields:
-        before = Experiment(**NEEDS.get(f.name, {}))
-        changed = dataclasses.replace(before, **{f.name: OTHERS[str(f.type)]}).deciding(stage)
-        assert (changed != before.deciding(stage)) == (f.name in CHANGES[stage].split()), f.name
+    assert sorted(decided) == sorted(names)
+    for name in names:
+        before = Experiment.of(**NEEDS.get(name, {}))
+        changed = before.changed(**{name: OTHERS[all_settings()[name].kind]}).deciding(stage)
+        assert (changed != before.deciding(stage)) == (name in CHANGES[stage].split()), name
 
 
 @pytest.mark.parametrize(
@@ -226,20 +235,20 @@ def test_every_setting_of_a_stage_is_decided_and_a_changed_one_changes_the_finge
 )
 def test_a_setting_that_changes_nothing_beside_the_others_is_in_no_fingerprint(stage, others, names):
     """A finished folder would be emptied for it."""
-    before, types = Experiment(**others), {f.name: str(f.type) for f in dataclasses.fields(Experiment)}
+    before = Experiment.of(**others)
     for name in names.split():
-        changed = dataclasses.replace(before, **{name: OTHERS[types[name]]})
+        changed = before.changed(**{name: OTHERS[all_settings()[name].kind]})
         assert changed.deciding(stage) == before.deciding(stage) and changed.deciding(stage)[name] is None, name
 
 
 def test_a_seed_counts_in_training_and_evaluation_whatever_the_pooling():
     for stage in "3e":
-        assert Experiment(seed=1).deciding(stage) != Experiment(seed=2).deciding(stage)
+        assert Experiment.of(seed=1).deciding(stage) != Experiment.of(seed=2).deciding(stage)
 
 
 def test_of_a_device_its_kind_counts():
-    first, second = Experiment(device="cuda:0"), Experiment(device="cuda:1")
-    assert first.deciding("1") == second.deciding("1") != Experiment(device="cpu").deciding("1")
+    first, second = Experiment.of(device="cuda:0"), Experiment.of(device="cuda:1")
+    assert first.deciding("1") == second.deciding("1") != Experiment.of(device="cpu").deciding("1")
 
 
 def test_what_fusion_reads_is_part_of_the_fingerprint_of_stage_2():
@@ -253,10 +262,10 @@ def test_what_fusion_reads_is_part_of_the_fingerprint_of_stage_2():
 def test_what_a_file_switches_on_a_flag_switches_off(tmp_path, spelling):
     path = tmp_path / "x.yaml"
     path.write_text("packing: true\nuse_lora: true")
-    assert parse("--config", path, stage="3").experiment.packing
+    assert parse("--config", path, stage="3").experiment.training.packing
     found = parse("--config", path, spelling, stage="3").experiment
-    assert (found.packing, found.use_lora) == (False, True)
-    assert not parse("--config", path, "--packing", spelling, stage="3").experiment.packing
+    assert (found.training.packing, found.adapters.use_lora) == (False, True)
+    assert not parse("--config", path, "--packing", spelling, stage="3").experiment.training.packing
 
 
 def test_every_switch_of_every_command_has_its_other_form(capsys):
@@ -264,9 +273,9 @@ def test_every_switch_of_every_command_has_its_other_form(capsys):
         with pytest.raises(SystemExit):
             parse("--help", stage=stage)
         told = capsys.readouterr().out
-        for f in dataclasses.fields(Experiment):
-            if str(f.type) == "bool" and stage in f.metadata["stages"]:
-                assert f"--no-{f.name.replace('_', '-')}" in told, f.name
+        for name, setting in all_settings().items():
+            if setting.kind is bool and stage in setting.stages:
+                assert f"--no-{name.replace('_', '-')}" in told, name
     parser = Parser("")
     parser.add_argument("--dry-run", action="store_true")
     assert [parser.parse(argv)["dry_run"] for argv in ([], ["--dry_run"], ["--dry-run", "--no_dry_run"])] == [

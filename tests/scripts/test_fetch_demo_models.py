@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
+from core.errors import UserError
 from core.runs.card import read_licence
-from core.runs.process import UserError
 from scripts import fetch_demo_models as fetch
 
 

@@ -19,9 +19,9 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core.data import DataSpec, load_rows
+from core.files import TEMPORARY
 from core.models.checkpoints import open_checkpoint
 from core.runs.plan_directory import PlanDirectory, part_file, write_part
-from core.runs.process import TEMPORARY
 from core.runs.settings import Experiment
 
 
@@ -163,11 +163,11 @@ def test_a_killed_run_continues_to_the_same_bytes(plans, models, texts, tmp_path
             write(*arguments)
 
         monkeypatch.setattr(stage1, "solve_layer", lambda zx, *a: solved.append(zx.shape) or solve(zx, *a))
-        monkeypatch.setattr(stage1.plans, "write_part", dies)
+        monkeypatch.setattr(stage1.plan_directory, "write_part", dies)
         with pytest.raises(KeyboardInterrupt):
             run_main(stage1, *flags)
         assert [part_file(folder, "v", layer).is_file() for layer in range(3)] == [True, True, False]
-        monkeypatch.setattr(stage1.plans, "write_part", write)
+        monkeypatch.setattr(stage1.plan_directory, "write_part", write)
         solved.clear()
     run_main(stage1, *flags)
     assert digests(folder) == digests(plans["token"])
@@ -374,7 +374,7 @@ def test_the_pairs_budget_bounds_the_rows_in_memory(tmp_path, monkeypatch, budge
     generator = torch.Generator().manual_seed(0)
     for model, layers, size in (("target", 3, 12), ("source", 8, 64)):
         rows = {("q", k): torch.randn(1000, size, generator=generator) for k in range(layers)}
-        stage1.plans.write_activations(tmp_path, model, rows, torch.zeros(1000, dtype=torch.bool), half=False)
+        stage1.plan_directory.write_activations(tmp_path, model, rows, torch.zeros(1000, dtype=torch.bool), half=False)
     alive, read = [], []
 
     def standardize(X, model, layer):
@@ -388,5 +388,5 @@ def test_the_pairs_budget_bounds_the_rows_in_memory(tmp_path, monkeypatch, budge
     standardize_layer = stage1.standardize_layer
     monkeypatch.setattr(stage1, "standardize_layer", standardize)
     state, bar = SimpleNamespace(process_index=0, num_processes=1), SimpleNamespace(update=lambda count: None)
-    stage1.solve_side(tmp_path, "q", (3, 8), Experiment(pairs_budget_mb=budget), state, bar)
+    stage1.solve_side(tmp_path, "q", (3, 8), Experiment.of(pairs_budget_mb=budget), state, bar)
     assert len(read) == reads and len(list((tmp_path / "plans/parts").iterdir())) == 3

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
-from core.fusion.transport_weights import FusionSettings, Transport
+from core.fusion.settings import FusionSettings
+from core.fusion.transport_weights import Transport
 from core.models.checkpoints import open_checkpoint
 from core.runs.plan_directory import PlanDirectory
 from core.training.hot_linear import enable_hot_residual_for_model, load_residuals, restore_base

@@ -15,7 +15,7 @@ from conftest import ROOT, SHARED_DATA
 from data_files import all_rows, fake_hub, write
 
 from core.data import SOURCES, DataSpec, divide, load_rows
-from core.runs.process import UserError
+from core.errors import UserError
 
 SHOWN = "import core.data, datasets; print(datasets.__file__)"
 
@@ -238,7 +238,7 @@ def test_every_source_reads_its_own_schema(name, monkeypatch, caplog):
         "cantonese": ROLES[4][0],
         "indonesian": ROLES[0][0],
         "malay": ROLES[0][0],
-        "gsm8k": ROLES[6][0],
+        "gsm8k": {"question": "a", "answer": "1 + 1\n#### 2"},
         "alpaca": ROLES[2][0],
     }
     record = schemas.get(name, {"text": "t"})
@@ -257,7 +257,7 @@ def test_every_source_reads_its_own_schema(name, monkeypatch, caplog):
 def test_the_revision_of_a_hub_data_set_is_recorded(monkeypatch):
     """The one that the table pins, else the one that was read, else None."""
     pinned = SOURCES["gsm8k"].revision
-    records = [{"question": f"q {n}", "answer": "a", "instruction": f"q {n}", "output": "a"} for n in range(60)]
+    records = [{"question": f"q {n}", "answer": "#### 1", "instruction": f"q {n}", "output": "a"} for n in range(60)]
     fake_hub(monkeypatch, records, commit="c" * 40)
     assert [divide(DataSpec(name)).identity([])["revision"] for name in ("gsm8k", "medical")] == [pinned, "c" * 40]
     fake_hub(monkeypatch, records)
@@ -285,9 +285,15 @@ def test_wikitext_has_no_headings_and_hub_rows_without_text_are_left_out(monkeyp
     caplog.set_level("INFO")
     fake_hub(monkeypatch, [{"text": t} for t in (" = Heading = ", "", *(f" line {n} " for n in range(20)))])
     assert {row.plain for row in all_rows("wikitext")} == {f"line {n}" for n in range(20)}
-    fake_hub(monkeypatch, [{"question": f"q {n}", "answer": f"a {n}" if n else " "} for n in range(21)])
+    fake_hub(monkeypatch, [{"question": f"q {n}", "answer": f"{n}\n#### {n}" if n else " "} for n in range(21)])
     assert len(all_rows("gsm8k")) == 20
     assert "1 rows without a text" in caplog.text
+
+
+def test_an_answer_of_gsm8k_without_its_number_is_left_out(monkeypatch):
+    fake_hub(monkeypatch, [{"question": f"q {n}", "answer": f"{n}\n#### {n}" if n % 2 else "so"} for n in range(20)])
+    rows = all_rows("gsm8k")
+    assert len(rows) == 10 and all("####" in row.messages[1][1] for row in rows)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")

@@ -10,7 +10,7 @@ from conftest import WORDS, sentences
 from data_files import all_rows, write
 
 from core.data import DataSpec, divide, load_rows
-from core.runs.process import UserError
+from core.errors import UserError
 from core.texts.rows import Row
 from core.texts.split import SHARES, group_names, near_duplicates, part_of, seeded_order
 

@@ -9,8 +9,8 @@ from conftest import make_tokenizer
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
 from core.data import Row
+from core.errors import UserError
 from core.models.activations import read_aligned
-from core.runs.process import UserError
 from evaluation import generate_cmmlu_predictions as predict
 from evaluation.benchmarks.generation import rendered
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from core.errors import UserError
 from core.fusion.residual import Residual
-from core.runs.process import UserError
 from core.training import hot_linear
 from core.training.hot_linear import (
     HotResidualLinear,

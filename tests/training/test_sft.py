@@ -5,7 +5,7 @@ import torch
 from conftest import family_model, make_tokenizer
 
 from core.data import Row
-from core.runs.process import UserError
+from core.errors import UserError
 from core.training.sft import flattening_collator, pack, pad, sft_example, sft_examples
 from core.training.trainer import has_mrope
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.errors import UserError
+from core.files import TEMPORARY
 from core.models.checkpoints import open_checkpoint, write_folded
-from core.runs.process import TEMPORARY, UserError
 from core.training.start import Start, save_folded
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"

@@ -19,7 +19,7 @@ def unfolded(fused, hot=True, alpha=None):
     """The start of stage 3 in float64."""
     from core.runs.settings import Experiment
 
-    start = open_start(str(fused), Experiment(training_scenario="hot"))
+    start = open_start(str(fused), Experiment.of(training_scenario="hot"))
     model = start.load(False, 0.0).double()
     residuals = start.residuals
     if hot:

@@ -1,0 +1,41 @@
+"""Settings of fusion (stage 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.errors import UserError
+from core.fusion.residual import RESIDUAL_FORMS
+from core.options import AT_LEAST_ONE, POSITIVE, SHARE, Range, option
+
+FEATURE_MAPS = ("coupling", "barycentric", "calibrated", "regression")
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """fusion"""
+
+    feature_map: str = option("coupling", "2", "how plans become linear maps (README: four feature maps)", FEATURE_MAPS)
+    residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
+    alpha: float = option(0.1, "2", "fusion strength, 0 to 1", range=SHARE)
+    top_k: int = option(
+        128,
+        "2",
+        "strongest neurons fused per layer and projection; 0: all",
+        range=Range(0, "expected 0 (all neurons) or more"),
+    )
+    p_topk: int | None = option(
+        None,
+        "2",
+        "source layers per target layer; default 1 for regression, else all with at least 1e-4 of the row of P",
+        range=AT_LEAST_ONE,
+    )
+    q_topk: int | None = option(
+        None, "2", "entries kept per row of Q (not for regression); default all", range=AT_LEAST_ONE
+    )
+    ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal", range=POSITIVE)
+
+    def check(self) -> None:
+        """Raise UserError for settings that exclude each other."""
+        if self.q_topk is not None and self.feature_map == "regression":
+            raise UserError("q_topk thins out plans, which regression does not read; leave it out")

@@ -1,0 +1,45 @@
+"""Settings of the two models, and of how they are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.options import AT_LEAST_ONE, NOT_NEGATIVE, option
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """the two models"""
+
+    target_model: str = option(
+        "", "12e", "small model that is improved: folder, id in $MODELS_ROOT, or hub id", changes=""
+    )
+    source_model: str = option(
+        "", "123e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id", changes=""
+    )
+    target_revision: str | None = option(None, "12e", "hub revision of the target", changes="")
+    source_revision: str | None = option(None, "123e", "hub revision of the source", changes="")
+    trust_remote_code: bool = option(False, "13e", "allow code that comes with a model", changes="")
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """how to compute"""
+
+    device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
+    dtype: str = option(
+        "auto",
+        "13e",
+        "compute dtype; auto: float32 on a CPU, else the model's own",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+    seed: int = option(
+        0,
+        "13e",
+        "seed of the row sample, of training and of the permuted control",
+        range=NOT_NEGATIVE,
+        only_with="token pooling",
+    )
+    tokens_per_batch: int = option(
+        4096, "13e", "tokens per forward pass, padding included; a longer text goes alone", range=AT_LEAST_ONE
+    )

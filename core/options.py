@@ -1,0 +1,166 @@
+"""Settings declared once: a field of a frozen dataclass that knows its flag, its range and what its value changes.
+
+`core.runs.settings.Experiment` is made of groups of such fields. Command lines, `--help`, experiment files, the checks
+of values and the fingerprints of output folders are all read from these declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin, get_type_hints
+
+from core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have.
+
+    Attributes:
+        low, high: the bounds, both included.
+        expected: what an error says.
+        above: `low` itself is excluded.
+    """
+
+    low: float
+    expected: str
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and (value > self.low if self.above else value >= self.low) and value <= self.high
+
+
+SHARE = Range(0, "expected a number from 0 to 1", high=1)
+POSITIVE = Range(0, "expected a positive number", above=True)
+AT_LEAST_ONE = Range(1, "expected at least 1")
+NOT_NEGATIVE = Range(0, "expected 0 or more")
+
+
+def option(
+    default: Any,
+    stages: str,
+    help: str,
+    choices: Sequence[str] | None = None,
+    range: Range | None = None,
+    changes: str | None = None,
+    only_with: str | None = None,
+    alias: str | None = None,
+) -> Any:
+    """A dataclass field that is also a flag of the commands in `stages` (1, 2, 3; e for evaluation).
+
+    Args:
+        choices, range: the values it may have; of a tuple every entry.
+        changes: those of `stages` whose output has other bytes when the value is another one; there the value is part
+            of the fingerprint. The default is all of them. It is narrower for a setting that names an input (a model,
+            rows), whose contents are in the fingerprint instead, and for one that only decides where or how fast
+            something is done.
+        only_with: the condition (one of `core.runs.settings.CONDITIONS`) without which the value changes nothing; None:
+            it always counts.
+        alias: a second name that flags and experiment files may use.
+    """
+    return field(
+        default=default,
+        metadata={
+            "stages": stages,
+            "help": help,
+            "choices": tuple(choices) if choices else None,
+            "range": range,
+            "changes": stages if changes is None else changes,
+            "only_with": only_with,
+            "alias": alias,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting.
+
+    Attributes:
+        group: the attribute of the experiment that holds it.
+        kind: str, int, float, bool, or tuple, whose entries are of the type `entry`.
+        optional: whether it may be None.
+        the others: as `option` takes them.
+    """
+
+    group: str
+    name: str
+    kind: type
+    entry: type | None
+    optional: bool
+    default: Any
+    stages: str
+    help: str
+    choices: tuple[str, ...] | None
+    range: Range | None
+    changes: str
+    only_with: str | None
+    alias: str | None
+
+    def read(self, value: Any) -> Any:
+        """A value as YAML gives it in this setting's type: YAML reads 2e-5 as a string and 1 as an integer.
+
+        Raises ValueError, which says what was expected.
+        """
+        if value is None and self.optional:
+            return None
+        if self.kind is tuple:
+            return self._read_entries(value)
+        if self.kind is bool or isinstance(value, bool):
+            if self.kind is bool and isinstance(value, bool):
+                return value
+        else:
+            try:
+                if self.kind is not int or float(value) == int(value):
+                    return self.kind(value)
+            except (TypeError, ValueError, OverflowError):
+                pass
+        raise ValueError(f"expected {self.kind.__name__}")
+
+    def _read_entries(self, value: Any) -> tuple[Any, ...]:
+        if self.entry is str:
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                return tuple(value)
+            raise ValueError("expected a list of names")
+        try:
+            return numbers(",".join(map(str, value)) if isinstance(value, list) else str(value))
+        except ValueError:
+            raise ValueError("expected a list of numbers") from None
+
+    def check(self, value: Any) -> None:
+        """Raise UserError for a value that this setting may not have."""
+        if self.choices and value not in (None, "") and value not in self.choices:
+            raise UserError(f"{self.name} is {value!r}; expected one of {', '.join(self.choices)}")
+        if self.range is not None and value is not None:
+            for number in value if self.kind is tuple else (value,):
+                if number not in self.range:
+                    raise UserError(f"{self.name} is {number}; {self.range.expected}")
+
+
+def settings_of(group: type, name: str) -> list[Setting]:
+    """The settings that a dataclass declares by `option`; fields of other kinds are left out."""
+    hints = get_type_hints(group)
+    return [
+        Setting(group=name, name=f.name, default=f.default, **_type_of(hints[f.name]), **f.metadata)
+        for f in dataclasses.fields(group)
+        if f.metadata
+    ]
+
+
+def _type_of(hint: Any) -> dict[str, Any]:
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    if get_origin(hint) is tuple:
+        return {"kind": tuple, "entry": get_args(hint)[0], "optional": optional}
+    return {"kind": hint, "entry": None, "optional": optional}
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """`0.03,0.1` as numbers. Raises ValueError."""
+    return tuple(float(part) for part in text.split(",") if part.strip())

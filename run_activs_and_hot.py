@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from core.data import Row, divide
 from core.errors import UserError
 from core.files import MANIFEST, TEMPORARY, read_json
+from core.fusion.projections import SIDES
 from core.hot_transport import (
     SinkhornResult,
     compute_P,
@@ -33,7 +34,6 @@ from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder
 from core.models.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
 from core.models.checkpoints import Checkpoint, open_pair
-from core.models.families import SIDES
 from core.models.locate import waits_for
 from core.runs import cost, plan_directory
 from core.runs import preflight as checks
@@ -251,7 +251,7 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
                 sides[side] = describe(tensors, measured)
                 manifest.save()
             state.wait_for_everyone()
-            bar.n = (SIDES.index(side) + 1) * L * M
+            bar.n = (list(SIDES).index(side) + 1) * L * M
             bar.refresh()
     missed = {side: record["not_converged"] for side, record in sides.items() if record["not_converged"]}
     if missed and experiment.transport.sinkhorn_mode == "auto":

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
+from core.fusion.projections import PROJECTIONS
 from core.fusion.residual import Residual
 from core.fusion.settings import FusionSettings
-from core.fusion.transport_weights import PROJECTIONS, fuse_attention_only_from_hot_dir
+from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 from core.hub import push_folder
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder
@@ -190,9 +191,9 @@ def fold_from(parts: list[Path], target: Checkpoint, settings: FusionSettings) -
     """Function (tensor name, tensor) -> folded tensor; tensors that are not fused pass unchanged. Residuals are read
     one layer at a time."""
     places = {
-        target.tensor_name(layer, projection): (layer, PROJECTIONS.index(projection))
+        target.tensor_name(layer, projection): (layer, place)
         for layer in range(len(parts))
-        for projection in PROJECTIONS
+        for place, projection in enumerate(PROJECTIONS)
     }
     of_layer = lru_cache(1)(lambda layer: load_residuals(parts[layer])[0])
 

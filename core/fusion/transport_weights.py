@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.fusion.projections import COLUMNS, PROJECTIONS, ROWS
 from core.fusion.residual import Residual, check_finite, select
 from core.fusion.ridge import ridge_factor, solve_ridge
 from core.fusion.settings import FusionSettings
 
-PROJECTIONS = ("q", "k", "v", "o")
-# q, k and v read the same input.
-INPUT_SIDE = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "o_in"}
 # Source layers with less than this share of a row of P_eff take no part unless `p_topk` asks for them.
 NEGLIGIBLE_SHARE = 1e-4
 # Regression maps kept for neighbouring target layers that read the same source layer.
@@ -66,7 +64,8 @@ class Transport:
         self.plans, self.source, self.settings = plans, source, settings
         self._target_factor = lru_cache(MAP_CACHE)(lambda side, layer: self._factor("target", side, layer))
         self._source_factor = lru_cache(MAP_CACHE)(lambda side, layer: self._factor("source", side, layer))
-        self._attention_in = lru_cache(1)(lambda layer, m: self._in_map("attn_in", layer, m, None))
+        # q, k and v read the same input and share the map of all of it.
+        self._whole_in = lru_cache(1)(lambda side, layer, m: self._in_map(side, layer, m, None))
 
     def layer_weights(self, layer: int, projection: str) -> dict[int, float]:
         """p[m] of every source layer that takes part: the `p_topk` largest, by default those with at least
@@ -111,7 +110,7 @@ class Transport:
                 Out, In = self._maps(layer, m, c, index)
                 W = self.source.weight(m, c)
                 # [n, m] @ ([m, m'] @ [m', k]) -> [n, k], or ([k, m] @ [m, m']) @ [m', n'] -> [k, n']
-                part = Out @ (W @ In) if c == "o" else (Out @ W) @ In
+                part = Out @ (W @ In) if PROJECTIONS[c].axis == COLUMNS else (Out @ W) @ In
                 weights[c] = p * part if c not in weights else weights[c].add_(part, alpha=p)
                 b = self.source.bias(m, c)
                 if b is not None and self.settings.feature_map != "regression":
@@ -120,17 +119,18 @@ class Transport:
 
     def self_map(self, layer: int, projection: str) -> Tensor:
         """The target's own outputs regressed on its own inputs [n, n']: smoothing without a source (control)."""
-        side = INPUT_SIDE[projection]
+        side = PROJECTIONS[projection].input_side
         R = self.plans.rows("target", side, layer, "fit")
         S = self.plans.rows("target", projection, layer, "fit")
         return solve_ridge(self._target_factor(side, layer), R, S)
 
     def _maps(self, layer: int, m: int, projection: str, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(Out, In) of one pair of layers, on the selection only: Out [k, m] and In [m', n'], for o Out [n, m] and
-        In [m', k]."""
-        if projection == "o":
-            return self._out_map("o", layer, m, None), self._in_map("o_in", layer, m, index)
-        return self._out_map(projection, layer, m, index), self._attention_in(layer, m)
+        """(Out, In) of one pair of layers, on the selection only: Out [k, m] and In [m', n'] where rows are selected,
+        Out [n, m] and In [m', k] where columns are."""
+        place = PROJECTIONS[projection]
+        if place.axis == ROWS:
+            return self._out_map(projection, layer, m, index), self._whole_in(place.input_side, layer, m)
+        return self._out_map(projection, layer, m, None), self._in_map(place.input_side, layer, m, index)
 
     def _out_map(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
         """Out [n, m], or its `rows` [k, m]."""
@@ -185,13 +185,13 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def empty_residual(plans: Plans, target: Weights, layer: int, projection: str, top_k: int) -> Residual:
-    """Residual with W~ = 0 on the selection of one projection (A.5): rows by the strength of the output for q, k, v,
-    columns by the strength of the input for o."""
-    axis = 1 if projection == "o" else 0
-    index = select(plans.strongest(INPUT_SIDE["o"] if axis else projection, layer), top_k)
+    """Residual with W~ = 0 on the selection of one projection (A.5): rows by the strength of the output, or columns by
+    the strength of the input."""
+    axis = PROJECTIONS[projection].axis
+    index = select(plans.strongest(PROJECTIONS[projection].selected_side, layer), top_k)
     original = target.weight(layer, projection).index_select(axis, index)
     bias = target.bias(layer, projection)
-    if bias is not None and axis == 0:
+    if bias is not None and axis == ROWS:
         bias = bias[index]
     return Residual(layer, projection, axis, index, torch.zeros_like(original), None, original, bias)
 
@@ -202,8 +202,8 @@ def keep_mean(residual: Residual, plans: Plans) -> Residual:
     Without biases: W~ <- W~ + (W - W~) x x^T / |x|^2 on the selection, with x the mean input (y_bar = W x);
     with biases: b~ = b + (W - W~) x, which is y_bar - W~ x.
     """
-    x = plans.mean("target", INPUT_SIDE[residual.projection], residual.layer)
-    if residual.axis == 1:
+    x = plans.mean("target", PROJECTIONS[residual.projection].input_side, residual.layer)
+    if residual.axis == COLUMNS:
         x = x[residual.index]
     missing = (residual.original_weight - residual.weight) @ x  # [k, n'] @ [n'] -> [k], or [n, k] @ [k] -> [n]
     if residual.original_bias is not None:
@@ -251,10 +251,10 @@ def transport_into(residuals: Sequence[Residual], transport: Transport, from_lay
 def explained_variance(residual: Residual, plans: Plans) -> float | None:
     """Share of the variance of the target's output (selected rows, or the part read from the selected columns) that
     W~ predicts on the rows kept aside: 1 - sum |x W^T - x W~^T|^2 / sum |x W^T|^2, x centred. None without rows."""
-    x = plans.rows("target", INPUT_SIDE[residual.projection], residual.layer, "aside")
+    x = plans.rows("target", PROJECTIONS[residual.projection].input_side, residual.layer, "aside")
     if len(x) < 2:
         return None
-    if residual.axis == 1:
+    if residual.axis == COLUMNS:
         x = x[:, residual.index]
     y = x @ residual.original_weight.T  # [T, n'] @ [n', k] -> [T, k]
     total = y.square().sum()

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from core.data import Row
 from core.errors import UserError
-from core.fusion.transport_weights import INPUT_SIDE, PROJECTIONS
-from core.models.families import SIDES, AttentionLayout
+from core.fusion.projections import PROJECTIONS, READ_BY, SIDES
+from core.models.families import AttentionLayout
 from core.texts.tokens import tokenized
 
 log = logging.getLogger(__name__)
@@ -274,8 +274,9 @@ class _Recorder:
     def _hook(self, projection: str, layer: int):
         def record(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._take((projection, layer), self.pool(output))
-            if projection in "qo":  # k and v read what q reads
-                self._take((INPUT_SIDE[projection], layer), self.pool(args[0]))
+            side = PROJECTIONS[projection].input_side
+            if READ_BY[side] == projection:
+                self._take((side, layer), self.pool(args[0]))
 
         return record
 

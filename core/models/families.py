@@ -13,10 +13,8 @@ from typing import Any
 from torch import nn
 
 from core.errors import UserError
-from core.fusion.transport_weights import PROJECTIONS
+from core.fusion.projections import PROJECTIONS, SIDES
 
-# Six distinct sides: q, k and v read the same input.
-SIDES = (*PROJECTIONS, "attn_in", "o_in")
 # Model types of a vision-language model's language tower that have the projections of this file.
 TOWERS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text"}
 
@@ -100,15 +98,23 @@ class AttentionLayout:
     head_dim: int
 
     @property
+    def query_width(self) -> int:
+        """Number of neurons of all heads' queries, and of their outputs."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Number of neurons of all heads' keys, and of their values."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
     def family(self) -> Family:
         """Names of the model's family."""
         return FAMILIES[self.model_type]
 
     def size(self, side: str) -> int:
         """Number of neurons of `side`."""
-        if side == "attn_in" or side == "o":
-            return self.hidden
-        return (self.n_kv_heads if side in "kv" else self.n_heads) * self.head_dim
+        return getattr(self, SIDES[side])
 
     def name(self, layer: int, projection: str) -> str:
         """Dotted name of one projection in the loaded model, e.g. `model.layers.3.self_attn.q_proj`."""
@@ -140,7 +146,7 @@ class AttentionLayout:
 
 def projection_in_tower(layer: int, projection: str) -> str:
     """Name of one projection below the text decoder."""
-    return f"layers.{layer}.self_attn.{projection}_proj"
+    return f"layers.{layer}.{PROJECTIONS[projection].path}"
 
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:

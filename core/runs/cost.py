@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from core.fusion.projections import SIDES
 from core.hot_transport import STANDARDIZE_BYTES, entry_bytes, solve_layer, standardize
 from core.models.activations import row_bytes
 from core.models.checkpoints import Checkpoint, open_config
-from core.models.families import FAMILIES, SIDES, AttentionLayout
+from core.models.families import FAMILIES, AttentionLayout
 from core.runs.settings import Experiment
 from core.transport.scaling import CACHED_BYTES, PLAN_BLOCK_ROWS
 

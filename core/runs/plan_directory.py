@@ -19,18 +19,17 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import TEMPORARY, write_safetensors
-from core.fusion.transport_weights import INPUT_SIDE
+from core.fusion.projections import FORWARD_ORDER, PROJECTIONS, SELECTED_SIDES, SIDES
 from core.hot_transport import SinkhornResult, correlation_cost_rows, effective_layer_plan, standardize
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint
-from core.models.families import SIDES, AttentionLayout
+from core.models.families import AttentionLayout
 
 log = logging.getLogger(__name__)
 STAGE = "plans"
 # Layers of standardised activations and of regression rows that stay in memory between reads.
 ROWS_CACHE = 4
 # The order in which a layer computes its sides: the first one with NaN is the one to look at.
-FORWARD_ORDER = ("attn_in", "q", "k", "v", "o_in", "o")
 # Prefix of what was measured on plans, in the parts of a side.
 MEASURED = "measured."
 HALF_MAX = 60000.0
@@ -209,10 +208,11 @@ def join_parts(
 
 
 def write_selection(folder: Path, strengths: Mapping[tuple[str, int], Tensor]) -> None:
-    """Write, per target layer of q, k, v and o_in, all neurons from strongest to weakest and their strengths."""
+    """Write, per target layer of the sides that selections are made on, all neurons from strongest to weakest and their
+    strengths."""
     tensors: dict[str, Tensor] = {}
     for (side, layer), strength in strengths.items():
-        if side in ("q", "k", "v", "o_in"):
+        if side in SELECTED_SIDES:
             values, order = strength.sort(descending=True, stable=True)
             tensors |= {f"{side}.{layer}.index": order, f"{side}.{layer}.strength": values}
     write_safetensors(folder / "selection.safetensors", tensors)
@@ -248,7 +248,7 @@ class PlanDirectory:
 
     def layer_plan(self, projection: str) -> Tensor:
         """P_eff [L, M] of a projection (Eq. 13)."""
-        return effective_layer_plan(self._layer_plan(INPUT_SIDE[projection]), self._layer_plan(projection))
+        return effective_layer_plan(self._layer_plan(PROJECTIONS[projection].input_side), self._layer_plan(projection))
 
     def feature_result(self, side: str, target_layer: int, source_layer: int) -> SinkhornResult:
         """The plan of one pair as potentials, its cost recomputed from the stored activations."""
@@ -282,7 +282,7 @@ class PlanDirectory:
         return self._read(model, f"{side}.{layer}.std")
 
     def strongest(self, side: str, layer: int) -> Tensor:
-        """Target neurons [n] of `side` (q, k, v or o_in), strongest first."""
+        """Target neurons [n] of one of SELECTED_SIDES, strongest first."""
         with safe_open(self.folder / "selection.safetensors", "pt") as file:
             return file.get_tensor(f"{side}.{layer}.index").to(self.device)
 

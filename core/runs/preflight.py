@@ -9,10 +9,9 @@ from pathlib import Path
 import psutil
 
 from core.errors import UserError
+from core.fusion.projections import PROJECTIONS, ROWS, SIDES
 from core.fusion.settings import FusionSettings
-from core.fusion.transport_weights import PROJECTIONS
 from core.models.checkpoints import Checkpoint
-from core.models.families import SIDES
 from core.runs.cost import BASE_BYTES, Cost, table
 from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
 
@@ -30,9 +29,9 @@ def model_problems(role: str, model: Checkpoint) -> list[str]:
     """Attention tensors that are absent, of another shape than the config says, or quantised (codes, not weights)."""
     layout, found = model.layout, []
     for layer in range(layout.n_layers):
-        for projection in PROJECTIONS:
+        for projection, place in PROJECTIONS.items():
             name = model.tensor_name(layer, projection) + ".weight"
-            out, into = layout.size(projection), layout.size("o_in" if projection == "o" else "attn_in")
+            out, into = layout.size(projection), layout.size(place.input_side)
             if name not in model.headers:
                 found.append(f"{name} is missing")
             elif model.headers[name][1] not in FLOATS or "quantization_config" in model.config:
@@ -98,10 +97,8 @@ def stage2_disk(target: Checkpoint, settings: FusionSettings) -> float:
     """Bytes of the fused checkpoint: the target's weights, and W~ and W (float32) on the selection, twice while the
     layers' files are joined."""
     residual = 0.0
-    for projection in PROJECTIONS:
-        out = target.layout.size(projection)
-        into = target.layout.size("o_in" if projection == "o" else "attn_in")
-        size, other = (into, out) if projection == "o" else (out, into)
+    for place in PROJECTIONS.values():
+        size, other = target.layout.size(place.selected_side), target.layout.size(place.whole_side)
         selected = min(settings.top_k or size, size)
         residual += 8.0 * selected * other * target.layout.n_layers
     return sum(target.sizes.values()) + 2 * residual
@@ -122,10 +119,8 @@ def stage2_report(
         f"plans {plans.folder}: {plans.shape[0]} x {plans.shape[1]} layers, {plans.manifest.record['rows']} rows",
         f"{settings.feature_map}, {settings.residual_form}, alpha {settings.alpha}",
     ]
-    for projection in PROJECTIONS:
-        kind, size = (
-            ("columns", target.layout.size("o_in")) if projection == "o" else ("rows", target.layout.size(projection))
-        )
+    for projection, place in PROJECTIONS.items():
+        kind, size = "rows" if place.axis == ROWS else "columns", target.layout.size(place.selected_side)
         both = all(model.tensor_name(0, projection) + ".bias" in model.headers for model in (target, source))
         lines.append(
             f"{projection}: {min(settings.top_k or size, size)} of {size} {kind} in each of "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import write_safetensors
+from core.fusion.projections import PROJECTIONS
 from core.fusion.residual import Residual, mix
 from core.models.families import linear_at
 from core.training.settings import FREEZE_STRATEGIES
@@ -267,7 +268,9 @@ def load_residuals(path: Path) -> tuple[list[Residual], float, str]:
     with safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["settings"])
         names = set(file.keys())
-        keys = sorted({tuple(name.split(".")[:2]) for name in names}, key=lambda k: (int(k[0]), "qkvo".index(k[1])))
+        keys = sorted(
+            {tuple(name.split(".")[:2]) for name in names}, key=lambda k: (int(k[0]), list(PROJECTIONS).index(k[1]))
+        )
 
         def read(layer: str, projection: str, field: str) -> Tensor | None:
             name = f"{layer}.{projection}.{field}"
@@ -277,7 +280,7 @@ def load_residuals(path: Path) -> tuple[list[Residual], float, str]:
             Residual(
                 int(layer),
                 c,
-                int(c == "o"),
+                PROJECTIONS[c].axis,
                 file.get_tensor(f"{layer}.{c}.index"),
                 file.get_tensor(f"{layer}.{c}.weight"),
                 read(layer, c, "bias"),

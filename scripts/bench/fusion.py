@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from core.files import write_json, write_safetensors
+from core.fusion.projections import PROJECTIONS, SIDES
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint
-from core.models.families import SIDES
 from core.models.locate import INDEX_FILE
 from core.runs import plan_directory
 
@@ -189,7 +189,7 @@ def pair_seconds(folder: Path, source: Checkpoint, top_k: int) -> float:
     opened = plan_directory.PlanDirectory(folder)
     for _ in range(2):
         transport = Transport(opened, source, FusionSettings(p_topk=1))
-        indices = {c: opened.strongest("o_in" if c == "o" else c, 0) for c in ("q", "k", "v", "o")}
+        indices = {c: opened.strongest(place.selected_side, 0) for c, place in PROJECTIONS.items()}
         indices = {c: index[: top_k or None].sort().values for c, index in indices.items()}
         start = time.perf_counter()
         transport.transported(0, indices)

@@ -24,8 +24,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from core.fusion.projections import SIDES
 from core.hot_transport import corr_distance_matrix, sinkhorn_uniform_streaming
-from core.models.families import SIDES
 from core.runs.plan_directory import PlanDirectory, activations_file
 
 

@@ -27,8 +27,8 @@ if __package__ in (None, ""):
 
 import torch
 
+from core.fusion.projections import PROJECTIONS
 from core.fusion.residual import Residual
-from core.fusion.transport_weights import PROJECTIONS
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.runs.command_line import load_experiment
 from core.training.hot_linear import enable_hot_residual_for_model, set_trainable
@@ -43,8 +43,8 @@ def random_residuals(target: Checkpoint, k: int) -> list[Residual]:
     """W~ as large as W on the first `k` (0: all) rows or columns of every projection."""
     out = []
     for layer in range(target.layout.n_layers):
-        for projection in PROJECTIONS:
-            weight, axis = target.weight(layer, projection), int(projection == "o")
+        for projection, place in PROJECTIONS.items():
+            weight, axis = target.weight(layer, projection), place.axis
             index = torch.arange(min(k or weight.shape[axis], weight.shape[axis]))
             original = weight.index_select(axis, index)
             transported = torch.randn_like(original) * original.std()

@@ -30,8 +30,8 @@ import ot
 import torch
 from torch import Tensor
 
+from core.fusion.projections import SIDES
 from core.hot_transport import corr_distance_matrix, solve_layer, standardize
-from core.models.families import SIDES
 from core.runs.plan_directory import PlanDirectory, read_layer
 from core.transport.sinkhorn import sinkhorn_uniform_streaming
 

@@ -9,11 +9,11 @@ from torch.testing import assert_close
 
 from core.errors import UserError
 from core.fusion.controls import CONTROLS, control_residual
+from core.fusion.projections import PROJECTIONS
 from core.fusion.residual import mix, select
 from core.fusion.ridge import ridge_factor, solve_ridge
 from core.fusion.settings import FEATURE_MAPS, FusionSettings
 from core.fusion.transport_weights import (
-    INPUT_SIDE,
     Transport,
     empty_residual,
     explained_variance,
@@ -41,7 +41,9 @@ class FakeWeights:
 
     def weight(self, layer, projection):
         return draw(
-            self.sizes[projection], self.sizes[INPUT_SIDE[projection]], seed=self.seed + 7 * layer + ord(projection)
+            self.sizes[projection],
+            self.sizes[PROJECTIONS[projection].input_side],
+            seed=self.seed + 7 * layer + ord(projection),
         )
 
     def bias(self, layer, projection):
@@ -70,7 +72,7 @@ class FakePlans:
 
     def raw(self, model, side, layer):
         if model == "target" and side in "qkvo":
-            x = self.raw(model, INPUT_SIDE[side], layer)
+            x = self.raw(model, PROJECTIONS[side].input_side, layer)
             bias = self.target.bias(layer, side)
             return x @ self.target.weight(layer, side).T + (0 if bias is None else bias)
         n = (TARGET if model == "target" else SOURCE)[side]
@@ -99,7 +101,7 @@ def world():
 
 def dense(plans, source, feature_map, layer, projection):
     """W~ and b~ by the table of feature maps, all source layers, nothing selected."""
-    side = INPUT_SIDE[projection]
+    side = PROJECTIONS[projection].input_side
     P = plans.layer_plan(projection)[layer].float()
     p = P if feature_map == "coupling" else P / P.sum()
     W_tilde, b_tilde = 0, 0
@@ -253,7 +255,7 @@ def test_keep_mean_gives_the_mean_output_on_the_mean_input(projection, top_k, bi
     plans = FakePlans(target)
     residual = empty_residual(plans, target, 0, projection, top_k)
     residual = keep_mean(replace(residual, weight=torch.randn_like(residual.weight)), plans)
-    x = plans.mean("target", INPUT_SIDE[projection], 0)
+    x = plans.mean("target", PROJECTIONS[projection].input_side, 0)
     if projection == "o":
         x = x[residual.index]
     got, expected = residual.weight @ x, residual.original_weight @ x
@@ -298,7 +300,7 @@ def test_controls_share_norm_or_mean_but_not_the_correspondence(projection, bias
     made = {
         name: control_residual(name, residual, plans, transport, torch.Generator().manual_seed(1)) for name in CONTROLS
     }
-    x = plans.mean("target", INPUT_SIDE[projection], 0)
+    x = plans.mean("target", PROJECTIONS[projection].input_side, 0)
     x = x[residual.index] if projection == "o" else x
 
     assert not made["damped"].weight.any()
@@ -316,7 +318,7 @@ def test_controls_share_norm_or_mean_but_not_the_correspondence(projection, bias
     wrong = keep_mean(replace(residual, weight=elsewhere, bias=None), plans)
     assert_close(made["wrong_layer"].weight, wrong.weight)
     own = ridge_map(
-        plans.rows("target", INPUT_SIDE[projection], 0, "fit"),
+        plans.rows("target", PROJECTIONS[projection].input_side, 0, "fit"),
         plans.rows("target", projection, 0, "fit"),
         settings.ridge,
     )

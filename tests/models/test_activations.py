@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from core.data import Row
 from core.errors import UserError
 from core.files import TEMPORARY
+from core.fusion.projections import SIDES
 from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
 from core.models.checkpoints import open_checkpoint
-from core.models.families import SIDES, attention_layout
+from core.models.families import attention_layout
 from core.runs.plan_directory import row_memory
 
 

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
+from core.fusion.projections import SIDES
 from core.models.checkpoints import open_checkpoint
-from core.models.families import SIDES
 from core.runs.plan_directory import PlanDirectory
 from core.training.hot_linear import enable_hot_residual_for_model, load_residuals, restore_base
 

@@ -31,14 +31,14 @@ from core.hot_transport import (
     standardize_layer,
 )
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder
+from core.manifest import Manifest, check_output_folder, provenance
 from core.models.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
 from core.models.checkpoints import Checkpoint, open_pair
 from core.models.locate import waits_for
 from core.runs import cost, plan_directory
 from core.runs import preflight as checks
 from core.runs.command_line import parse_command, save_resolved
-from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
+from core.runs.process import log_to_file, process_state, run_command, setup_logging
 from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import MIN_TEXTS, Experiment
 from core.transport.sinkhorn import no_cost

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     preflight(target, source, folder, experiment, dry_run)
     division = divide(experiment.data.spec)
     for part in ("sft", "validation", "held_out"):  # later stages need them, when it is too late to split anew
-        division.tell_share(part)
+        division.warn_if_small(part)
     rows = division.rows("calibration", experiment.reading.calibration_samples)
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")

@@ -1,4 +1,7 @@
-"""The model hub: what its refusals mean to a user, and the upload of a finished checkpoint."""
+"""The model hub: what its refusals mean to a user, and the upload of a finished checkpoint.
+
+huggingface_hub takes 0.4 s to import and most commands never ask the hub, so the functions that need it import it.
+"""
 
 from __future__ import annotations
 

@@ -29,8 +29,10 @@ from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
 from core.models.checkpoints import Checkpoint, open_pair, write_folded
 from core.runs import preflight as checks
-from core.runs.card import CARD, fused_card, fused_lineage, licence_warning
+from core.runs.card import CARD, fused_card
 from core.runs.command_line import parse_command, save_resolved
+from core.runs.licences import licence_warning
+from core.runs.lineage import fused_lineage
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.rows_read import write_rows_read

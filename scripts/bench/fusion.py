@@ -32,7 +32,8 @@ from core.fusion.transport_weights import Transport
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.models.locate import INDEX_FILE
-from core.runs import plan_directory
+from core.runs import plan_files
+from core.runs.plan_directory import PlanDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = json.loads((ROOT / "scripts" / "configs" / "llama-3.2-1b.json").read_text())
@@ -144,7 +145,7 @@ def make_plans(folder: Path, target: Checkpoint, source: Checkpoint, rows: int) 
     data = {"subset": "file", "file": None, "rows": rows, "sha256": "made up", "split_seed": 0}
     manifest = Manifest.begin(
         folder,
-        plan_directory.STAGE,
+        plan_files.STAGE,
         {"target": target.identity, "source": source.identity, "data": data, "settings": {"epsilon": 0.1}},
     )
     models = {"target": target, "source": source}
@@ -154,11 +155,9 @@ def make_plans(folder: Path, target: Checkpoint, source: Checkpoint, rows: int) 
             for layer in range(model.layout.n_layers)
             for side in SIDES
         }
-        strengths = plan_directory.write_activations(
-            folder, name, made, torch.zeros(rows, dtype=torch.bool), half=False
-        )
+        strengths = plan_files.write_activations(folder, name, made, torch.zeros(rows, dtype=torch.bool), half=False)
         if name == "target":
-            plan_directory.write_selection(folder, strengths)
+            plan_files.write_selection(folder, strengths)
     L, M = (model.layout.n_layers for model in models.values())
     for side in SIDES:
         n, m = (model.layout.size(side) for model in models.values())
@@ -166,7 +165,7 @@ def make_plans(folder: Path, target: Checkpoint, source: Checkpoint, rows: int) 
             torch.full((L, M, size), -0.1 * torch.log(torch.tensor(float(size))).item(), dtype=torch.float64)
             for size in (n, m)
         )
-        path = plan_directory.plans_file(folder, side)
+        path = plan_files.plans_file(folder, side)
         path.parent.mkdir(exist_ok=True)
         write_safetensors(
             path,
@@ -186,7 +185,7 @@ def make_plans(folder: Path, target: Checkpoint, source: Checkpoint, rows: int) 
 
 def pair_seconds(folder: Path, source: Checkpoint, top_k: int) -> float:
     """Seconds for the transported weights of one target layer from one source layer, the second of two times."""
-    opened = plan_directory.PlanDirectory(folder)
+    opened = PlanDirectory(folder)
     for _ in range(2):
         transport = Transport(opened, source, FusionSettings(p_topk=1))
         indices = {c: opened.strongest(place.selected_side, 0) for c, place in PROJECTIONS.items()}

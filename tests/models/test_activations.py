@@ -16,7 +16,7 @@ from core.fusion.projections import SIDES
 from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
 from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
-from core.runs.plan_directory import row_memory
+from core.runs.row_recorder import row_memory
 
 
 def rows_of(texts: list[str]) -> list[Row]:

@@ -91,7 +91,7 @@ def read_predictions(folder: Path) -> Answers:
         subjects = answers.setdefault((model, shots), {})
         if subject in subjects:
             raise UserError(
-                f"{path.name} of {model} is there twice, in {folder} and in its folder predictions; give one of the two"
+                f"{path.name} of {model} exists twice, in {folder} and in its folder predictions; keep one of the two"
             )
         subjects[subject] = read_answers(path)
     for (model, shots), subjects in answers.items():
@@ -181,7 +181,7 @@ def by_category(summaries: Figures) -> str:
         cells += [f"{overall[mean]:.2f}" for mean in ("micro", "macro")]
         cells += [str(overall[count]) for count in ("n_samples", "n_unanswered")]
         rows.append([model, shots.removesuffix("shot"), *cells])
-    return markdown.table(rows, numbers="---:")
+    return "\n".join(markdown.table(rows, numbers="---:"))
 
 
 def by_subject(results: Figures) -> str:
@@ -192,7 +192,7 @@ def by_subject(results: Figures) -> str:
     for name in subjects:
         found = [results[model][shots].get(name) for model, shots in columns]
         rows.append([name, *(f"{figures['accuracy']:.2f}" if figures else "" for figures in found)])
-    return markdown.table(rows, numbers="---:")
+    return "\n".join(markdown.table(rows, numbers="---:"))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def benchmark_table(found: Mapping[str, Any], paper: Mapping[str, Any]) -> list[
     for key in theirs:
         if key not in used:
             add(key, {})
-    lines = [markdown.table(rows)]
+    lines = markdown.table(rows)
     if extra := [name for name, row in found["rows"].items() if row["extra"]]:
         lines += ["", f"Not among the paper's benchmarks, and in no mean: {', '.join(extra)}."]
     if found["normalised"]:
@@ -129,7 +129,7 @@ def held_out_table(runs: Mapping[str, Any]) -> list[str]:
         "Loss on held-out texts in nats per token: of base, then of every other arm minus base [95 % over groups of "
         "texts and seeds]; negative is better",
         "",
-        markdown.table(rows),
+        *markdown.table(rows),
         "",
     ]
     for name, run in runs.items():

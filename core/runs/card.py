@@ -13,9 +13,9 @@ import yaml
 
 from core.data import HUB_IDS
 from core.files import atomic_file, digest_of, read_json
+from core.fusion.residual_file import RESIDUAL_FILE
 from core.locks import hold, outputs_held
 from core.models.checkpoints import Checkpoint
-from core.training.hot_linear import RESIDUAL_FILE
 
 log = logging.getLogger(__name__)
 

@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.fusion.residual import Residual
+from core.fusion.residual import Residual, fold_bias, fold_weight
+from core.fusion.residual_file import RESIDUAL_FILE, load_residuals, save_residuals
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint, write_folded
 from core.models.families import SEED_MODEL_TYPES
 from core.runs.settings import Experiment
-from core.training.hot_linear import (
-    RESIDUAL_FILE,
-    enable_hot_residual_for_model,
-    fold_bias,
-    fold_weight,
-    load_residuals,
-    residuals_in,
-    restore_base,
-    save_residuals,
-)
+from core.training.hot_linear import enable_hot_residual_for_model, restore_base, trained_residuals
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +144,7 @@ def save_folded(
     """
     layout = start.checkpoint.layout
     sources = trained_sources(start.checkpoint, state, hot)
-    residuals = residuals_in(state, start.residuals, layout.name) if hot else []
+    residuals = trained_residuals(state, start.residuals, layout.name) if hot else []
     if hot:
         save_residuals(folder / RESIDUAL_FILE, residuals, alpha, start.form)
     at = {layout.name(residual.layer, residual.projection): residual for residual in residuals}

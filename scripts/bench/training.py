@@ -48,7 +48,7 @@ def random_residuals(target: Checkpoint, k: int) -> list[Residual]:
             index = torch.arange(min(k or weight.shape[axis], weight.shape[axis]))
             original = weight.index_select(axis, index)
             transported = torch.randn_like(original) * original.std()
-            out.append(Residual(layer, projection, axis, index, transported, None, original, None))
+            out.append(Residual(layer, projection, index, transported, None, original, None))
     return out
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from core.batching import pad_with_mask, token_batches
 from core.data import Row
 from core.errors import UserError
 from core.fusion.projections import PROJECTIONS, READ_BY, SIDES
@@ -25,9 +26,6 @@ from core.texts.tokens import tokenized
 log = logging.getLogger(__name__)
 # Every eighth text is kept out of the regression, to measure it on.
 ASIDE_EVERY = 8
-# A batch ends before padding takes a larger share of its tokens; below so many tokens padding costs less than a pass.
-MAX_PADDING = 0.1
-MIN_BATCH_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -122,26 +120,6 @@ def _ends(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], dict[i
     return encoding["input_ids"][:max_tokens], kept
 
 
-def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Numbers of the texts of each batch, longest texts first.
-
-    A batch's padded size (texts x longest) stays within `tokens_per_batch`, but for a single longer text. A batch ends
-    as well where the next text would make more than MAX_PADDING of it padding, unless it is still tiny.
-    """
-    batches: list[list[int]] = []
-    longest = used = 0
-    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        size = len(batches[-1]) if batches else 0
-        padded = longest * (size + 1)
-        wasteful = padded - used - lengths[number] > MAX_PADDING * padded and longest * size >= MIN_BATCH_TOKENS
-        if not batches or padded > tokens_per_batch or wasteful:
-            batches.append([])
-            longest, used = lengths[number], 0
-        batches[-1].append(number)
-        used += lengths[number]
-    return batches
-
-
 def text_batches(reading: Reading, tokens_per_batch: int) -> list[list[int]]:
     """`token_batches` of the texts that give rows. Raises UserError for one without tokens."""
     texts = [n for n in range(len(reading.ids)) if reading.count(n)]
@@ -221,13 +199,6 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def pad(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded token ids [B, S] and mask [B, S]; the padding token is masked, so any id serves."""
-    longest = max(map(len, ids))
-    padded = torch.tensor([text + [0] * (longest - len(text)) for text in ids])
-    return padded, torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in ids])
-
-
 def _pooling(batch: list[int], reading: Reading, mask: Tensor) -> Callable[[Tensor], Tensor]:
     """Function [B, S, n] -> rows of this batch: masked mean in float32 (Eq. 4), or the picked tokens."""
     if reading.picks is None:
@@ -256,7 +227,7 @@ class _Recorder:
 
     def read(self, batch: list[int], reading: Reading, rows: Tensor) -> bool:
         """Fill the `rows` of `out` that the batch gives; False when memory does not suffice."""
-        ids, mask = pad([reading.ids[n] for n in batch])
+        ids, mask = pad_with_mask([reading.ids[n] for n in batch])
         self.pool, self.rows = _pooling(batch, reading, mask), rows
         device = _input_device(self.backbone)
         try:

@@ -53,8 +53,7 @@ TRAININGS = {
 # Placements that may go without harm -> why: what a device refuses does not depend on them.
 HARMLESS = {
     "core/models/activations.py mask.to(device)": "transformers moves a mask to its model",
-    "core/training/distill.py torch.tensor([[fill]": "transformers moves prompts to its model",
-    "evaluation/benchmarks/generation.py torch.tensor(ids": "transformers moves prompts to its model",
+    "core/batching.py mask.to(device)": "transformers moves a mask to its model",
     "evaluation/benchmarks/option_scores.py torch.tensor(owners": "indices of a tensor of the device may be on the CPU",
     "core/transport/scaling.py torch.ones(count, 1": "replaced before it is used",
     "core/transport/scaling.py torch.zeros(n, ": "replaced before it is used",

@@ -13,7 +13,7 @@ from core.data import Row
 from core.errors import UserError
 from core.files import TEMPORARY
 from core.fusion.projections import SIDES
-from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
+from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches
 from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
 from core.runs.plan_directory import row_memory
@@ -97,40 +97,6 @@ def test_hooks_are_gone_afterwards(model):
 def test_text_without_tokens_is_refused():
     with pytest.raises(UserError, match="text 2 has no tokens"):
         text_batches(Reading([[1], []], None), 10)
-
-
-def lengths_of(kind: str, count: int) -> list[int]:
-    """Token counts as texts have them: of questions, of prose, evenly spread, and prose cut at 110."""
-    rng = random.Random(count)
-    draw = {
-        "questions": lambda: max(20, int(rng.gauss(180, 70))),
-        "prose": lambda: min(512, max(3, int(rng.lognormvariate(4.5, 1)))),
-        "even": lambda: rng.randint(2, 512),
-        "cut": lambda: min(110, 2 + int(rng.lognormvariate(4.3, 0.7))),
-    }[kind]
-    return [draw() for _ in range(count)]
-
-
-@pytest.mark.parametrize("kind", ["questions", "prose", "even", "cut"])
-@pytest.mark.parametrize("count", [60, 160, 2000])
-@pytest.mark.parametrize("budget", [1024, 4096, 16384])
-def test_batches_keep_to_the_budget_with_little_padding_and_few_passes(kind, count, budget):
-    lengths = lengths_of(kind, count)
-    batches = token_batches(lengths, budget)
-    assert sorted(n for batch in batches for n in batch) == list(range(count))
-    sizes = [len(batch) * max(lengths[n] for n in batch) for batch in batches]
-    assert max(sizes) <= budget
-    assert 1 - sum(lengths) / sum(sizes) <= 0.1
-    # A batch of 10 % padding spans lengths of about 1 to 0.8, whatever their number.
-    assert len(batches) <= 1.25 * sum(lengths) / budget + 17
-    assert sum(len(batch) == 1 for batch in batches) <= 2
-
-
-def test_a_longer_text_is_a_batch_of_its_own_and_tiny_batches_are_not_split():
-    assert token_batches([5, 300, 7, 90, 4], 100) == [[1], [3], [2, 0, 4]]
-    assert token_batches([], 100) == []
-    assert token_batches([40, 2, 1], 4096) == [[0, 1, 2]]
-    assert token_batches([640, 2, 1], 4096) == [[0], [1, 2]]
 
 
 def test_only_texts_that_give_rows_are_read():

@@ -32,9 +32,10 @@ from core.hot_transport import (
 )
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder
-from core.models.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
+from core.models.activations import extract, row_bytes
 from core.models.checkpoints import Checkpoint, open_pair
-from core.models.locate import waits_for
+from core.models.locate import missing_step
+from core.models.reading import Reading, is_aside, read_aligned, read_texts, text_batches
 from core.runs import cost, plan_directory
 from core.runs import preflight as checks
 from core.runs.command_line import parse_command, save_resolved
@@ -120,7 +121,7 @@ def models_to_fetch(experiment: Experiment) -> list[str]:
         "target": (experiment.models.target_model, experiment.models.target_revision),
         "source": (experiment.models.source_model, experiment.models.source_revision),
     }
-    found = {role: (name, waits_for(name, revision)) for role, (name, revision) in pair.items() if name}
+    found = {role: (name, missing_step(name, revision)) for role, (name, revision) in pair.items() if name}
     return [f"{role} {name} waits for {what}" for role, (name, what) in found.items() if what]
 
 

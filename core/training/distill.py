@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from core.batching import token_batches
 from core.data import Row
 from core.errors import UserError
 from core.files import write_text
-from core.models.activations import token_batches
 from core.texts.tokens import templated, tokenized
 from core.training.sft import IGNORED
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from core.models.activations import token_batches
+from core.batching import token_batches
 from core.training.sft import IGNORED, Example, pad
 
 

@@ -16,7 +16,7 @@ from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.hot_transport import reconstruction_fit
 from core.runs.settings import Experiment
-from core.training import trainer
+from core.training import search, trainer
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -36,7 +36,7 @@ def test_settings_that_are_no_numbers_are_refused(value, fails, tmp_path):
 @pytest.mark.parametrize("broken", ["first", "second", "both"])
 def test_a_loss_that_is_no_number_is_never_the_best(broken, models, texts, fails, tmp_path, monkeypatch):
     """Whichever trial has it."""
-    once, done = stage3.train_once, []
+    once, done = search.train_once, []
 
     def train_once(*arguments):
         weights, curve = once(*arguments)
@@ -45,7 +45,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(broken, models, texts, fails
             curve = curve | {"final_validation": math.nan}
         return weights, curve
 
-    monkeypatch.setattr(stage3, "train_once", train_once)
+    monkeypatch.setattr(search, "train_once", train_once)
     flags = ("--training-scenario", "no_hot", "--data-subset", "file", "--data-file", texts, "--lr-search", "1e-3,1e-2")
     if broken == "both":
         place = ("--model_dir", models["target"], "--output_dir", tmp_path / "a", "--sft-samples", 8)

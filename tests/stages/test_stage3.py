@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from core import train_hot_residual_sft as stage3
 from core.data import DataSpec, load_rows
 from core.models.checkpoints import open_checkpoint, write_folded
+from core.training import search
 from core.training.heldout import text_nll, trained_tokens
 from core.training.hot_linear import load_residuals
 from core.training.sft import sft_example
@@ -192,15 +193,15 @@ def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, models, 
 
 def test_killed_search_goes_on_with_the_other_trials(fused, tmp_path, monkeypatch):
     whole = train(fused, tmp_path / "whole", "--lr-search", "1e-3,1e-1,1e-2")
-    once, calls = stage3.train_once, []
+    once, calls = search.train_once, []
 
-    def dies(*arguments):
-        calls.append(arguments[-1])
+    def dies(start, data, recipe, trial):
+        calls.append(trial.learning_rate)
         if calls == [1e-3, 1e-1, 1e-2]:
             raise KeyboardInterrupt
-        return once(*arguments)
+        return once(start, data, recipe, trial)
 
-    monkeypatch.setattr(stage3, "train_once", dies)
+    monkeypatch.setattr(search, "train_once", dies)
     with pytest.raises(KeyboardInterrupt):
         train(fused, tmp_path / "part", "--lr-search", "1e-3,1e-1,1e-2")
     part = train(fused, tmp_path / "part", "--lr-search", "1e-3,1e-1,1e-2")

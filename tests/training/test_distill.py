@@ -164,16 +164,15 @@ SHARDED = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = sys.argv[1:3]
 from torch.distributed.fsdp import fully_shard
-from core.runs.settings import Experiment
 from core.training.hot_linear import set_trainable
 from core.training.start import open_start
 torch.manual_seed(0)
 dist.init_process_group("gloo")
-start = open_start(sys.argv[3], Experiment())
+start = open_start(sys.argv[3])
 ids = torch.arange(24).reshape(2, 12) + 5
 grads = []
 for sharded in (False, True):
-    model = start.load(True, 0.3)
+    model = start.load(0.3)
     set_trainable(model, "none")
     if sharded:
         for layer in model.model.layers:

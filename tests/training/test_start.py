@@ -18,13 +18,13 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 def trained(models):
     """(the start, all weights of its loaded model after every one of them has moved)."""
     start = Start(open_checkpoint(str(models["target"])), None, [], 0.0, "interpolate")
-    state = start.load(False, 0.0).state_dict()
+    state = start.load(None).state_dict()
     return start, {name: value + 1 for name, value in state.items()}
 
 
 def written(start, folder, state):
     folder.mkdir()
-    save_folded(start, folder, state, False, 0.0, 10**9)
+    save_folded(start, folder, state, None, 10**9)
     return load_file(folder / "model.safetensors")
 
 
@@ -73,7 +73,7 @@ def test_of_tied_weights_that_are_stored_twice_one_is_enough(models, trained, tm
 
 def test_untied_embeddings_are_both_needed(models, tmp_path):
     start = Start(open_checkpoint(str(models["source"])), None, [], 0.0, "interpolate")
-    state = start.load(False, 0.0).state_dict()
+    state = start.load(None).state_dict()
     del state[HEAD]
     with pytest.raises(UserError, match=rf"{HEAD} \(1 in all\) cannot be written"):
         written(start, tmp_path / "a", state)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 if __package__ in (None, ""):
@@ -134,10 +135,6 @@ class RowsRead:
     sft: list[Row]
     validation: list[Row]
 
-    def marks(self) -> dict[str, set[str]]:
-        """By what a later stage knows these rows (`Division.marks`), for each part."""
-        return {"sft": self.division.marks(self.sft), "validation": self.division.marks(self.validation)}
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -172,8 +169,7 @@ def resolved(experiment: Experiment, start: Start) -> Experiment:
     compute, data = experiment.compute, experiment.data
     if compute.dtype == "auto":
         half_types = {"BF16": "bfloat16", "F16": "float16"} if compute.device != "cpu" else {}
-        stored = [dtype for _, dtype in start.checkpoint.headers.values()]
-        most_common = max(set(stored), key=stored.count)
+        most_common = mode(dtype for _, dtype in start.checkpoint.headers.values())
         experiment = experiment.changed(dtype=half_types.get(most_common, "float32"))
     if start.made_by is None or data.data_subset or data.data_file is not None:
         return experiment
@@ -214,31 +210,31 @@ def prepare(job: Job, rows: RowsRead) -> Prepared:
     block_size = job.experiment.training.block_size
     sft, teacher, method = rows.sft, None, None
     if job.source is not None:
-        sft, teacher, method = learn_from(job.source, rows.sft, tokenizer, job)
+        sft, teacher, method = learn_from(job.source, job, rows.sft, tokenizer)
     examples, counts = sft_examples(sft, tokenizer, block_size)
     validation = sft_examples(rows.validation, tokenizer, block_size)[0] if rows.validation else []
     return Prepared(TrainingData(examples, validation, teacher), counts, method)
 
 
-def learn_from(source: Checkpoint, rows: list[Row], tokenizer: Any, job: Job) -> tuple[list[Row], Teacher | None, str]:
-    """Let the source teach, by tokens where it has the target's vocabulary, and by whole answers elsewhere.
+def learn_from(source: Checkpoint, job: Job, rows: list[Row], tokenizer: Any) -> tuple[list[Row], Teacher | None, str]:
+    """Let the source teach: by tokens where both models have the same vocabulary, and by whole answers elsewhere.
 
     Returns:
-        (the rows to train on, the teacher by tokens, the method in words).
+        (the rows to train on, the teacher by tokens, the method in words for the card).
     """
-    own_tokenizer, compute = source.load_tokenizer(), job.experiment.compute
-    if same_vocabulary(tokenizer, own_tokenizer):
+    training, compute = job.experiment.training, job.experiment.compute
+    source_tokenizer = source.load_tokenizer()
+    if same_vocabulary(tokenizer, source_tokenizer):
         teacher = Teacher(source.load_model(compute.dtype).requires_grad_(False), job.experiment.distill)
         log.info("same vocabulary; %s", teacher.method)
         return rows, teacher, teacher.method
     log.info("the vocabularies differ; %s", SEQUENCE_METHOD)
-    answers = job.folder / ANSWERS
+    path = job.folder / ANSWERS
     if job.process.is_main_process:
-        block_size = job.experiment.training.block_size
         model = source.load_model(compute.dtype)
-        write_answers(rows, model, own_tokenizer, answers, block_size, compute.tokens_per_batch)
+        write_answers(rows, model, source_tokenizer, path, training.block_size, compute.tokens_per_batch)
     job.process.wait_for_everyone()
-    return read_answers(rows, answers), None, SEQUENCE_METHOD
+    return read_answers(rows, path), None, SEQUENCE_METHOD
 
 
 def finish(job: Job, manifest: Manifest, rows: RowsRead, prepared: Prepared, result: SearchResult) -> None:
@@ -252,7 +248,8 @@ def finish(job: Job, manifest: Manifest, rows: RowsRead, prepared: Prepared, res
     if len(result.trials) > 1:
         settings |= {"chosen alpha": outcome["alpha"], "chosen learning rate": outcome["learning_rate"]}
         write_results(folder, result.outcomes, chosen=result.chosen)
-    write_rows_read(folder, rows.marks(), recorded(start.checkpoint, job.source))
+    marks = {"sft": rows.division.marks(rows.sft), "validation": rows.division.marks(rows.validation)}
+    write_rows_read(folder, marks, recorded(start.checkpoint, job.source))
     lineage = adapted_lineage(start.checkpoint, (start.made_by or {}).get("lineage"), hot, settings, job.source)
     write_text(folder / CARD, adapted_card(lineage, data, curve, prepared.counts, prepared.method))
     losses = [point["loss"] for point in curve["train"]]

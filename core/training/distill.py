@@ -120,14 +120,8 @@ def _with_answer(row: Row, answer: str) -> Row:
 
 def _finished_batches(path: Path) -> list[dict[str, Any]]:
     """The whole lines of an earlier run: {"rows": numbers, "answers": texts} of every batch."""
-    finished = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                finished.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return finished
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+    return [json.loads(line) for line in lines[:-1]]
 
 
 class Prompt(NamedTuple):

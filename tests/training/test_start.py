@@ -51,9 +51,9 @@ def test_a_trained_name_that_is_not_written_is_an_error_and_nothing_is_written(t
         name, state[HEAD] = HEAD, state[HEAD] + 1
     with pytest.raises(
         UserError, match=r"cannot be written: the names of the trained weights are not those of"
-    ) as told:
+    ) as raised:
         written(start, tmp_path / "a", state)
-    assert (name if change in ("lost", "untied") else "layers.1.mlp.") in str(told.value) or change == "renamed"
+    assert (name if change in ("lost", "untied") else "layers.1.mlp.") in str(raised.value) or change == "renamed"
     assert not list((tmp_path / "a").iterdir())
 
 
@@ -79,8 +79,8 @@ def test_untied_embeddings_are_both_needed(models, tmp_path):
         written(start, tmp_path / "a", state)
 
 
-def test_what_we_wrote_about_a_target_is_not_copied_from_it(models, tmp_path):
-    """The target is a checkpoint of ours with results, or one that another tool indexed in a format of its own."""
+def test_files_that_describe_a_target_are_not_copied_from_it(models, tmp_path):
+    """The target may be a checkpoint of ours with results, or have an index of weights in another format."""
     folder = shutil.copytree(models["target"], tmp_path / "ours")
     of_the_model = {path.name for path in folder.iterdir()} | {"vocab.json", "LICENSE", "special_tokens_map.json"}
     ours = [

@@ -224,7 +224,7 @@ def adapted_card(
     Args:
         lineage: `adapted_lineage`.
         data: `Division.identity` of the fine-tuning rows.
-        curve: `core.training.trainer.curve_of`.
+        curve: `core.training.curve.curve_of`.
         counts: of `core.training.sft.sft_examples`.
         method: how a teacher took part, in words.
     """

@@ -53,7 +53,10 @@ def page() -> str:
         KeyError: the page has a table that nothing here makes.
         ValueError: the page lacks one that it should have.
     """
-    tables = {path: flags_of(path) for path in STAGES} | {SETTINGS: setting_tables(), OTHERS: other_commands()}
+    tables = {path: f"{flags_of(path)}\n\n{groups_of(path)}" for path in STAGES} | {
+        SETTINGS: setting_tables(),
+        OTHERS: other_commands(),
+    }
     text = PAGE.read_text(encoding="utf-8")
     missing = tables.keys() - {name for _, name, _ in TABLE.findall(text)}
     if missing:
@@ -102,6 +105,20 @@ def flags_of(command: str) -> str:
     return markdown_table(("flag", "what it does"), rows)
 
 
+def groups_of(command: str) -> str:
+    """Which groups of settings a stage takes, as a sentence with a link to each."""
+    taken = {action.dest for action in parser_of(command)._actions}
+    groups = dict.fromkeys(setting.group for name, setting in all_settings().items() if name in taken)
+    links = [f"[{title_of(group)}](#{title_of(group).lower().replace(' ', '-')})" for group in groups]
+    return f"Settings of these groups: {', '.join(links)}."
+
+
+def title_of(group: str) -> str:
+    """The heading of a group of settings."""
+    title = (getattr(Experiment(), group).__doc__ or group).strip().split("\n")[0] if group else "the run"
+    return title[:1].upper() + title[1:]
+
+
 def other_commands() -> str:
     """The flags of all other commands, each below its name; the benches are described in docs/cost.md."""
     parts = []
@@ -119,13 +136,12 @@ def setting_tables() -> str:
         groups.setdefault(setting.group, []).append(setting)
     parts = []
     for group, settings in groups.items():
-        title = (getattr(Experiment(), group).__doc__ or group).strip().split("\n")[0] if group else "the run"
         rows = [
             (flag_text(setting), stages_text(setting), values_text(setting), default_text(setting), setting.help)
             for setting in settings
         ]
         head = ("flag", "stages", "values", "default", "what it does")
-        parts.append(f"### {title[:1].upper()}{title[1:]}\n\n{markdown_table(head, rows)}")
+        parts.append(f"### {title_of(group)}\n\n{markdown_table(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -172,7 +188,8 @@ def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> st
     """A table as Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(
-        "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in line) + " |" for line in lines
+        "| " + " | ".join(" ".join(cell.replace("|", "\\|").replace("<", "\\<").split()) for cell in line) + " |"
+        for line in lines
     )
 
 

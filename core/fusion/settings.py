@@ -20,7 +20,7 @@ class FusionSettings:
     """fusion"""
 
     feature_map: str = option(
-        "coupling", "2", "how plans become linear maps (README: four feature maps)", tuple(FEATURE_MAPS)
+        "coupling", "2", "how plans become linear maps (docs/method.md)", tuple(FEATURE_MAPS)
     )
     residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
     alpha: float = option(0.1, "2", "fusion strength, 0 to 1", range=SHARE)

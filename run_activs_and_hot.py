@@ -31,7 +31,7 @@ from core.hot_transport import (
     standardize_layer,
 )
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder
+from core.manifest import Manifest, check_output_folder, provenance
 from core.models.activations import extract, row_bytes
 from core.models.checkpoints import Checkpoint, open_pair
 from core.models.locate import missing_step
@@ -39,7 +39,7 @@ from core.models.reading import Reading, is_aside, read_aligned, read_texts, tex
 from core.runs import cost, plan_directory
 from core.runs import preflight as checks
 from core.runs.command_line import parse_command, save_resolved
-from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
+from core.runs.process import log_to_file, process_state, run_command, setup_logging
 from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import MIN_TEXTS, Experiment
 from core.transport.sinkhorn import no_cost
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     preflight(target, source, folder, experiment, dry_run)
     division = divide(experiment.data.spec)
     for part in ("sft", "validation", "held_out"):  # later stages need them, when it is too late to split anew
-        division.tell_share(part)
+        division.warn_if_small(part)
     rows = division.rows("calibration", experiment.reading.calibration_samples)
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")

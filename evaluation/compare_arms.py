@@ -24,12 +24,12 @@ from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
 from core.locks import hold, outputs_held
-from core.manifest import FORMAT_VERSION, Manifest
+from core.manifest import FORMAT_VERSION, Manifest, provenance
 from core.models.checkpoints import Checkpoint, open_checkpoint, open_pair
 from core.runs.card import add_results, results_section
 from core.runs.command_line import parse_command
 from core.runs.plan_directory import PlanDirectory
-from core.runs.process import log_to_file, provenance, run_command, setup_logging
+from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.settings import Experiment, of_one_scenario
 from core.training.heldout import text_nll
 from core.training.hot_linear import restore_base

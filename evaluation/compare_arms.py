@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def inputs_of(run: Run, sets: Mapping[str, TextSet], experiment: Experiment) -> dict[str, Any]:
-    """Everything that the losses of all arms depend on; trainings are told apart one by one (`Arms.made_from`)."""
+    """Everything that the losses of all arms depend on; each arm has what else it depends on in `Arms.made_from`."""
     return {
         "fused": run.fused.record["fingerprint"],
         "data": sets["held_out"].identity,

@@ -1,4 +1,4 @@
-"""Score a model on tasks of lm-evaluation-harness, with local data where it is there, otherwise the hub's."""
+"""Score a model on tasks of lm-evaluation-harness, on local data where there is any, otherwise on the hub's."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Benchmark:
 def find_benchmarks(names: Sequence[str], data_dir: Path | None) -> dict[str, Benchmark]:
     """Name -> benchmark, in the order of the tables; what stands in for an absent benchmark comes right after it.
 
-    Only missing files make a benchmark absent. Files that are there but damaged are an error when they are read.
+    Only missing files make a benchmark absent. Damaged files are an error when they are read.
     """
     found: dict[str, Benchmark] = {}
     for name in names:

@@ -11,8 +11,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import digest_of, read_json, write_json
-from core.manifest import FORMAT_VERSION
-from core.runs.process import provenance
+from core.manifest import FORMAT_VERSION, provenance
 
 log = logging.getLogger(__name__)
 

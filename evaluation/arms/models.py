@@ -12,14 +12,15 @@ from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import digest_of
-from core.fusion.controls import CONTROLS, control_residual
-from core.fusion.residual import Residual
+from core.fusion.controls import CONTROLS
+from core.fusion.residual import Residual, fold_bias, fold_weight
+from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.runs.settings import Experiment
 from core.training.heldout import text_nll
-from core.training.hot_linear import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
+from core.training.hot_linear import restore_base
 from evaluation.arms.run import Run
 from evaluation.arms.texts import TextSet
 
@@ -85,7 +86,7 @@ class Arms:
             changed = [] if arm == "base" else residuals
             generator = torch.Generator().manual_seed(self.experiment.compute.seed)
             for residual in tqdm(changed, desc=f"building {arm}", unit="projection", disable=not changed):
-                control = control_residual(arm, residual, self.run.plans, transport, generator)
+                control = CONTROLS[arm](residual, transport, generator)
                 fold_in_place(model, control, self.target, alpha, form)
             yield arm, self._losses_of(model, arm, sets)
             restore_base(model, changed, self.target.layout.name)

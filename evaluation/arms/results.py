@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json, write_json
-from core.manifest import FORMAT_VERSION
-from core.runs.process import provenance
+from core.manifest import FORMAT_VERSION, provenance
 from evaluation.arms.models import Losses
 from evaluation.arms.texts import TextSet
 from evaluation.arms.verdict import statistics

@@ -100,7 +100,7 @@ def trainings_of(run: Path) -> dict[str, list[Manifest]]:
     seeds = {arm: {folder.name for folder in training_folders(run, arm)} for arm in TRAINED}
     names = sorted(set().union(*seeds.values()))
     return {
-        arm: [Manifest.read(run / place / name, "adapted") for name in names]
-        for arm, place in TRAINED.items()
+        arm: [Manifest.read(run / subfolder / name, "adapted") for name in names]
+        for arm, subfolder in TRAINED.items()
         if names and (seeds[arm] or arm != "distill")
     }

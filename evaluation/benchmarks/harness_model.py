@@ -36,15 +36,17 @@ def _budgeted_class() -> type:
             self.truncated += sum(length > self.max_length + 1 for length in lengths)
             # Contexts of similar length go together. Choices of one item share a context, which is computed once.
             buckets: dict[int, list[int]] = {}
-            for place, (_, context, _) in enumerate(requests):
-                buckets.setdefault(len(context).bit_length(), []).append(place)
+            for number, (_, context, _) in enumerate(requests):
+                buckets.setdefault(len(context).bit_length(), []).append(number)
             answers: list[Any] = [None] * len(requests)
-            for _, places in sorted(buckets.items(), reverse=True):
-                self.batch_size_per_gpu = self._rows(max(lengths[place] for place in places))
-                found = super()._loglikelihood_tokens([requests[place] for place in places], disable_tqdm, override_bs)
+            for _, numbers in sorted(buckets.items(), reverse=True):
+                self.batch_size_per_gpu = self._rows(max(lengths[number] for number in numbers))
+                found = super()._loglikelihood_tokens(
+                    [requests[number] for number in numbers], disable_tqdm, override_bs
+                )
                 check_finite((likelihood for likelihood, _ in found), "the answers of its items")
-                for place, answer in zip(places, found, strict=True):
-                    answers[place] = answer
+                for number, answer in zip(numbers, found, strict=True):
+                    answers[number] = answer
             return answers
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -78,7 +78,7 @@ def local_files(name: str, data_dir: Path | None) -> dict[str, list[Path]] | Non
     """Role -> the files of a task in the data folder; None where the folder does not have them.
 
     Raises:
-        UserError: only some of the task's files are there.
+        UserError: the folder has only some of the task's files.
     """
     task = local_tasks().get(name)
     return task.find(data_dir) if task and data_dir else None

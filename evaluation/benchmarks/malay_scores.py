@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from core.batching import token_batches
 from core.files import digest_of, read_json, write_json
-from core.models.activations import token_batches
 from core.texts.tokens import DATE_STRING, tokenized
 from evaluation.benchmarks.malay_mmlu import LETTERS, Form, Question, data_file, is_llama, read_questions
 from evaluation.benchmarks.option_scores import encode, letter_ids, option_scores

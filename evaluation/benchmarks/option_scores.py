@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.batching import pad_with_mask
 from core.errors import UserError
 from core.models.families import AttentionLayout
 from core.texts.tokens import tokenized
@@ -93,26 +94,26 @@ def option_scores(
         each option the mean log-probability of all tokens of prompt + option but the first, which has none).
     """
     head = model.get_submodule(layout.family.head)
-    stems, seen = _padded([question.stem for question in batch], model.device, left=True)
-    places = (seen.cumsum(1) - 1).clamp(min=0)
-    following, sums, cache = _read_stems(model, head, stems, seen, places)
+    stems, seen = pad_with_mask([question.stem for question in batch], model.device, side="left")
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    following, sums, cache = _read_stems(model, head, stems, seen, positions)
     tails = [(number, tail) for number, question in enumerate(batch) for tail in question.tails if tail]
     owners = [number for number, _ in tails]
     begins = _log_probabilities(following[owners], torch.tensor([tail[0] for _, tail in tails], device=model.device))
     cache.batch_select_indices(torch.tensor(owners, device=model.device))
-    tokens, there = _padded([tail for _, tail in tails], model.device)
+    tokens, seen_tails = pad_with_mask([tail for _, tail in tails], model.device)
     steps = torch.arange(1, tokens.shape[1] + 1, device=model.device)
     later, _ = _logits(
         model,
         head,
-        there,
+        seen_tails,
         input_ids=tokens,
         past_key_values=cache,
-        attention_mask=torch.cat([seen[owners], there], 1),
-        position_ids=places[owners, -1:] + steps,
+        attention_mask=torch.cat([seen[owners], seen_tails], 1),
+        position_ids=positions[owners, -1:] + steps,
     )
     lengths = [len(tail) for _, tail in tails]
-    after = _log_probabilities(later, tokens[there.bool()].roll(-1)).split(lengths)
+    after = _log_probabilities(later, tokens[seen_tails.bool()].roll(-1)).split(lengths)
     read = iter(zip(begins.tolist(), after, later.split(lengths), strict=True))
     out = []
     for number, question in enumerate(batch):
@@ -127,9 +128,11 @@ def option_scores(
     return out
 
 
-def _read_stems(model: Any, head: Any, stems: Tensor, seen: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor], Any]:
+def _read_stems(
+    model: Any, head: Any, stems: Tensor, seen: Tensor, positions: Tensor
+) -> tuple[Tensor, list[Tensor], Any]:
     """(logits [questions, V] of what follows each stem, sum of the log-probabilities within each stem, the cache)."""
-    logits, cache = _logits(model, head, seen, input_ids=stems, attention_mask=seen, position_ids=places)
+    logits, cache = _logits(model, head, seen, input_ids=stems, attention_mask=seen, position_ids=positions)
     lengths = seen.sum(1)
     within = _log_probabilities(logits, stems[seen.bool()].roll(-1))  # [all tokens]; a stem's last one means nothing
     return logits[lengths.cumsum(0) - 1], [part[:-1].sum() for part in within.split(lengths.tolist())], cache
@@ -155,15 +158,3 @@ def _log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
         for rows, chosen in zip(logits.split(ROWS), ids.split(ROWS), strict=True)
     ]
     return torch.cat(found)
-
-
-def _padded(texts: Sequence[list[int]], device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S] and their mask [B, S]; the padding token is masked, so any id serves."""
-    longest = max(map(len, texts))
-
-    def filled(values: list[int]) -> list[int]:
-        empty = [0] * (longest - len(values))
-        return [*empty, *values] if left else [*values, *empty]
-
-    ids = torch.tensor([filled(text) for text in texts], device=device)
-    return ids, torch.tensor([filled([1] * len(text)) for text in texts], device=device)

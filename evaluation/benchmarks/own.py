@@ -21,9 +21,9 @@ class OwnBenchmark:
     """A benchmark with rules of its own.
 
     Attributes:
-        below: where its files are below --data-dir, if they are there.
+        below: the folder below --data-dir that may have its files.
         find: that folder, or None for the benchmark's own repository -> the folder of its files. Raises UserError when
-            they are not there.
+            it finds none.
         read: reads the files of that folder. Raises UserError when they are damaged.
         score: scores a model on them, writes the score file and returns its path.
     """

@@ -75,17 +75,17 @@ def arm_scores(run: Path, shared: Path, kind: str, arm: str) -> ArmScores:
     files = sorted(folder.glob(f"seed*[0-9]/{TASK_FILE}" if arm in TRAINED else TASK_FILE))
     records = {file.parent: read_json(file) for file in files}
     scores: dict[str, ArmScore | str] = dict(_not_scored_for_every_seed(run, arm, records))
-    for place, record in records.items():
+    for seed_folder, record in records.items():
         for name, result in record["benchmarks"].items():
             if "absent" in result:
                 scores[name] = result["absent"]
             if isinstance(scores.get(name), str):  # absent for this seed, or for another one
                 continue
-            score = _read(place / result["file"], name, result, record["limit"])
+            score = _read(seed_folder / result["file"], name, result, record["limit"])
             first = scores.setdefault(name, score)
             assert isinstance(first, ArmScore)
             if not first.same_items(score):
-                raise UserError(f"{place / result['file']} has other items than another seed's; run it again")
+                raise UserError(f"{seed_folder / result['file']} has other items than another seed's; run it again")
             if first is not score:
                 first.runs.extend(score.runs)
                 first.made.update(score.made)
@@ -101,10 +101,13 @@ def _not_scored_for_every_seed(run: Path, arm: str, records: Mapping[Path, Mappi
     unscored = []
     if arm in TRAINED:
         trained = {folder.name for folder in training_folders(run, arm) if (folder / MANIFEST).is_file()}
-        unscored = sorted(trained - {place.name for place in records})
+        unscored = sorted(trained - {seed_folder.name for seed_folder in records})
     lacking = {}
     for name in dict.fromkeys(name for record in records.values() for name in record["benchmarks"]):
-        seeds = [*unscored, *(place.name for place, record in records.items() if name not in record["benchmarks"])]
+        seeds = [
+            *unscored,
+            *(seed_folder.name for seed_folder, record in records.items() if name not in record["benchmarks"]),
+        ]
         if seeds:
             lacking[name] = f"not run for {', '.join(seeds)}"
     return lacking

@@ -15,13 +15,13 @@ from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.data import Row
 from core.errors import UserError
-from core.fusion.controls import CONTROLS, control_residual
+from core.fusion.controls import CONTROLS
+from core.fusion.residual_file import load_residuals
 from core.manifest import Manifest
 from core.models.checkpoints import open_checkpoint, open_pair
 from core.runs.card import RESULTS_BEGIN, RESULTS_END
 from core.runs.plan_directory import PlanDirectory
 from core.training.heldout import text_nll
-from core.training.hot_linear import load_residuals
 from evaluation import compare_arms
 from evaluation.arms import models as arm_models
 from evaluation.arms.models import Arms
@@ -285,7 +285,7 @@ def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run):
     plans.shape = (1, plans.shape[1])
     residual = load_residuals(folder / "fused/hot_residual.safetensors")[0][0]
     with pytest.raises(UserError, match="wrong_layer: the target has one layer"):
-        control_residual("wrong_layer", residual, plans, None, torch.Generator())
+        CONTROLS["wrong_layer"](residual, SimpleNamespace(plans=plans), torch.Generator())
 
 
 @pytest.mark.parametrize(("layers", "absent"), [(1, ["wrong_layer"]), (2, [])])

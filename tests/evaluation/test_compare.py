@@ -137,8 +137,8 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
 
 def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
     folder, flags = run
-    trained = {f"{arm}/seed{n}": f"{place}/seed{n}" for arm, place in TRAINED.items() for n in (0, 1)}
-    cards = {arm: folder / place / "README.md" for arm, place in {"fused": "fused", **trained}.items()}
+    trained = {f"{arm}/seed{n}": f"{subfolder}/seed{n}" for arm, subfolder in TRAINED.items() for n in (0, 1)}
+    cards = {arm: folder / path / "README.md" for arm, path in {"fused": "fused", **trained}.items()}
     empty = {}
     for arm, card in cards.items():
         head, _, rest = card.read_bytes().partition(RESULTS_BEGIN)

@@ -111,7 +111,7 @@ def test_extra_tasks_and_groups_are_scored_and_are_in_the_table(own, models, ben
 
 
 def test_an_experiment_that_the_paper_does_not_have_counts_all_it_names(own, models, benchmark_data, tmp_path):
-    """The names of both have a dash or become one with a dash: `my`, `my-task`, and the run `my-task-regression`."""
+    """The run `my-task-regression` belongs to the experiment `my-task`, although its name also begins with `my`."""
     names(own, "my", "xcopa_id")
     names(own, "my-task", "xcopa_id", "extra_two")
     folder = tmp_path / "runs/my-task-regression"

@@ -128,7 +128,7 @@ def test_yue_mmlu_asks_in_the_benchmark_s_own_words():
         published = read(REAL / f"yue_benchmark_predictions/ChatGPT/cmmlu-yue-{subject}-0shot.json")["0"]
         asked = requests(f"yue_mmlu_likelihood_{subject}", REAL, 1)[0][0]
         assert topic in asked
-        # Three subjects repeat four times, as published, that no reason is wanted.
+        # As published, three subjects say that no reason is wanted four more times.
         reason = asked.partition("\n")[0][-8:-1]
         words = published["origin_prompt"][0]["prompt"].replace(reason * 5, reason)
         assert asked == words + asked[-3:] and asked[-3:-1] == "答案"

@@ -9,8 +9,27 @@ import pytest
 import torch
 from conftest import run_main
 
+import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
+
+
+def plan(models: dict[str, Path], texts: Path, out: Path, *flags, target="target", source="source") -> Path:
+    run_main(
+        stage1,
+        "--target-model",
+        models[target],
+        "--source-model",
+        models[source],
+        "--data-subset",
+        "file",
+        "--data-file",
+        texts,
+        "--out-dir",
+        out,
+        *flags,
+    )
+    return out
 
 
 def fuse(plans: Path, models: dict[str, Path], out: Path, *flags, target="target", source="source") -> Path:

@@ -18,11 +18,12 @@ from core.data import Division, Row, divide
 from core.files import MANIFEST, read_json, write_text
 from core.hub import push_folder
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder
+from core.manifest import Manifest, check_output_folder, provenance
 from core.models.checkpoints import Checkpoint
-from core.runs.card import CARD, adapted_card, adapted_lineage
+from core.runs.card import CARD, adapted_card
 from core.runs.command_line import Command, parse_command, save_resolved
-from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
+from core.runs.lineage import adapted_lineage
+from core.runs.process import log_to_file, process_state, run_command, setup_logging
 from core.runs.rows_read import check_held_out, check_same_split, recorded, write_rows_read
 from core.runs.settings import Experiment
 from core.training.curve import save_curve

@@ -24,7 +24,7 @@ class HotLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n'] -> [..., n]."""
         adapted = super().forward
-        return self.get_base_layer().beside(x, lambda z: adapted(z, *args, plain=True, **kwargs))
+        return self.get_base_layer().forward_with_base(x, lambda z: adapted(z, *args, plain=True, **kwargs))
 
 
 def add_lora(model: Any, tower: str, settings: AdapterSettings) -> int:

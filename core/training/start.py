@@ -11,21 +11,13 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.fusion.residual import Residual
+from core.fusion.residual import Residual, fold_bias, fold_weight
+from core.fusion.residual_file import RESIDUAL_FILE, load_residuals, save_residuals
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint, write_folded
 from core.models.families import SEED_MODEL_TYPES
 from core.models.settings import ModelSettings
-from core.training.hot_linear import (
-    RESIDUAL_FILE,
-    enable_hot_residual_for_model,
-    fold_bias,
-    fold_weight,
-    load_residuals,
-    residuals_in,
-    restore_base,
-    save_residuals,
-)
+from core.training.hot_linear import enable_hot_residual_for_model, restore_base, trained_residuals
 from core.training.settings import TrainingSettings
 
 
@@ -140,7 +132,7 @@ def save_folded(
     sources = trained_sources(start.checkpoint, state, alpha is not None)
     residuals = []
     if alpha is not None:
-        residuals = residuals_in(state, start.residuals, layout.name)
+        residuals = trained_residuals(state, start.residuals, layout.name)
         save_residuals(folder / RESIDUAL_FILE, residuals, alpha, start.form)
     by_module = {layout.name(residual.layer, residual.projection): residual for residual in residuals}
 

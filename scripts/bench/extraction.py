@@ -25,8 +25,9 @@ import torch
 
 from core.batching import pad_with_mask
 from core.data import load_rows
-from core.models.activations import Reading, extract, text_batches
+from core.models.activations import extract
 from core.models.checkpoints import Checkpoint, open_pair
+from core.models.reading import Reading, text_batches
 from core.runs.command_line import load_experiment
 from core.runs.settings import Experiment
 from run_activs_and_hot import read_both

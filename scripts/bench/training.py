@@ -54,7 +54,7 @@ def random_residuals(target: Checkpoint, k: int) -> list[Residual]:
             index = torch.arange(min(k or weight.shape[axis], weight.shape[axis]))
             original = weight.index_select(axis, index)
             transported = torch.randn_like(original) * original.std()
-            residuals.append(Residual(layer, name, axis, index, transported, None, original, None))
+            residuals.append(Residual(layer, name, index, transported, None, original, None))
     return residuals
 
 

@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 from core import train_hot_residual_sft as stage3
 from core.data import DataSpec, load_rows
+from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint
 from core.training.heldout import text_nll, trained_tokens
-from core.training.hot_linear import load_residuals
 from core.training.sft import sft_example
 
 

@@ -58,7 +58,7 @@ def test_interpolating_frozen_hot_is_training_from_the_folded_start(fused, kind,
     """Their learning rates on fused weights times (1 - a)^2 for SGD, (1 - a) and epsilon / (1 - a) for Adam."""
     from core.training import hot_linear
 
-    monkeypatch.setattr(hot_linear, "FOLD_FROM", (1e9, 1e9) if way == "beside" else (0, 0))
+    monkeypatch.setattr(hot_linear, "FOLD_FROM", dict.fromkeys(hot_linear.FOLD_FROM, 1e9 if way == "beside" else 0))
     start, model = unfolded(fused)
     kept = 1 - start.alpha
     assert 0 < start.alpha < 1 and start.form == "interpolate"

@@ -97,8 +97,8 @@ class ExactTrainer(Trainer):
         Resuming it would make one more update.
         """
         self.state = TrainerState.load_from_json(str(point.folder / STATE))
-        kept = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        load_trained(self.model, point.folder.with_name(Path(kept or point.folder).name) / SINGLE_FILE)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        load_trained(self.model, point.folder.with_name(Path(best or point.folder).name) / SINGLE_FILE)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.sharded:

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import family_model, qwen2, run_main, save
+from conftest import qwen2, run_main, save
+from family_models import family_model
 
 from core.errors import UserError
 from core.models.checkpoints import open_checkpoint

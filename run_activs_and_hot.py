@@ -21,15 +21,7 @@ from core.data import Row, divide
 from core.errors import UserError
 from core.files import MANIFEST, TEMPORARY, read_json
 from core.fusion.projections import SIDES
-from core.hot_transport import (
-    SinkhornResult,
-    compute_P,
-    correlation_cost_rows,
-    reconstruction_fit,
-    reconstruction_overlaps,
-    solve_layer,
-    standardize_layer,
-)
+from core.hot_transport import SinkhornResult, compute_P, reconstruction_fit, reconstruction_overlaps
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder
 from core.models.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
@@ -41,6 +33,9 @@ from core.runs.command_line import parse_command, save_resolved
 from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
 from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import MIN_TEXTS, Experiment
+from core.transport.correlation import correlation_cost_rows, standardize_layer
+from core.transport.layer_pairs import solve_layer
+from core.transport.problem import SinkhornSettings
 from core.transport.sinkhorn import no_cost
 
 log = logging.getLogger("stage1")
@@ -279,13 +274,15 @@ def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Expe
     fits = rows <= budget  # a part of the layers would be of no use: each would be dropped before it is read again
     source = lru_cache(M if fits else 0)(lambda k: standardized("source", k))
     e = experiment
-    problem = (e.epsilon, e.transport.sinkhorn_iters, e.transport.sinkhorn_tol, e.transport.sinkhorn_mode)
+    settings = SinkhornSettings(
+        e.epsilon, e.transport.sinkhorn_iters, e.transport.sinkhorn_tol, e.transport.sinkhorn_mode
+    )
     probe = torch.linspace(0, T - 1, min(T, cost.PROBE_ROWS)).round().long()
     for layer in range(state.process_index, L, state.num_processes):
         if plan_directory.part_file(folder, side, layer).is_file():
             continue
         target = standardized("target", layer)
-        found = solve_layer(target, map(source, range(M)), *problem, probe, budget - fits * rows)
+        found = solve_layer(target, map(source, range(M)), settings, probe, budget - fits * rows)
         results, probed = keep_potentials(found, M, lambda: bar.update(state.num_processes))
         overlaps = reconstruction_overlaps(target[probe], probed)
         k = round(layer * (M - 1) / max(1, L - 1))

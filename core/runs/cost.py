@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from core.fusion.projections import SIDES
-from core.hot_transport import STANDARDIZE_BYTES, entry_bytes, solve_layer, standardize
 from core.models.activations import row_bytes
 from core.models.checkpoints import Checkpoint, open_config
 from core.models.families import FAMILIES, AttentionLayout
 from core.runs.settings import Experiment
-from core.transport.scaling import CACHED_BYTES, PLAN_BLOCK_ROWS
+from core.transport.correlation import STANDARDIZE_BYTES, standardize
+from core.transport.layer_pairs import entry_bytes, solve_layer
+from core.transport.problem import PLAN_BLOCK_ROWS, SinkhornSettings
+from core.transport.scaling import CACHED_BYTES
 
 # Rows on which stage 1 measures the reconstruction of X.
 PROBE_ROWS = 64
@@ -199,10 +201,11 @@ def _side_seconds(
     X, Y = (torch.randn(T, max(1, int(size / part)), device=experiment.compute.device) for size in (n, m))
     probe = torch.arange(min(T, PROBE_ROWS))
     zx, zy = standardize(X), standardize(Y)
-    result = next(solve_layer(zx, [zy], experiment.epsilon, 2, mode="paper", probe_rows=probe))
+    result = next(solve_layer(zx, [zy], SinkhornSettings(experiment.epsilon, 2, mode="paper"), probe))
 
     def solve(sweeps: int) -> Callable[[], Any]:
-        return lambda: [list(solve_layer(zx, [zy] * 2, experiment.epsilon, sweeps, mode="paper", probe_rows=probe))]
+        settings = SinkhornSettings(experiment.epsilon, sweeps, mode="paper")
+        return lambda: [list(solve_layer(zx, [zy] * 2, settings, probe))]
 
     work = {
         "few": solve(2),

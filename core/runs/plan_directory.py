@@ -20,10 +20,11 @@ from torch import Tensor
 from core.errors import UserError
 from core.files import TEMPORARY, write_safetensors
 from core.fusion.projections import FORWARD_ORDER, PROJECTIONS, SELECTED_SIDES, SIDES
-from core.hot_transport import SinkhornResult, correlation_cost_rows, effective_layer_plan, standardize
+from core.hot_transport import SinkhornResult, effective_layer_plan, standardize
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint
 from core.models.families import AttentionLayout
+from core.transport.correlation import correlation_cost_rows
 
 log = logging.getLogger(__name__)
 STAGE = "plans"

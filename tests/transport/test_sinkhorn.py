@@ -3,15 +3,18 @@
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from core import hot_transport
-from core.hot_transport import corr_distance_matrix
-from core.transport import scaling, sinkhorn
+from core.hot_transport import corr_distance_matrix, standardize
+from core.transport import layer_pairs, scaling, sinkhorn
+from core.transport.batch import CHECK_EVERY, KernelBatch, scale_batch
+from core.transport.log_domain import scale_log
+from core.transport.problem import AffineCost, Exponent, SinkhornSettings
 from core.transport.sinkhorn import SinkhornResult, sinkhorn_uniform_streaming
 
 
@@ -95,7 +98,7 @@ def test_the_log_domain_does_exactly_the_iterations_of_pot(n_iters, size):
     ot = pytest.importorskip("ot")
     C, reg = random_cost(*size, 3).double(), 0.02
     n, m = size
-    scaled = scaling.scale_log(C, reg, n_iters, 1e-6, paper=True)
+    scaled = scale_log(C, SinkhornSettings(reg, n_iters, mode="paper"))
     a, b = (torch.full((size,), 1 / size, dtype=torch.float64) for size in (m, n))
     _, log = ot.bregman.sinkhorn_log(a, b, C.T, reg, n_iters, stopThr=0, log=True, warn=False)
     assert scaled.n_iters == n_iters
@@ -115,7 +118,7 @@ def test_costs_and_settings_that_are_no_numbers_are_refused(value):
     with pytest.raises(ValueError, match="NaN or infinite"):
         sinkhorn_uniform_streaming(C, 0.1)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        hot_transport.standardize(C)
+        standardize(C)
 
 
 @pytest.mark.parametrize("reg", [0.1, 0.03])
@@ -133,9 +136,9 @@ def test_row_blocks_do_not_matter(monkeypatch, reg):
 def test_a_cost_given_as_correlation_is_the_same_problem(in_place):
     C = correlated(30, 20, 2)
     R = (1 - C).numpy().copy()
-    K = R if in_place else R * 0
+    memory = None if in_place else np.empty_like(R)
     given_C = sinkhorn_uniform_streaming(C, 0.1)
-    given_R = sinkhorn.solve_one(R, (1.0, -1.0), (0.0, 2.0), 0.1, 1000, 1e-6, "auto", C.__getitem__, K)
+    given_R = sinkhorn.solve_one(R, AffineCost(0.0, 2.0, 1.0, -1.0), SinkhornSettings(0.1), C.__getitem__, memory)
     assert_close(given_R.plan(), given_C.plan(), atol=1e-8, rtol=1e-4)
     assert given_R.cost == pytest.approx(given_C.cost, abs=1e-6)
     assert in_place != bool(((1 - C).numpy() == R).all())
@@ -238,7 +241,8 @@ def test_bad_mode_is_refused():
 def batch(costs: list[torch.Tensor], reg: float, n_iters: int = 20000, mode: str = "auto") -> list[SinkhornResult]:
     """What an accelerator runs, on the CPU."""
     rows = [C.__getitem__ for C in costs]
-    return sinkhorn.solve_batch(torch.stack(costs), (0.0, 1.0), (0.0, 2.0), reg, n_iters, 1e-6, mode, rows)
+    settings = SinkhornSettings(reg, n_iters, mode=mode)
+    return sinkhorn.solve_batch(torch.stack(costs), AffineCost(0.0, 2.0), settings, rows)
 
 
 COMPANY = [(0.02, 1), (1.0, 2), (0.1, 3), (0.3, 4), (0.05, 5)]
@@ -276,26 +280,27 @@ def test_batched_paper_mode_is_plain():
 
 
 def test_a_batch_reads_the_device_once_per_check(monkeypatch):
-    K = torch.stack([correlated(30, 50, seed, noise) for noise, seed in COMPANY])
+    costs = torch.stack([correlated(30, 50, seed, noise) for noise, seed in COMPANY])
+    exponent = Exponent.choose(AffineCost(0.0, 2.0), 0.05, (30, 50), 4)
     reads = []
     as_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append("check") or as_list(tensor))
     for name in ("item", "__float__", "__int__", "__bool__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name: reads.append(name) or 0.0)
-    scaled = scaling._scale_batch(K, (0.0, 1.0), 0.0, 0.05, 2000, 1e-6, False, None)
+    scaled = scale_batch(KernelBatch(costs, exponent, SinkhornSettings(0.05, 2000)))
     monkeypatch.undo()
-    assert reads == ["check"] * (max(one.n_iters for one in scaled) // scaling.CHECK_EVERY + 1)
+    assert reads == ["check"] * (max(one.n_iters for one in scaled) // CHECK_EVERY + 1)
 
 
 @pytest.mark.parametrize("small", [True, False])
 def test_layers_in_turn_in_batches_and_alone_give_the_same_plans(small, monkeypatch):
     if not small:
-        monkeypatch.setattr(hot_transport, "CACHED_BYTES", 0)
+        monkeypatch.setattr(layer_pairs, "CACHED_BYTES", 0)
     generator = torch.Generator().manual_seed(0)
-    zx, *Zy = (hot_transport.standardize(torch.randn(30, k, generator=generator)) for k in (12, 20, 20, 20))
+    zx, *Zy = (standardize(torch.randn(30, k, generator=generator)) for k in (12, 20, 20, 20))
     rows = torch.tensor([1, 5])
-    in_turn = list(hot_transport.solve_layer(zx, Zy, 0.1, probe_rows=rows))
-    together = hot_transport._solve_together(zx, Zy, (0.1, 1000, 1e-6, "auto"), rows)
+    in_turn = list(layer_pairs.solve_layer(zx, Zy, SinkhornSettings(0.1), rows))
+    together = layer_pairs._solve_together(zx, Zy, SinkhornSettings(0.1), rows)
     for zy, one, other in zip(Zy, in_turn, together, strict=True):
         C = 1 - (zx.T @ zy)
         alone = sinkhorn_uniform_streaming(C, 0.1)
@@ -321,7 +326,7 @@ def test_batches_let_go_of_their_layers_before_the_next_are_read():
                 yield layer
                 del layer
 
-        for group in hot_transport._batches(zx, layers(), reg, budget):
+        for group in layer_pairs._batches(zx, layers(), reg, budget):
             found.append(len(group))
         return found
 

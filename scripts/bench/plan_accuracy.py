@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from core.fusion.projections import SIDES
 from core.hot_transport import SinkhornResult, corr_distance_matrix, sinkhorn_uniform_streaming
 from core.runs.plan_directory import PlanDirectory
+from core.runs.plan_files import read_rows
 from scripts.bench.peers import pot_plan, total_variation
 
 

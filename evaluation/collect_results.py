@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.files import MANIFEST, digest_of, read_json, write_json, write_text
 from core.locks import hold, outputs_held
 from core.manifest import FORMAT_VERSION, check_format
-from core.runs.command_line import Parser
+from core.runs.command_line import RUN_FILE, Parser, load_experiment
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import results_root
 from evaluation.benchmarks.registry import EXPERIMENTS, TASK_FILE, TRAINED
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     hold(folder, wait=True)
     told = {}
     for task, names in runs.items():  # all, whichever are asked for: all.md holds no section of an earlier state
-        collected = collect(task, {name: results / name for name in names}, results / task)
+        collected = collect(task, {name: results / name for name in names})
         write_json(folder / f"{task}.json", collected)
         told[task] = markdown(collected)
         write_text(folder / f"{task}.md", told[task])
@@ -75,12 +75,19 @@ def find_runs(results: Path) -> dict[str, list[str]]:
     return runs
 
 
-def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]:
+def base_run(place: Path, task: str) -> Path:
+    """The run that holds the base's scores where `place` has none of its own: the one that its experiment file names,
+    else that of the experiment's own pair."""
+    path = place / RUN_FILE
+    settings = load_experiment(path) if path.is_file() else {}
+    return place.with_name(settings.get("base_from") or task)
+
+
+def collect(task: str, runs: Mapping[str, Path]) -> dict[str, Any]:
     """All figures of one task.
 
     Args:
         runs: name -> folder of each run of the task.
-        shared: the run that holds the scores of the base where a run has none of its own.
     Returns:
         {"task", "paper", "runs": {name: {"models", "sets": {set: {"rows", "mean", "normalised", "absent"}},
         "held_out": arms of results.json, or {"absent"}}}}.
@@ -98,7 +105,7 @@ def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]
             continue
         for kind in (task, "general"):
             try:
-                arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, shared, kind, arm))}
+                arms = {arm: scores for arm in ARMS if (scores := arm_scores(place, base_run(place, task), kind, arm))}
                 check_current(place, arms)
                 if set(arms) - {"base"}:
                     run["sets"][kind] = benchmark_rows(arms, paper.get(kind.removesuffix("_paper"), {}))

@@ -1,4 +1,4 @@
-"""Benchmarks: one model on all of a task, `--task malay`, or on the paper's general abilities, `--task general`."""
+"""Benchmarks: one model, or all models of a run, on those of a task or on the paper's general abilities."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from core.errors import UserError
 from core.files import write_json
 from core.locks import hold, outputs_held
 from core.runs.process import run_command, setup_logging
-from core.runs.settings import results_root
+from core.runs.settings import Experiment, results_root
 from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
 from evaluation.benchmarks.generation import Decoding
 from evaluation.benchmarks.harness import local_tasks, members
 from evaluation.benchmarks.local_rows import READERS
 from evaluation.benchmarks.malay_mmlu import data_file, read_questions
 from evaluation.benchmarks.prompts import Asking, asking_flags
-from evaluation.benchmarks.registry import STAND_INS, TASK_FILE, task_benchmarks
+from evaluation.benchmarks.registry import STAND_INS, TASK_FILE, models_of_run, task_benchmarks
 from evaluation.benchmarks.yue_mmlu import question_folder
 from evaluation.scores import Evaluated, data_folder, read_score, runner_flags
 
@@ -34,9 +34,16 @@ ABSENT, DAMAGED = "absent", "damaged"
 @outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
-    parser = runner_flags(__doc__ or "", "runs/benchmarks/TASK/MODEL, MODEL the path with - for /")
-    parser.add_argument("--task", required=True, help="an experiment with benchmarks (malay, thai, ...), or general")
+    default = "runs/benchmarks/TASK/MODEL, MODEL the path with - for /; with --config in the folder of the run"
+    parser = runner_flags(__doc__ or "", default, needs_model=False)
     parser.add_argument(
+        "--config", type=Path, help="experiment file of a run; without --model, all models of the run are scored"
+    )
+    parser.add_argument(
+        "--task", help="an experiment with benchmarks (malay, thai, ...), or general; default that of --config"
+    )
+    parser.add_argument(
+        "--benchmark-data",
         "--data-dir",
         type=Path,
         default=os.environ.get("BENCHMARK_DATA"),
@@ -48,33 +55,69 @@ def main(argv: list[str]) -> None:
         help="say where the items are, and read those that are here; opens no model, writes nothing",
     )
     asking_flags(parser, llama_name=True)
-    given = parser.parse(argv)
-    task, benchmarks, data_dir = given["task"], task_benchmarks(given["task"]), data_folder(given["data_dir"])
+    given, experiment = parser.parse_with_config(argv)
+    task, models = what_to_score(given, experiment)
+    own = experiment.scoring.benchmarks if experiment and not given["task"] else ()
+    benchmarks, data_dir = own or task_benchmarks(task), data_folder(given["benchmark_data"])
     for name in benchmarks:  # a name that nothing knows is told before hours of scoring
         if name not in FILES:
             members(name)
     if given["dry_run"]:
-        told = places(benchmarks, data_dir)
-        print("\n".join(f"{name}: {where}" for name, where in told.items()))
-        if damaged := [name for name, where in told.items() if where.startswith(DAMAGED)]:
-            raise UserError(f"the files of {', '.join(damaged)} are damaged, see above")
-        if all(where.startswith(ABSENT) for where in told.values()):
-            raise UserError(f"no benchmark of {task} can be scored; the reasons are above")
+        dry_run(task, benchmarks, data_dir, models)
         return
+    for model, folder in models.items():
+        score_model({**given, "task": task, "model": model}, benchmarks, folder)
+
+
+def what_to_score(given: dict[str, Any], experiment: Experiment | None) -> tuple[str, dict[str, Path]]:
+    """The task, and model -> folder of its scores.
+
+    Raises:
+        UserError: neither a model nor the experiment of a run was given, or no task.
+    """
+    task = given["task"] or (experiment and (experiment.shared.task or experiment.name))
+    if not task:
+        raise UserError("--task is missing (or give --config FILE.yaml)")
+    if given["model"]:
+        name = given["model"].strip("/").replace("/", "-")
+        return task, {given["model"]: given["output_dir"] or results_root() / "benchmarks" / task / name}
+    if experiment is None:
+        raise UserError("--model is missing (or give --config FILE.yaml, the experiment file of a run)")
+    return task, models_of_run(experiment, task)
+
+
+def dry_run(task: str, benchmarks: tuple[str, ...], data_dir: Path | None, models: dict[str, Path]) -> None:
+    """Print what would be scored and where its items come from.
+
+    Raises:
+        UserError: files are damaged, or no benchmark can be scored.
+    """
+    found = places(benchmarks, data_dir)
+    print("\n".join(f"{name}: {where}" for name, where in found.items()))
+    print("\n".join(f"scores of {model} -> {folder}" for model, folder in models.items()))
+    if damaged := [name for name, where in found.items() if where.startswith(DAMAGED)]:
+        raise UserError(f"the files of {', '.join(damaged)} are damaged, see above")
+    if all(where.startswith(ABSENT) for where in found.values()):
+        raise UserError(f"no benchmark of {task} can be scored; the reasons are above")
+
+
+def score_model(given: dict[str, Any], benchmarks: tuple[str, ...], folder: Path) -> None:
+    """Score one model, write what was scored to `folder`, and print the table.
+
+    Raises:
+        UserError: no benchmark could be scored.
+    """
     evaluated = Evaluated.from_flags(given)
-    place = given["model"].strip("/").replace("/", "-")
-    folder = given["output_dir"] or results_root() / "benchmarks" / task / place
     hold(folder)
     asking = Asking(given["prompt"], given["llama_name"])
     numbers = (given["limit"], given["tokens_per_batch"])
-    found = run_benchmarks(evaluated, benchmarks, folder, data_dir, *numbers, asking)
+    found = run_benchmarks(evaluated, benchmarks, folder, data_folder(given["benchmark_data"]), *numbers, asking)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"], "benchmarks": found}
-    )
+    record = {"task": given["task"], "model": given["model"], "limit": given["limit"], "benchmarks": found}
+    write_json(folder / TASK_FILE, record)
     print(table(folder, found))
     if not any("file" in result for result in found.values()):
-        raise UserError(f"no benchmark of {task} was scored; the reasons are above")
+        raise UserError(f"no benchmark of {given['task']} was scored; the reasons are above")
 
 
 def places(benchmarks: tuple[str, ...], data_dir: Path | None) -> dict[str, str]:

@@ -34,10 +34,15 @@ TEXT_FILES = (
 )
 
 
-def runner_flags(description: str, folder: str | None = None) -> Parser:
-    """The flags that every runner takes. `folder`: what --output-dir is said to default to; None: it must be given."""
+def runner_flags(description: str, folder: str | None = None, needs_model: bool = True) -> Parser:
+    """The flags that every runner takes.
+
+    Args:
+        folder: what --output-dir is said to default to; None when it must be given.
+        needs_model: whether --model must be given.
+    """
     parser = Parser(description)
-    parser.add_argument("--model", required=True, help="folder, GGUF file, id in $MODELS_ROOT, or hub id")
+    parser.add_argument("--model", required=needs_model, help="folder, GGUF file, id in $MODELS_ROOT, or hub id")
     parser.add_argument(
         "--output-dir", type=Path, required=folder is None, help=f"one file per benchmark goes here (default {folder})"
     )

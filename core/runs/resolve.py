@@ -88,7 +88,7 @@ def make_parser() -> Parser:
     own = parser.add_argument_group("The script", "what is run, and where things are")
     experiments = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
     texts = {
-        "tasks": f"experiments, as in TASKS='malay thai' (default {' '.join(TASKS)}; or any of {' '.join(experiments)})",
+        "tasks": f"experiments, as in TASKS='malay thai', of {' '.join(experiments)} (default {' '.join(TASKS)})",
         "steps": "what is done: plans, fuse, train, eval, and general for the paper's Figure 6 (default all but that)",
         "seeds": "trainings to average, as in SEEDS='0 1 2' (default 0)",
         "num_gpus": "read and train on so many GPUs (default 0: on the CPU)",

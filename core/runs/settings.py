@@ -26,8 +26,8 @@ from core.transport.settings import TransportSettings
 MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
-# The conditions that `option(only_with=...)` may name: whether a setting can change a byte of a stage's output while the
-# other settings are as they are. In stage 1 the seed draws the rows of token pooling and nothing else; in the other
+# The conditions that `option(only_with=...)` may name: whether a setting can change a byte of a stage's output while
+# the other settings are as they are. In stage 1 the seed draws the rows of token pooling and nothing else; in the other
 # stages it always matters.
 CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
     "token pooling": lambda e, stage: stage != "1" or e.reading.pooling == "token",

@@ -69,6 +69,9 @@ def main(argv: list[str]) -> None:
         {"modelA_id": "target_model", "modelB_id": "source_model"},
         {"dry_run": "check everything that can be checked without reading weights, print it, and stop"},
     )
+    if "dry_run" in command.modes and (waiting := command.waits_for("hot_dir", "plans", "plans")):
+        print(waiting)
+        return
     folder = command.path("output_dir", "fused")
     plans = PlanDirectory(command.path("hot_dir", "plans"), command.experiment.compute.device)
     made_from = plans.manifest.inputs

@@ -53,7 +53,11 @@ def main(argv: list[str]) -> None:
             "output_dir": "adapted checkpoint to write (default runs/<name>/adapted/<scenario>/seed<seed>)",
         },
         {"alpha": "train_alpha"},
+        {"dry_run": "check everything that can be checked without training, print it, and stop"},
     )
+    if "dry_run" in command.modes and (waiting := command.waits_for("model_dir", "fused", "fused")):
+        print(waiting)
+        return
     experiment = command.experiment
     scenario = experiment.training.training_scenario
     place = f"adapted/{scenario}/seed{experiment.compute.seed}"

@@ -47,10 +47,15 @@ def main(argv: list[str]) -> None:
         "e",
         __doc__ or "",
         {"run_dir": "run directory (default runs/<name>)", "hot_dir": "plan directory (default plans, in it)"},
+        modes={"dry_run": "check everything that can be checked without loading a model, print it, and stop"},
     )
+    if "dry_run" in command.modes and (waiting := command.waits_for("hot_dir", "plans", "plans")):
+        print(waiting)
+        return
     experiment = command.experiment
     run = command.paths["run_dir"] or command.path("run_dir", ".")
-    plans = PlanDirectory(command.paths["hot_dir"] or run / "plans", experiment.compute.device)
+    in_run = command.paths["run_dir"] is not None and command.paths["hot_dir"] is None
+    plans = PlanDirectory(run / "plans" if in_run else command.path("hot_dir", "plans"), experiment.compute.device)
     fused_manifest = Manifest.read(run / "fused", "fused")
     adapted = trained_arms(run)
     check_chain(run, plans, fused_manifest, adapted)

@@ -28,10 +28,10 @@ step() { # NAME COMMAND...: run a command when STEPS has NAME. The first one tha
     while [[ $1 != *.py ]]; do shift; done
     set -- python "$@" "${DRY_RUN[@]}"
   fi
-  { "$@" 2>&1 >&3 | tee -i "$work/errors" >&2; } 3>&1 && return
+  { "$@" 2>&1 >&3 | tee -i "$work/errors" >&2; } 3>&1 && return # errors to the screen and to a file
   status=$?
   ((status != 130)) || kill -INT $$ # Ctrl-C ends everything
-  error=$(grep -ao 'error: .*' "$work/errors" | tail -n 1) || error=$(tr '\r' '\n' < "$work/errors" | tail -n 1)
+  error=$(grep -ao 'error: .*' "$work/errors" | tail -n 1) || error=$(tr -s '\r\n' '\n' < "$work/errors" | tail -n 1)
   failed+=("$run, $name: $error (exit code $status)")
   ((${#DRY_RUN[@]})) || stopped=yes
 }
@@ -58,4 +58,4 @@ done
 # One table per task, of all its runs that are there, in TRANSPORT_RESULTS_ROOT/tables. Seconds.
 run="the tables" stopped=
 step tables python evaluation/collect_results.py --tasks "${TASKS[@]}"
-((${#failed[@]} == 0)) || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit 1; }
+((${#failed[@]} == 0)) || { printf '\nfailed: %s' "${failed[@]}" >&2 && echo >&2 && exit 1; }

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import yaml
 
 from core.errors import UserError
-from core.files import write_text
+from core.files import MANIFEST, read_json, write_text
+from core.manifest import COMMANDS
 from core.options import Setting, numbers
 from core.runs.settings import Experiment, all_settings
 
@@ -121,6 +122,20 @@ class Command:
         if not self.from_config:
             raise UserError(f"--{name} is missing (or give --config FILE.yaml)")
         return self.experiment.folder(default)
+
+    def waits_for(self, name: str, default: str, stage: str) -> str | None:
+        """What a dry run says while an earlier stage of the run has not finished its folder; None when it has.
+
+        A folder that a flag gives is not waited for: if it is not there, the stage itself says what is wrong.
+
+        Args:
+            stage: the earlier stage, as manifests name it.
+        """
+        folder = self.path(name, default)
+        finished = (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("status") == "complete"
+        if finished or self.paths[name] is not None:
+            return None
+        return f"{folder} is not finished yet; what depends on it can be checked after {COMMANDS[stage]}"
 
     def log_file(self, name: str, default: str) -> Path | None:
         """The log, which stands beside the results: in X where the output `path(name, default)` is X/<default>, else

@@ -50,12 +50,25 @@ VARIABLES = (
     *("target_model", "source_model", "feature_map", "alpha", "max_samples", "max_tokens", "sft_samples"),
     *("held_out_samples", "limit", "prompt", "benchmark_data"),
 )
+# Settings that the script decides itself: it trains with and without the residual, and never distils.
+SET_BY_SCRIPT = ("training_scenario", "distill_weight", "distill_temperature")
 # What VARIANT chose in earlier versions, and the script that runs it now.
 VARIANTS = {"source_size": "scripts/table7.sh", "source_family": "scripts/figure4.sh", "alpha": "scripts/figure5.sh"}
 PATHS = ("data_dir", *FOLDERS, "data_file", "general_file", "benchmark_data")
 # What comes with the regression map where an experiment has another one: it is fitted on token rows, fuses all neurons,
 # and this strength was best where we measured it.
 REGRESSION = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
+
+# What the script itself reads of what is asked for; the rest are settings of its stages.
+RECIPE_DEFAULTS: dict[str, Any] = {
+    "tasks": TASKS,
+    "steps": STEPS[:-1],
+    "seeds": None,
+    "num_gpus": 0,
+    "data_dir": None,
+    "dry_run": False,
+    "quick": False,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -104,21 +117,9 @@ def make_parser() -> Parser:
     own.add_argument("--quick", **switch, help="apply the `quick:` section of the experiment files")
     for name, text in FOLDERS.items():
         own.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="FOLDER", help=text)
-    set_by_script = ("training_scenario", "distill_weight", "distill_temperature")
-    settings = [s for name, s in all_settings().items() if s.stages and name not in set_by_script]
+    settings = [setting for name, setting in all_settings().items() if setting.stages and name not in SET_BY_SCRIPT]
     add_settings(parser, settings, {"max_samples": "calibration_samples"})
     return parser
-
-
-RECIPE_DEFAULTS: dict[str, Any] = {
-    "tasks": TASKS,
-    "steps": STEPS[:-1],
-    "seeds": None,
-    "num_gpus": 0,
-    "data_dir": None,
-    "dry_run": False,
-    "quick": False,
-}
 
 
 def words(known: Sequence[str] | None) -> Callable[[str], tuple[str, ...]]:

@@ -31,14 +31,15 @@ from core.hot_transport import (
     standardize_layer,
 )
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder
-from core.models.activations import Reading, extract, is_aside, read_aligned, read_texts, row_bytes, text_batches
+from core.manifest import Manifest, check_output_folder, provenance
+from core.models.activations import extract, row_bytes
 from core.models.checkpoints import Checkpoint, open_pair
-from core.models.locate import waits_for
+from core.models.locate import missing_step
+from core.models.reading import Reading, is_aside, read_aligned, read_texts, text_batches
 from core.runs import cost, plan_directory
 from core.runs import preflight as checks
 from core.runs.command_line import parse_command, save_resolved
-from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
+from core.runs.process import log_to_file, process_state, run_command, setup_logging
 from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import MIN_TEXTS, Experiment
 from core.transport.sinkhorn import no_cost
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
     preflight(target, source, folder, experiment, dry_run)
     division = divide(experiment.data.spec)
     for part in ("sft", "validation", "held_out"):  # later stages need them, when it is too late to split anew
-        division.tell_share(part)
+        division.warn_if_small(part)
     rows = division.rows("calibration", experiment.reading.calibration_samples)
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
@@ -120,7 +121,7 @@ def models_to_fetch(experiment: Experiment) -> list[str]:
         "target": (experiment.models.target_model, experiment.models.target_revision),
         "source": (experiment.models.source_model, experiment.models.source_revision),
     }
-    found = {role: (name, waits_for(name, revision)) for role, (name, revision) in pair.items() if name}
+    found = {role: (name, missing_step(name, revision)) for role, (name, revision) in pair.items() if name}
     return [f"{role} {name} waits for {what}" for role, (name, what) in found.items() if what]
 
 

@@ -18,20 +18,21 @@ from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import digest_of, read_json, write_json
-from core.fusion.controls import CONTROLS, control_residual
-from core.fusion.residual import Residual
+from core.fusion.controls import CONTROLS
+from core.fusion.residual import Residual, fold_bias, fold_weight
+from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
 from core.locks import hold, outputs_held
-from core.manifest import FORMAT_VERSION, Manifest
+from core.manifest import FORMAT_VERSION, Manifest, provenance
 from core.models.checkpoints import Checkpoint, open_checkpoint, open_pair
 from core.runs.card import add_results, results_section
 from core.runs.command_line import parse_command
 from core.runs.plan_directory import PlanDirectory
-from core.runs.process import log_to_file, provenance, run_command, setup_logging
+from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.settings import Experiment, of_one_scenario
 from core.training.heldout import text_nll
-from core.training.hot_linear import RESIDUAL_FILE, fold_bias, fold_weight, load_residuals, restore_base
+from core.training.hot_linear import restore_base
 from evaluation.benchmarks.registry import TRAINED
 from evaluation.texts import TextSet, text_sets
 from evaluation.verdict import statistics, table
@@ -209,7 +210,7 @@ def evaluate_arms(
             changed = [] if arm == "base" else residuals
             generator = torch.Generator().manual_seed(experiment.compute.seed)
             for residual in tqdm(changed, desc=f"building {arm}", unit="projection", disable=not changed):
-                control = control_residual(arm, residual, plans, transport, generator)
+                control = CONTROLS[arm](residual, transport, generator)
                 fold_in_place(model, control, target, alpha, form)
             yield measure(model, arm)
             restore_base(model, changed, target.layout.name)

@@ -15,9 +15,9 @@ if __package__ in (None, ""):
 
 from tqdm.auto import tqdm
 
+from core.batching import token_batches
 from core.files import digest_of, read_json, write_json
 from core.locks import hold, outputs_held
-from core.models.activations import token_batches
 from core.runs.process import run_command, setup_logging
 from core.texts.tokens import DATE_STRING, tokenized
 from evaluation.benchmarks.malay_mmlu import LETTERS, Form, Question, data_file, read_questions

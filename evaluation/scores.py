@@ -16,10 +16,9 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import digest_of, read_json, write_json
-from core.manifest import FORMAT_VERSION
+from core.manifest import FORMAT_VERSION, provenance
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.runs.command_line import Parser
-from core.runs.process import provenance
 from core.runs.settings import check_device
 
 log = logging.getLogger(__name__)

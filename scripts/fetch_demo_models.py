@@ -28,7 +28,7 @@ from core.hub import HUB_TIMEOUT_S
 from core.locks import file_lock
 from core.models.convert import convert_gguf
 from core.models.locate import CARD_FILES, HUB_FILES, models_root
-from core.runs.card import CARD
+from core.runs.licences import CARD
 from core.runs.process import run_command, setup_logging
 
 log = logging.getLogger("fetch")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from core.batching import pad_with_mask, token_batches
 from core.errors import UserError
-from core.models.activations import token_batches
 from core.texts.tokens import DATE_STRING, tokenized
 from evaluation.benchmarks.prompts import CHAT, chat_template, rendered
 from evaluation.scores import Evaluated, check_logits
@@ -143,21 +143,16 @@ def continuations(model: Any, prompts: Sequence[list[int]], shared: Beginning = 
     counts positions by the mask.
     """
     settings = model.generation_config
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    begin = shared.tokens
-    ids = [
-        prompt[:begin] + [settings.pad_token_id] * short + prompt[begin:]
-        for short, prompt in zip(padding, prompts, strict=True)
-    ]
-    mask = [[1] * begin + [0] * short + [1] * (longest - begin - short) for short in padding]
+    rests = [prompt[shared.tokens :] for prompt in prompts]
+    rest, rest_mask = pad_with_mask(rests, model.device, settings.pad_token_id, "left")
+    begin = torch.tensor(prompts[0][: shared.tokens], dtype=torch.long, device=model.device).expand(len(prompts), -1)
+    inputs = torch.cat([begin, rest], 1)
+    seen = torch.cat([torch.ones_like(begin), rest_mask], 1)
     cache = copy.deepcopy(shared.cache)
     if cache is not None:
         cache.batch_repeat_interleave(len(prompts))
-    inputs = torch.tensor(ids, device=model.device)
-    seen = torch.tensor(mask, device=model.device)
     made = model.generate(input_ids=inputs, past_key_values=cache, attention_mask=seen, logits_processor=[check_logits])
-    out = made[:, longest:].tolist()
+    out = made[:, inputs.shape[1] :].tolist()
     ends = set(settings.eos_token_id or ())
     return [new[: next((place for place, token in enumerate(new) if token in ends), len(new))] for new in out]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.batching import pad_with_mask
 from core.errors import UserError
 from core.models.families import AttentionLayout
 from core.texts.tokens import tokenized
@@ -92,14 +93,14 @@ def option_scores(
         all tokens of prompt + option of their log-probability, the first token, which has none, left out).
     """
     head = model.get_submodule(layout.family.head)
-    stems, seen = _padded([question.stem for question in batch], model.device, left=True)
+    stems, seen = pad_with_mask([question.stem for question in batch], model.device, side="left")
     places = (seen.cumsum(1) - 1).clamp(min=0)
     following, sums, cache = _read_stems(model, head, stems, seen, places)
     tails = [(number, tail) for number, question in enumerate(batch) for tail in question.tails if tail]
     owners = [number for number, _ in tails]
     begins = _log_probabilities(following[owners], torch.tensor([tail[0] for _, tail in tails], device=model.device))
     cache.batch_select_indices(torch.tensor(owners, device=model.device))
-    tokens, there = _padded([tail for _, tail in tails], model.device)
+    tokens, there = pad_with_mask([tail for _, tail in tails], model.device)
     steps = torch.arange(1, tokens.shape[1] + 1, device=model.device)
     later, _ = _logits(
         model,
@@ -154,15 +155,3 @@ def _log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
         for rows, chosen in zip(logits.split(ROWS), ids.split(ROWS), strict=True)
     ]
     return torch.cat(found)
-
-
-def _padded(texts: Sequence[list[int]], device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S] and their mask [B, S]; the padding token is masked, so any id serves."""
-    longest = max(map(len, texts))
-
-    def filled(values: list[int]) -> list[int]:
-        empty = [0] * (longest - len(values))
-        return [*empty, *values] if left else [*values, *empty]
-
-    ids = torch.tensor([filled(text) for text in texts], device=device)
-    return ids, torch.tensor([filled([1] * len(text)) for text in texts], device=device)

@@ -23,9 +23,11 @@ if __package__ in (None, ""):
 
 import torch
 
+from core.batching import pad_with_mask
 from core.data import load_rows
-from core.models.activations import Reading, extract, pad, text_batches
+from core.models.activations import extract
 from core.models.checkpoints import Checkpoint, open_pair
+from core.models.reading import Reading, text_batches
 from core.runs.command_line import load_experiment
 from core.runs.settings import Experiment
 from run_activs_and_hot import read_both
@@ -78,7 +80,7 @@ def measure(
 
     @torch.no_grad()
     def bare(batch: list[int]) -> None:
-        ids, mask = (part.to(model.device) for part in pad([reading.ids[n] for n in batch]))
+        ids, mask = pad_with_mask([reading.ids[n] for n in batch], model.device)
         backbone(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def hooked(batch: list[int]) -> None:

@@ -15,12 +15,12 @@ from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.data import Row
 from core.errors import UserError
-from core.fusion.controls import CONTROLS, control_residual
+from core.fusion.controls import CONTROLS
+from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
 from core.manifest import Manifest
 from core.models.checkpoints import open_checkpoint, open_pair
 from core.runs.card import RESULTS_BEGIN, RESULTS_END
-from core.training.hot_linear import load_residuals
 from evaluation import compare_arms
 from evaluation.texts import TextSet, text_set
 
@@ -280,7 +280,7 @@ def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run, models):
     plans.shape = (1, plans.shape[1])
     residual = load_residuals(folder / "fused/hot_residual.safetensors")[0][0]
     with pytest.raises(UserError, match="wrong_layer: the target has one layer"):
-        control_residual("wrong_layer", residual, plans, None, torch.Generator())
+        CONTROLS["wrong_layer"](residual, SimpleNamespace(plans=plans), torch.Generator())
     assert list(compare_arms.impossible_controls(1)) == ["wrong_layer"] and not compare_arms.impossible_controls(2)
 
 

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
+from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
 from core.models.checkpoints import open_checkpoint
 from core.runs.plan_directory import PlanDirectory
-from core.training.hot_linear import enable_hot_residual_for_model, load_residuals, restore_base
+from core.training.hot_linear import enable_hot_residual_for_model, restore_base
 
 
 def test_fused_checkpoint_is_plain_and_loads_in_stock_transformers(fused, models):
@@ -264,7 +265,7 @@ def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
     for residual in load_residuals(out / "hot_residual.safetensors")[0]:
         W, layer, c = residual.original_weight, residual.layer, residual.projection
         assert float((W - residual.weight).norm() / W.norm()) <= 1e-3, (layer, c)
-        Out, In = transport._maps(layer, layer, c, residual.index)
+        Out, In = transport.maps(layer, layer, c, residual.index)
         swapped = In @ transport.source.weight(layer, c) @ Out
         assert float((W - swapped).norm() / W.norm()) > 0.5, (layer, c)
     assert_close(logits(out), logits(models["target"]), atol=2e-2, rtol=2e-2)

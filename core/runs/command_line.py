@@ -192,16 +192,13 @@ def parse_command(
 def add_settings(parser: Parser, settings: Sequence[Setting], aliases: Mapping[str, str]) -> None:
     """Give a parser settings as flags, in the groups of the experiment. A flag that is not used has the value None.
 
-    The docstring of a group, `Title: what it is about.`, heads it in `--help`.
-
     Args:
         aliases: further flag -> setting. One that is also the alias of another setting stands for this one here.
     """
     groups: dict[str, Any] = {}
     for setting in settings:
         if setting.group not in groups:
-            title, _, text = (getattr(Experiment(), setting.group).__doc__ or "").rstrip(".").partition(": ")
-            groups[setting.group] = parser.add_argument_group(title, text)
+            groups[setting.group] = parser.add_argument_group(*group_heading(setting.group))
         names = [setting.name, *(alias for alias, name in aliases.items() if name == setting.name)]
         if setting.alias and setting.alias not in aliases:
             names.append(setting.alias)
@@ -213,6 +210,12 @@ def add_settings(parser: Parser, settings: Sequence[Setting], aliases: Mapping[s
         groups[setting.group].add_argument(
             *map(_flag, names), dest=setting.name, default=None, help=_help(setting), **options
         )
+
+
+def group_heading(group: str) -> tuple[str, str]:
+    """The title of a group of settings, and what it is about: its docstring says `Title: what it is about.`"""
+    title, _, text = (getattr(Experiment(), group).__doc__ or group).rstrip(".").partition(": ")
+    return title[:1].upper() + title[1:], text
 
 
 def _help(setting: Setting) -> str:

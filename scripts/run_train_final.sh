@@ -23,7 +23,7 @@ step() { # NAME COMMAND...: run a command when STEPS has NAME. The first one tha
   local name=$1 status error
   [[ -z $stopped && " ${STEPS[*]} " == *" $name "* ]] || return 0
   shift
-  printf '\n$%s\n' "$(printf ' %q' "$@")"
+  printf '\n$%s\n' "$(printf ' %q' "${@/#"$work"/"$TRANSPORT_RESULTS_ROOT"}")" # a dry run's YAML is in $work
   if ((${#DRY_RUN[@]})); then # the stage itself says what is missing; it needs no launcher for that
     while [[ $1 != *.py ]]; do shift; done
     set -- python "$@" "${DRY_RUN[@]}"

@@ -23,6 +23,7 @@ STEPS=(plans fuse train eval tables)
 SEEDS=(0 1)
 LAUNCH=(python)
 DRY_RUN=()
+export TRANSPORT_RESULTS_ROOT=runs
 END
   ;;
 *) [[ "$*" != *"${BREAKS:-nothing}"* ]] || eval "$HOW" ;;

@@ -131,11 +131,9 @@ class Command:
         Args:
             stage: the earlier stage, as manifests name it.
         """
-        folder = self.path(name, default)
-        finished = (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("status") == "complete"
-        if finished or self.paths[name] is not None:
+        if self.paths[name] is not None or not self.from_config:
             return None
-        return f"{folder} is not finished yet; what depends on it can be checked after {COMMANDS[stage]}"
+        return unfinished(self.path(name, default), stage)
 
     def log_file(self, name: str, default: str) -> Path | None:
         """The log, which stands beside the results: in X where the output `path(name, default)` is X/<default>, else
@@ -146,6 +144,13 @@ class Command:
         run = [folder, *folder.parents][depth] if depth < len(folder.parts) else Path()
         is_in_run = run.name and run / default == folder
         return (run if is_in_run else self.experiment.run_dir) / "log.txt"
+
+
+def unfinished(folder: Path, stage: str) -> str | None:
+    """What a dry run says of a folder that an earlier stage has not finished; None when it has."""
+    if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("status") == "complete":
+        return None
+    return f"{folder} is not finished yet; what depends on it can be checked after {COMMANDS[stage]}"
 
 
 def parse_command(

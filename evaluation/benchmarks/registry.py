@@ -7,10 +7,9 @@ from pathlib import Path
 from core.errors import UserError
 from core.runs.command_line import EXPERIMENTS, load_experiment
 from core.runs.settings import Experiment, results_root
+from evaluation.arms.run import TRAINED, training_folders
 
 TASK_FILE = "task.json"
-# Arm -> folder of its trainings in a run, one below it per seed.
-TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 # The benchmarks of general abilities in the paper's Figure 6.
 GENERAL = ("arc_easy", "commonsense_qa", "piqa", "social_iqa", "winogrande")
 _MALAY_SUBJECTS = (
@@ -49,7 +48,7 @@ def models_of_run(experiment: Experiment, task: str) -> dict[str, Path]:
         experiment.models.target_model: base / "benchmarks" / task / "base",
         str(run / "fused"): run / "benchmarks" / task / "fused",
     }
-    for arm, folder in TRAINED.items():
-        for training in sorted((run / folder).glob("seed*[0-9]")):
+    for arm in TRAINED:
+        for training in training_folders(run, arm):
             models[str(training)] = run / "benchmarks" / task / arm / training.name
     return models

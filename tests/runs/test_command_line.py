@@ -8,7 +8,7 @@ from conftest import ROOT
 from core.errors import UserError
 from core.runs.command_line import Parser, parse_command
 from core.runs.settings import all_settings
-from evaluation.scores import runner_flags
+from evaluation.runner import runner_flags
 
 DEMO = ROOT / "scripts/experiments/demo.yaml"
 

@@ -27,6 +27,7 @@ import yaml
 
 from core.errors import UserError
 from core.files import write_text
+from core.fusion.feature_maps import FEATURE_MAPS
 from core.runs.command_line import EXPERIMENTS, RUN_FILE, Parser, add_settings, load_experiment
 from core.runs.process import run_command
 from core.runs.settings import Experiment, all_settings
@@ -55,9 +56,9 @@ SET_BY_SCRIPT = ("training_scenario", "distill_weight", "distill_temperature")
 # What VARIANT chose in earlier versions, and the script that runs it now.
 VARIANTS = {"source_size": "scripts/table7.sh", "source_family": "scripts/figure4.sh", "alpha": "scripts/figure5.sh"}
 PATHS = ("data_dir", *FOLDERS, "data_file", "general_file", "benchmark_data")
-# What comes with the regression map where an experiment has another one: it is fitted on token rows, fuses all neurons,
-# and this strength was best where we measured it.
-REGRESSION = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
+# What comes with a map that is fitted on rows where an experiment has another one: token rows and all neurons are fused,
+# with the strength that was best where we measured it.
+FITTED_MAPS = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
 
 # What the script itself reads of what is asked for; the rest are settings of its stages.
 RECIPE_DEFAULTS: dict[str, Any] = {
@@ -215,8 +216,8 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
         asked.setdefault("data_file", str(folder if folder.exists() and not rows.exists() else rows))
     file_map = Experiment.of(**file).fusion.feature_map
     other_map = asked.get("feature_map", file_map) != file_map
-    regression = other_map and asked["feature_map"] == "regression"
-    own = file | (REGRESSION if regression else {})
+    fitted = other_map and not FEATURE_MAPS[asked["feature_map"]].reads_feature_plans
+    own = file | (FITTED_MAPS if fitted else {})
     before, after = Experiment.of(**own), Experiment.of(**own | asked)
     pair = base = f"{task}-quick" if quick else task
     if pair_of(after) != pair_of(before):
@@ -226,7 +227,7 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
     names = {
         "name": pair + strength + (f"-{after.fusion.feature_map}" if other_map else ""),
         "task": task,
-        "plans_from": f"{pair}-regression" if regression else pair,
+        "plans_from": f"{pair}-{after.fusion.feature_map}" if fitted else pair,
         "base_from": base if same_target else pair,
     }
     return names | {key: value for key, value in (own | asked).items() if key not in names}

@@ -18,9 +18,9 @@ from core.errors import UserError
 from core.files import MANIFEST, read_json
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
-from core.models.activations import Reading, is_aside, read_aligned, read_texts
 from core.models.checkpoints import Checkpoint, open_pair
-from core.models.locate import waits_for
+from core.models.locate import missing_step
+from core.models.reading import Reading, is_aside, read_aligned, read_texts
 from core.runs import preflight as checks
 from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.cost import stage1_cost
@@ -116,7 +116,7 @@ def models_not_here(experiment: Experiment) -> list[str]:
         "target": (models.target_model, models.target_revision),
         "source": (models.source_model, models.source_revision),
     }
-    steps = {role: (name, waits_for(name, revision)) for role, (name, revision) in pair.items() if name}
+    steps = {role: (name, missing_step(name, revision)) for role, (name, revision) in pair.items() if name}
     return [f"{role} {name} waits for {step}" for role, (name, step) in steps.items() if step]
 
 

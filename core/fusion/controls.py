@@ -1,60 +1,73 @@
-"""Controls: residuals that share everything with the fused one but the correspondence it claims.
+"""Controls: residuals that share everything with the fused one but the correspondence between the models.
 
-A gain counts as transfer only when it beats them on the same held-out texts.
+A gain counts as transfer only when it beats all of them on the same held-out texts. A control is a function of the
+fused residual, the transport that made it and a generator for shuffles; it keeps the selection and replaces W~. Adding
+one is a function and a row in `CONTROLS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Generator
 
 from core.errors import UserError
 from core.fusion.residual import Residual
-from core.fusion.transport_weights import Plans, Transport, keep_mean, transport_into
-
-CONTROLS = ("damped", "damped_mean", "permuted", "wrong_layer", "self")
+from core.fusion.transport_weights import Transport, keep_mean, transport_into
 
 
-def control_residual(
-    control: str, fused: Residual, plans: Plans, transport: Transport, generator: torch.Generator
-) -> Residual:
-    """The residual of one control for the projection of `fused`: same selection, same alpha and form.
+def damped(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """W~ = 0: all that happens is that the selected part of the target's weight becomes smaller."""
+    bias = None if fused.bias is None else torch.zeros_like(fused.bias)
+    return replace(fused, weight=torch.zeros_like(fused.weight), bias=bias)
 
-    - `damped`: W~ = 0.
-    - `damped_mean`: only the target's mean output is kept, W~ = y_bar x_bar^T / |x_bar|^2 (a bias takes it instead).
-    - `permuted`: W~ - W with rows and columns shuffled: same norm, no correspondence. The shuffle also loses the mean
-      output that `regression` keeps; `damped_mean` and `self`, which keep it, are there for that part of a gain.
-    - `wrong_layer`: W~ of target layer (l + L/2) mod L; with `regression` the mean is kept again at l.
-    - `self`: W~ regressed from the target's own inputs to its own outputs: smoothing without a source.
+
+def damped_mean(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """W~ = y_bar x_bar^T / |x_bar|^2: only the target's mean output is kept. A bias, where there is one, takes it."""
+    return keep_mean(damped(fused, transport, generator), transport.plans)
+
+
+def permuted(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """W~ - W with its rows and columns shuffled: a change of the same norm between neurons that do not correspond.
+
+    The shuffle also loses the mean output that some feature maps keep. `damped_mean` and `self_regressed` keep it and
+    show how much of a gain is due to it.
+    """
+    rows = torch.randperm(fused.weight.shape[0], generator=generator)
+    columns = torch.randperm(fused.weight.shape[1], generator=generator)
+    weight = fused.original_weight + (fused.weight - fused.original_weight)[rows][:, columns]
+    bias = fused.bias
+    if bias is not None and fused.original_bias is not None:
+        bias = fused.original_bias + (bias - fused.original_bias)[rows]
+    return replace(fused, weight=weight, bias=bias)
+
+
+def wrong_layer(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """W~ of target layer (l + L/2) mod L. A feature map that keeps the mean output keeps it again at layer l.
 
     Raises:
-        ValueError: unknown control.
-        UserError: `wrong_layer` of a target with one layer: it would be the fused model itself.
+        UserError: the target has one layer, so that this would be the fused residual itself.
     """
-    layer, projection = fused.layer, fused.projection
-    if control in ("damped", "damped_mean"):
-        zero = replace(
-            fused,
-            weight=torch.zeros_like(fused.weight),
-            bias=None if fused.bias is None else torch.zeros_like(fused.bias),
-        )
-        return zero if control == "damped" else keep_mean(zero, plans)
-    if control == "permuted":
-        rows = torch.randperm(fused.weight.shape[0], generator=generator)
-        columns = torch.randperm(fused.weight.shape[1], generator=generator)
-        weight = fused.original_weight + (fused.weight - fused.original_weight)[rows][:, columns]
-        bias = fused.bias
-        if bias is not None and fused.original_bias is not None:
-            bias = fused.original_bias + (bias - fused.original_bias)[rows]
-        return replace(fused, weight=weight, bias=bias)
-    if control == "wrong_layer":
-        n_layers = plans.shape[0]
-        if n_layers == 1:
-            raise UserError("wrong_layer: the target has one layer, and W~ of another layer does not exist")
-        (wrong,) = transport_into([fused], transport, (layer + n_layers // 2) % n_layers)
-        return wrong
-    if control == "self":
-        weight = transport.self_map(layer, projection).index_select(fused.axis, fused.index)
-        return keep_mean(replace(fused, weight=weight, bias=None), plans)
-    raise ValueError(f"control {control!r}; expected one of {', '.join(CONTROLS)}")
+    n_layers = transport.plans.shape[0]
+    if n_layers == 1:
+        raise UserError("wrong_layer: the target has one layer, and W~ of another layer does not exist")
+    (wrong,) = transport_into([fused], transport, (fused.layer + n_layers // 2) % n_layers)
+    return wrong
+
+
+def self_regressed(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """W~ regressed from the target's own inputs to its own outputs, which smooths W without any source. The mean output
+    is kept."""
+    weight = transport.self_map(fused.layer, fused.projection).index_select(fused.axis, fused.index)
+    return keep_mean(replace(fused, weight=weight, bias=None), transport.plans)
+
+
+CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
+    "damped": damped,
+    "damped_mean": damped_mean,
+    "permuted": permuted,
+    "wrong_layer": wrong_layer,
+    "self": self_regressed,
+}

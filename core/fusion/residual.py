@@ -1,47 +1,53 @@
-"""What fusing does to one projection: the selected neurons, W~ on them, and how the two weights are mixed."""
+"""What fusing does to one projection: the selected neurons, W~ on them, and how W~ is mixed with the weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from core.fusion.projections import PROJECTIONS, ROWS
 
 RESIDUAL_FORMS = ("interpolate", "additive")
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The transported part of one projection: W~ on the selected rows or columns.
+    """The transported part of one projection: W~ on the selected rows, or columns, of the target's weight W [n, n'].
 
     Attributes:
-        layer, projection: which target projection.
-        axis: 0 when rows are selected (q, k, v), 1 when columns are (o).
-        index: [k] selected rows or columns, ascending.
+        layer, projection: which of the target's projections it belongs to.
+        index: [k] the selected rows or columns, ascending.
         weight: W~ on them, [k, n'] or [n, k], float32.
-        bias: b~, [k] (rows) or [n] (columns); None where the bias is not fused.
-        original_weight, original_bias: the target's own values at the same places.
+        bias: b~ on `bias_index`; None where the bias is not fused.
+        original_weight, original_bias: the target's own values where W~ and b~ take part.
     """
 
     layer: int
     projection: str
-    axis: int
     index: Tensor
     weight: Tensor
     bias: Tensor | None
     original_weight: Tensor
     original_bias: Tensor | None
 
+    @property
+    def axis(self) -> int:
+        """Whether ROWS or COLUMNS of the weight are selected."""
+        return PROJECTIONS[self.projection].axis
+
+    @property
+    def bias_index(self) -> Tensor:
+        """The entries of the bias that are fused: those of the selected rows. Where columns are selected these are all
+        entries, because every output reads the selected inputs."""
+        return self.index if self.axis == ROWS else torch.arange(len(self.weight), device=self.index.device)
+
     def to(self, device: str) -> Residual:
         """The same residual with its tensors on `device`."""
-        return replace(
-            self,
-            index=self.index.to(device),
-            weight=self.weight.to(device),
-            bias=None if self.bias is None else self.bias.to(device),
-            original_weight=self.original_weight.to(device),
-            original_bias=None if self.original_bias is None else self.original_bias.to(device),
-        )
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 def select(strongest: Tensor, top_k: int) -> Tensor:
@@ -51,8 +57,8 @@ def select(strongest: Tensor, top_k: int) -> Tensor:
 
 
 def mix(base: Tensor, transported: Tensor, alpha: float, form: str) -> Tensor:
-    """W_eff on selected neurons: (1 - alpha) W + alpha W~ (`interpolate`, Eqs. 14, 22) or W + alpha W~
-    (`additive`, Eqs. 15, 16, 18). alpha 0 returns `base` bit for bit."""
+    """W_eff on the selection: (1 - alpha) W + alpha W~ (`interpolate`, Eqs. 14 and 22) or W + alpha W~ (`additive`,
+    Eqs. 15, 16 and 18). With alpha 0 it is a copy of `base`, bit for bit."""
     if alpha == 0:
         return base.clone()
     if form == "interpolate":
@@ -60,8 +66,27 @@ def mix(base: Tensor, transported: Tensor, alpha: float, form: str) -> Tensor:
     return torch.add(base, transported, alpha=alpha)
 
 
+def mix_at(base: Tensor, transported: Tensor, index: Tensor, axis: int, alpha: float, form: str) -> Tensor:
+    """`base` with `mix` applied to the rows or columns in `index`, computed in the dtype of `transported`; everything
+    else is bit-identical."""
+    mixed = mix(base.index_select(axis, index).to(transported.dtype), transported, alpha, form)
+    return base.index_copy(axis, index, mixed.to(base.dtype))
+
+
+def fold_weight(weight: Tensor, residual: Residual, alpha: float, form: str) -> Tensor:
+    """W_eff of a target weight [n, n'] in its own dtype, computed in float32."""
+    return mix_at(weight, residual.weight, residual.index, residual.axis, alpha, form)
+
+
+def fold_bias(bias: Tensor, residual: Residual, alpha: float, form: str) -> Tensor:
+    """b_eff of a target bias [n]; the bias itself where none is fused."""
+    if residual.bias is None:
+        return bias
+    return mix_at(bias, residual.bias, residual.bias_index, ROWS, alpha, form)
+
+
 def check_finite(residual: Residual) -> None:
-    """Raises ValueError for weights that are no numbers: of a damaged model, or beyond float32."""
+    """Raise ValueError for NaN or infinite values: a model is damaged, or W~ is beyond what float32 holds."""
     values = {
         "target's weight": residual.original_weight,
         "target's bias": residual.original_bias,

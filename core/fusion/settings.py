@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.errors import UserError
+from core.fusion.feature_maps import FEATURE_MAPS
 from core.fusion.residual import RESIDUAL_FORMS
 from core.options import AT_LEAST_ONE, POSITIVE, SHARE, Range, option
 
-FEATURE_MAPS = ("coupling", "barycentric", "calibrated", "regression")
+_DEFAULT_P_TOPK = "".join(
+    f"{kind.default_p_topk} for {name}, else " for name, kind in FEATURE_MAPS.items() if kind.default_p_topk
+)
+_WITHOUT_FEATURE_PLANS = " or ".join(name for name, kind in FEATURE_MAPS.items() if not kind.reads_feature_plans)
 
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """fusion"""
+    """Fusion: how plans become weights, and how strongly they are mixed in."""
 
-    feature_map: str = option("coupling", "2", "how plans become linear maps (README: four feature maps)", FEATURE_MAPS)
+    feature_map: str = option("coupling", "2", "how plans become linear maps (docs/method.md)", tuple(FEATURE_MAPS))
     residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)
     alpha: float = option(0.1, "2", "fusion strength, 0 to 1", range=SHARE)
     top_k: int = option(
@@ -27,15 +31,15 @@ class FusionSettings:
     p_topk: int | None = option(
         None,
         "2",
-        "source layers per target layer; default 1 for regression, else all with at least 1e-4 of the row of P",
+        f"source layers per target layer; default {_DEFAULT_P_TOPK}all with at least 1e-4 of the row of P",
         range=AT_LEAST_ONE,
     )
     q_topk: int | None = option(
-        None, "2", "entries kept per row of Q (not for regression); default all", range=AT_LEAST_ONE
+        None, "2", f"entries kept per row of Q (not for {_WITHOUT_FEATURE_PLANS}); default all", range=AT_LEAST_ONE
     )
     ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal", range=POSITIVE)
 
     def check(self) -> None:
         """Raise UserError for settings that exclude each other."""
-        if self.q_topk is not None and self.feature_map == "regression":
-            raise UserError("q_topk thins out plans, which regression does not read; leave it out")
+        if self.q_topk is not None and not FEATURE_MAPS[self.feature_map].reads_feature_plans:
+            raise UserError(f"q_topk thins out plans, which {self.feature_map} does not read; leave it out")

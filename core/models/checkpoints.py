@@ -1,4 +1,4 @@
-"""Model checkpoints: opened by name, single tensors read lazily, folded weights written atomically."""
+"""Model checkpoints: opened by name, single tensors read when they are asked for, folded weights written atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -30,15 +32,27 @@ from core.models.weight_digest import sample_digest
 
 log = logging.getLogger(__name__)
 
-# Terms that go with every copy of a model.
+# The terms of a model, which go with every copy of it.
 LICENCE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
-# Bytes per number of the dtypes in safetensors headers; the others take one.
+# Bytes per number of the dtypes that safetensors headers name; all others take one.
 DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model on disk. Opening it reads the config and the tensor headers, never the weights."""
+    """One model on disk. Opening it reads the config and the headers of the tensors, never the weights.
+
+    Implements `core.fusion.inputs.Weights`.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its config and safetensors files are.
+        revision: of the hub; None for the newest.
+        config: its config.json.
+        layout: where its projections are and how wide they are.
+        trust_remote_code: whether code that comes with it may run.
+        device: where tensors and models are put.
+    """
 
     name: str
     folder: Path
@@ -50,7 +64,7 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> safetensors file. Raises UserError when there are none."""
+        """Tensor name -> safetensors file. Raises UserError when there is no such file."""
         index = self.folder / INDEX_FILE
         if index.is_file():
             return {name: self.folder / file for name, file in weight_map(index).items()}
@@ -67,15 +81,17 @@ class Checkpoint:
 
     @cached_property
     def tower(self) -> str:
-        """What stands for the text decoder in this checkpoint's tensor names. Raises UserError when it is not there."""
+        """The path of the text decoder in the names of this checkpoint's tensors. Raises UserError when no tensor of it
+        is found."""
         return self.layout.tower_on_disk(self.files, str(self.folder))
 
     def tensor_name(self, layer: int, projection: str) -> str:
-        """Name of one projection on disk (add `.weight` for the tensor); the loaded model's is `layout.name`."""
+        """Name of one projection on disk, without `.weight`. In the loaded model it may have another: `layout.name`."""
         return f"{self.tower}.{projection_in_tower(layer, projection)}"
 
     def name_in_model(self, tensor: str) -> str:
-        """Name in the loaded model of a tensor on disk; those outside the text decoder and its head as they are."""
+        """The name in the loaded model of a tensor on disk. Names outside the text decoder and its head are returned as
+        they are."""
         family = self.layout.family
         for on_disk, in_model in ((self.tower, family.tower), *((head, family.head) for head in family.heads_on_disk)):
             if tensor.startswith(on_disk + "."):
@@ -84,7 +100,7 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Tensor name -> (shape, dtype as safetensors spells it), file by file, without reading weights."""
+        """Tensor name -> (shape, dtype as safetensors spells it), in the order in which the files hold them."""
         found: dict[str, tuple[tuple[int, ...], str]] = {}
         for path in dict.fromkeys(self.files.values()):
             try:
@@ -97,32 +113,32 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Tensor name -> bytes, in the order of `headers`."""
+        """Tensor name -> number of bytes, in the order of `headers`."""
         return {name: math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for name, (shape, dtype) in self.headers.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in its own dtype."""
+        """One tensor in its own dtype, on the CPU. Raises UserError when the checkpoint has none of that name."""
         if name not in self.files:
             raise UserError(f"{self.folder} has no tensor {name}")
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
 
     def weight(self, layer: int, projection: str) -> Tensor:
-        """Attention weight [out, in], float32, on `device`."""
+        """The weight [out, in] of one projection, float32, on `device`."""
         return self.tensor(self.tensor_name(layer, projection) + ".weight").to(self.device, torch.float32)
 
     def bias(self, layer: int, projection: str) -> Tensor | None:
-        """Attention bias [out], float32, on `device`; None when the model has none."""
+        """The bias [out] of one projection, float32, on `device`; None when the model has none."""
         name = self.tensor_name(layer, projection) + ".bias"
         return self.tensor(name).to(self.device, torch.float32) if name in self.files else None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells this model from any other: id, revision, hash of the config, of the headers of the weights and of
-        samples of every tensor, and of a checkpoint of ours what made it.
+        """What tells this model from any other: its id, its revision, a digest of its config, a digest of its weights,
+        and for a checkpoint of ours (`made`) the fingerprint in its manifest.
 
-        A sample takes no time at 70B, but it cannot see that some rows of a tensor were changed, as fusing does: the
-        fingerprint of the manifest can.
+        The digest of the weights covers the headers and a sample of every tensor, so that it takes no time at 70B. A
+        sample cannot see that a few rows of a tensor were changed, which is what fusing does; the fingerprint can.
         """
         weights = sample_digest(sorted(set(self.files.values())))
         config = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
@@ -132,11 +148,11 @@ class Checkpoint:
         return {"id": self.name, "revision": self.revision, "config": config, "weights": weights, "made": made}
 
     def same_model(self, identity: dict[str, Any]) -> bool:
-        """Whether `identity` (of a manifest) is this model, wherever either was stored."""
+        """Whether an identity, as manifests hold it, is that of this model, wherever the model is stored."""
         return all(self.identity[key] == identity[key] for key in ("config", "weights", "made"))
 
     def load_tokenizer(self) -> Any:
-        """The model's fast tokenizer; UserError when it has none."""
+        """The model's fast tokenizer. Raises UserError when it has none."""
         from transformers import AutoTokenizer
 
         try:
@@ -150,9 +166,7 @@ class Checkpoint:
         return tokenizer
 
     def check_tokenizer(self) -> None:
-        """Raise UserError when there is no usable tokenizer. Reads tokenizer.json alone, where there is one."""
-        from tokenizers import Tokenizer
-
+        """Raise UserError when there is no usable tokenizer. Where there is a tokenizer.json it is all that is read."""
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             self.load_tokenizer()
@@ -163,7 +177,7 @@ class Checkpoint:
             raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again") from None
 
     def _check_code(self) -> None:
-        """Raise UserError when the model's classes are not transformers' own and not allowed or not there."""
+        """Raise UserError when the model's classes are not part of transformers and may not run, or are missing."""
         if not self.layout.family.needs_code:
             return
         kind, remote = self.layout.model_type, "auto_map" in self.config
@@ -179,16 +193,21 @@ class Checkpoint:
                 f"that has its modeling files"
             )
         if not remote:
-            import_module(kind)  # registers its classes with transformers
+            import_module(kind)  # the package registers its classes with transformers
 
     def load_model(
         self, dtype: str, device_map: str | dict[str, Any] | None = None, offload_folder: Path | None = None
     ) -> Any:
-        """The causal language model on `device`, in eval mode. dtype `auto` is float32 on a CPU, where half types are
-        slow, and the checkpoint's own elsewhere.
+        """The causal language model in eval mode.
 
-        A device map (accelerate's; `disk` leaves all weights in the checkpoint until they are used) places it in place
-        of `device`. Weights on disk that have to be converted go to `offload_folder`.
+        Args:
+            dtype: a torch dtype, or `auto`: float32 on a CPU, where half types are slow, and elsewhere the
+                checkpoint's own.
+            device_map: one of accelerate's, which says where the parts of the model go in place of `device`; `disk`
+                leaves all weights in the checkpoint until they are used.
+            offload_folder: where weights go that stay on disk and have to be converted first.
+        Raises:
+            UserError: the model's classes may not run, or are missing.
         """
         import transformers
 
@@ -208,8 +227,10 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model: a folder, a GGUF file, an id below $MODELS_ROOT, or a hub id (downloaded into the hub's cache).
 
-    GGUF files and .bin weights are converted once, into $MODELS_ROOT/converted. Raises UserError when nothing of that
-    name exists, it has no config.json or no weights, or its family is not supported.
+    GGUF files and .bin weights are converted once, into $MODELS_ROOT/converted.
+
+    Raises:
+        UserError: nothing of that name exists, it has no config.json or no weights, or its family is not supported.
     """
     if not name:
         raise UserError("no model given; use --target-model and --source-model, or --config")
@@ -217,12 +238,12 @@ def open_checkpoint(
     config = read_json(folder / "config.json")
     layout = attention_layout(config, str(folder))
     checkpoint = Checkpoint(name, folder, revision, config, layout, trust_remote_code, device)
-    _ = checkpoint.tower  # reads the headers: missing weights are told before anything is loaded
+    _ = checkpoint.tower  # this reads the names of the tensors, so that missing weights are an error now
     return checkpoint
 
 
 def open_pair(models: ModelSettings, device: str) -> tuple[Checkpoint, Checkpoint]:
-    """(target, source), opened on a device. Raises UserError as `open_checkpoint`."""
+    """(target, source), opened on a device. Raises UserError where `open_checkpoint` does."""
     code = models.trust_remote_code
     return (
         open_checkpoint(models.target_model, models.target_revision, code, device),
@@ -235,7 +256,8 @@ def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any],
 
     The name is that of a config.json, a model folder, a GGUF file, or a model of the hub.
 
-    Raises UserError as `open_checkpoint`.
+    Raises:
+        UserError: there is no config of that name, or its family is not supported.
     """
     if not name:
         raise UserError("no model given; use --target-model and --source-model, or --config")
@@ -252,37 +274,27 @@ def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any],
 def write_folded(
     checkpoint: Checkpoint, folder: Path, fold: Callable[[str, Tensor], Tensor], max_shard_bytes: int
 ) -> None:
-    """Write a copy of `checkpoint` into `folder` with every tensor passed through `fold(name, tensor)`.
+    """Write a copy of `checkpoint` into `folder`, with every tensor passed through `fold(name, tensor)`.
 
-    Same tensor names, same dtypes; shards of at most `max_shard_bytes` (one tensor alone may be larger), one of them in
-    memory at a time, each written atomically, their index last; tokenizer, chat template and configs are copied.
+    Names and dtypes of the tensors stay the same, and tokenizer, chat template and configs are copied. A shard holds at
+    most `max_shard_bytes`, unless a single tensor is larger. One shard at a time is in memory; each is written
+    atomically, and the index of all comes last.
     """
     for file in sorted(checkpoint.folder.iterdir()):
         known = file.suffix in (".json", ".jinja", ".txt", ".model", ".py") or LICENCE_FILE.match(file.name)
         if file.is_file() and known and not NOT_COPIED.fullmatch(file.name):
             with atomic_file(folder / file.name) as temporary:
                 shutil.copyfile(file, temporary)
-    shards = _shards(checkpoint, max_shard_bytes)
+    split = split_state_dict_into_shards_factory(
+        checkpoint.sizes,  # sizes in place of tensors, none of which has to be in memory
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    shards = split.filename_to_tensors
     for file_name, names in tqdm(shards.items(), desc="writing shards", unit="shard", disable=len(shards) < 2):
         tensors = {name: fold(name, checkpoint.tensor(name)) for name in names}
         write_safetensors(folder / file_name, tensors, {"format": "pt"})
         del tensors  # before the next shard is filled
-    if len(shards) > 1:
-        where = {name: file_name for file_name, names in shards.items() for name in names}
-        total = sum(checkpoint.sizes.values())
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def _shards(checkpoint: Checkpoint, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Shard file -> its tensors, in the order in which the checkpoint holds them."""
-    groups: list[list[str]] = []
-    filled = 0
-    for name, size in checkpoint.sizes.items():
-        if not groups or filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {f"model-{k:05}-of-{len(groups):05}.safetensors": names for k, names in enumerate(groups, 1)}
+    if split.is_sharded:
+        write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

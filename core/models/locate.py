@@ -1,10 +1,16 @@
-"""Where a model is: a folder, a GGUF file, an id below $MODELS_ROOT, or the hub; downloaded or converted once."""
+"""Where a model is: a folder, a GGUF file, an id below $MODELS_ROOT, or the hub. Downloads and conversions happen once.
+
+Names are looked up in this order: a path, a folder or file below $MODELS_ROOT, the hub's cache, the hub.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from core.errors import UserError, first_line
 from core.files import read_json
@@ -16,11 +22,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_ONLY = ["config.json"]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-# Where a model states its licence: downloaded with it, but a cached model without them is complete.
+# Where a model states its licence. These are downloaded with it, but a cached model without them counts as complete.
 CARD_FILES = ["README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
-
-
-# Below the models: copies of what was not safetensors.
+# The folder below $MODELS_ROOT for safetensors copies of models that have other formats.
 CONVERTED = "converted"
 
 
@@ -35,7 +39,11 @@ def has_safetensors(folder: Path) -> bool:
 
 
 def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """The model's folder with safetensors, downloaded or converted where it has to be. Raises UserError."""
+    """The folder with the model's safetensors, downloaded or converted first where that is needed.
+
+    Raises:
+        UserError: there is no such model, or it cannot be downloaded or converted.
+    """
     files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     found = find(name, revision, files)
     if found.is_dir() and not has_safetensors(found) and not bin_files(found) and not Path(name).is_dir():
@@ -43,9 +51,10 @@ def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Pa
     return as_safetensors(found, trust_remote_code)
 
 
-def waits_for(name: str, revision: str | None) -> str | None:
-    """What `model_folder` would have to do first, "a download" or "a conversion"; None: the model can be read."""
-    found = _here(name) or _cached(name, revision, HUB_FILES)
+def missing_step(name: str, revision: str | None) -> str | None:
+    """What `model_folder` would have to do before the model can be read: "a download" or "a conversion"; None when it
+    can be read as it is."""
+    found = _local_path(name) or _cached_snapshot(name, revision, HUB_FILES)
     if found is None:
         return "a download"
     if found.is_dir() and (has_safetensors(found) or not bin_files(found)):
@@ -54,16 +63,22 @@ def waits_for(name: str, revision: str | None) -> str | None:
 
 
 def find(name: str, revision: str | None, files: list[str]) -> Path:
-    """The folder or GGUF file that a name stands for. Raises UserError when there is none."""
-    found = _here(name)
+    """The folder or GGUF file that a name stands for.
+
+    Args:
+        files: patterns of the files that are downloaded from the hub.
+    Raises:
+        UserError: there is no such model.
+    """
+    found = _local_path(name)
     if found is not None:
         return found
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(f"model {name} does not exist (looked for {name} and {models_root() / name})")
-    return _download(name, revision, files)
+    return _cached_snapshot(name, revision, files) or _download(name, revision, files)
 
 
-def _here(name: str) -> Path | None:
+def _local_path(name: str) -> Path | None:
     for candidate in (Path(name).expanduser(), models_root() / name):
         if candidate.is_file() and candidate.suffix != ".gguf":
             raise UserError(f"{candidate} is a file; give a model folder with config.json and safetensors, or a .gguf")
@@ -72,29 +87,27 @@ def _here(name: str) -> Path | None:
     return None
 
 
-def _cached(name: str, revision: str | None, files: list[str]) -> Path | None:
-    """The hub cache's copy of a model, when all of it is there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
+def _cached_snapshot(name: str, revision: str | None, files: list[str]) -> Path | None:
+    """The copy of a model in the hub's cache, when all of it is there."""
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+        snapshot = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=files, local_files_only=True
+        )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return found if files == CONFIG_ONLY or _has_weights(found) else None
+    return Path(snapshot) if files == CONFIG_ONLY or _has_weights(Path(snapshot)) else None
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    if (cached := _cached(name, revision, files)) is not None:
-        return cached
     try:
-        if not constants.HF_HUB_OFFLINE:
-            HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
-        wanted = [*files, *CARD_FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT_S))
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            # Where there is no hub this fails within seconds, and a download would try for minutes.
+            huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=[*files, *CARD_FILES], etag_timeout=HUB_TIMEOUT_S
+            )
+        )
     except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(
             hub_refusal(name, revision, error)
@@ -104,7 +117,7 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether every file of weights is there (a cached snapshot may hold a config alone)."""
+    """Whether every file of weights is in the folder: a cached snapshot may hold a config alone."""
     if bin_files(folder):
         return True
     if (folder / INDEX_FILE).is_file():
@@ -113,7 +126,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file of a sharded checkpoint."""
+    """Tensor name -> file of a sharded checkpoint. Raises UserError when the index holds no such map."""
     found = read_json(index)
     if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
         raise UserError(f"{index} has no weight_map; download or save the model again")
@@ -121,7 +134,11 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def as_safetensors(found: Path, trust_remote_code: bool) -> Path:
-    """The folder itself, or the converted copy of a GGUF file or of a folder with .bin weights alone."""
+    """A model folder itself, or the converted copy of a GGUF file or of a folder that has .bin weights alone.
+
+    Raises:
+        UserError: it is no model folder, its family is not supported, or it cannot be converted.
+    """
     cache = models_root() / CONVERTED
     if found.is_file():
         return converted(found, cache)
@@ -129,5 +146,6 @@ def as_safetensors(found: Path, trust_remote_code: bool) -> Path:
         raise UserError(f"{found} is not a model folder: it has no config.json")
     if has_safetensors(found) or not bin_files(found):
         return found
-    attention_layout(read_json(found / "config.json"), str(found))  # an unsupported family is told at once
+    # An unsupported family is refused now, and not after a conversion that may take minutes.
+    attention_layout(read_json(found / "config.json"), str(found))
     return converted(found, cache, trust_remote_code)

@@ -1,4 +1,7 @@
-"""Files of weights told apart in no time: a digest of their headers and of a sample of every tensor."""
+"""A digest of files of weights that takes no time at any size: of their headers and a sample of every tensor.
+
+Three formats are read far enough to find where every tensor begins and ends: safetensors, torch's own and GGUF.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ Spans = list[tuple[int, int]]
 
 
 def sample_digest(files: Iterable[Path]) -> str:
-    """SHA-256 of files by name, size, header and samples of every tensor, so that it takes no time at 70B.
+    """SHA-256 of the names, sizes and headers of files and of samples of every tensor in them.
 
-    A change that leaves every sampled byte alone is not seen: some rows of a large tensor, say.
+    A change that leaves every sampled byte alone is not seen, such as one of a few rows of a large tensor.
     """
     digest = hashlib.sha256()
     for file in files:
@@ -38,7 +41,8 @@ def sample_digest(files: Iterable[Path]) -> str:
 
 
 def _tensors(file: Path, handle: BinaryIO, size: int) -> tuple[bytes, Spans]:
-    """(header, where each tensor is); of a file in another or damaged format nothing, and the whole as one tensor."""
+    """(header, where each tensor is). A file that is damaged or has another format counts as one tensor without a
+    header."""
     readers = {".safetensors": _safetensors, ".gguf": _gguf, ".bin": _torch}
     try:
         return readers[file.suffix](handle, size)
@@ -56,7 +60,7 @@ def _safetensors(handle: BinaryIO, size: int) -> tuple[bytes, Spans]:
 
 
 def _torch(handle: BinaryIO, size: int) -> tuple[bytes, Spans]:
-    """A zip archive, one entry per tensor, uncompressed; its directory has a checksum of each."""
+    """An uncompressed zip archive with one entry per tensor, whose directory has a checksum of each."""
     with zipfile.ZipFile(handle) as archive:
         entries = archive.infolist()
     header = "\n".join(f"{entry.filename} {entry.file_size} {entry.CRC}" for entry in entries)

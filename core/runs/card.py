@@ -8,9 +8,9 @@ from typing import Any
 
 from core.data import HUB_IDS
 from core.files import atomic_file, digest_of
+from core.fusion.residual_file import RESIDUAL_FILE
 from core.locks import hold, outputs_held
 from core.runs.licences import CARD, licence_text, licence_warning
-from core.training.hot_linear import RESIDUAL_FILE
 
 # evaluation/compare_arms.py writes its results between these two marks. A card without them is left alone.
 RESULTS_BEGIN, RESULTS_END = b"<!-- results of evaluation/compare_arms.py -->\n", b"<!-- end of results -->\n"
@@ -55,7 +55,7 @@ def adapted_card(
     Args:
         lineage: `core.runs.lineage.adapted_lineage`.
         data: `Division.identity` of the fine-tuning rows.
-        curve: `core.training.trainer.curve_of`.
+        curve: `core.training.curve.curve_of`.
         counts: of `core.training.sft.sft_examples`.
         distillation: how a teacher took part, in words.
     """

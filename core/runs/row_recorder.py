@@ -20,9 +20,10 @@ from torch import Tensor
 from core.errors import UserError
 from core.files import TEMPORARY, write_safetensors
 from core.fusion.projections import SIDES
-from core.models.activations import Reading, extract, row_bytes, text_batches
+from core.models.activations import extract, row_bytes
 from core.models.checkpoints import Checkpoint
 from core.models.families import AttentionLayout
+from core.models.reading import Reading, text_batches
 from core.runs.plan_files import activations_file, read_tensor, selection_file, write_activations, write_selection
 from core.runs.settings import Experiment
 

@@ -1,38 +1,34 @@
-"""Residual-frozen adaptation (section 4.3, Eqs. 15-18): attach, freeze, fold, and the residual's own file."""
+"""Residual-frozen adaptation (section 4.3, Eqs. 15-18): the projection that holds a residual, attached and frozen."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from core.errors import UserError
-from core.files import write_safetensors
-from core.fusion.projections import PROJECTIONS
-from core.fusion.residual import Residual, mix
+from core.fusion.projections import COLUMNS, ROWS
+from core.fusion.residual import Residual, mix, mix_at
 from core.models.families import linear_at
 from core.training.settings import FREEZE_STRATEGIES
 
-RESIDUAL_FILE = "hot_residual.safetensors"
-# Tokens times k over n from which making W_eff twice costs less than k/n of two matmuls: elsewhere, on a CPU.
-FOLD_FROM = (1024, 24)
+# A forward pass goes through W_eff from this many tokens * k / n on, because from there making W_eff twice (in the
+# backward pass again) costs less than k / n of two more matmuls.
+FOLD_FROM = {"cpu": 24, "accelerator": 1024}
 
 
 class HotResidualLinear(nn.Linear):
-    """A projection with trainable base weight under its usual name and a transported residual (Eqs. 15-18).
+    """A projection whose trainable base weight keeps its usual name, with a transported residual (Eqs. 15-18).
 
-    Computes x W_eff^T with W_eff = (1 - alpha) W + alpha W~ (`interpolate`) or W + alpha W~ (`additive`) on the
-    selected rows or columns, in the cheaper of two ways: beside the base, k/n of an extra matmul, or through W_eff,
-    which is made anew for each pass and never kept.
+    It computes x W_eff^T, where on the selected rows or columns W_eff = (1 - alpha) W + alpha W~ (`interpolate`) or
+    W + alpha W~ (`additive`), in the cheaper of two ways: the residual's part is added to the base's, which costs k / n
+    of an extra matmul, or W_eff is made, which is done anew for each pass and never kept.
 
-    Parameters: weight [n, n'], bias [n] or None (the base), hot_weight [k, n'] or [n, k], hot_bias or None.
+    Parameters: weight [n, n'] and bias [n] or None, which are the base; hot_weight [k, n'] or [n, k] and hot_bias [k],
+    [n] or None, which are the residual.
     """
 
     hot_index: Tensor
@@ -49,33 +45,35 @@ class HotResidualLinear(nn.Linear):
         self.axis, self.alpha, self.form = residual.axis, alpha, form
         index, size = residual.index.to(linear.weight.device), linear.weight.shape[residual.axis]
         self.dense = len(index) == size
-        kept = 1 - alpha if form == "interpolate" else 1.0  # what is left of the base where the residual is
+        kept = 1 - alpha if form == "interpolate" else 1.0  # what is left of the base on the selection
         self.register_buffer("hot_index", index, persistent=False)
         ones = torch.ones(size, device=index.device, dtype=linear.weight.dtype)
         self.register_buffer("base_scale", ones.index_fill(0, index, kept), persistent=False)
 
     def forward(self, x: Tensor, plain: bool = False) -> Tensor:
-        """[..., n'] -> [..., n]; `plain`: by the base alone."""
+        """[..., n'] -> [..., n]; with `plain` by the base alone."""
         if plain or self.alpha == 0:
             return F.linear(x, self.weight, self.bias)
         tokens = x.numel() // self.in_features
-        if self.dense or tokens * len(self.hot_index) >= FOLD_FROM[x.device.type == "cpu"] * len(self.base_scale):
+        fold_from = FOLD_FROM["cpu" if x.device.type == "cpu" else "accelerator"]
+        if self.dense or tokens * len(self.hot_index) >= fold_from * len(self.base_scale):
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             return _ThroughEffectiveWeight.apply(x, self.weight, self.effective_bias(), self.hot_weight, self)
-        return self.beside(x, lambda z: F.linear(z, self.weight, self.bias))
+        return self.forward_with_base(x, lambda z: F.linear(z, self.weight, self.bias))
 
-    def beside(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """The projection around any linear `base`, [..., n'] -> [..., n], that stands for W x + b.
+    def forward_with_base(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The projection with any linear `base`, [..., n'] -> [..., n], in place of W x + b.
 
-        Rows: base(x) is scaled where the residual is, and alpha W~ x added. Columns: the same on the input's side.
+        Where rows are selected, the selected outputs of the base are scaled and alpha W~ x is added to them. Where
+        columns are selected, the selected inputs are scaled before the base reads them.
         """
         b = self.bias if self.form == "interpolate" else None
-        if self.axis == 0:
-            # A bias that is not fused is not damped either.
+        if self.axis == ROWS:
+            # A bias that is not fused must not be damped either, so its damped part is added back.
             bias = self.hot_bias if self.hot_bias is not None or b is None else b[self.hot_index]
             y, hot = base(x), F.linear(x, self.hot_weight, bias)
-            y = (y * self.base_scale).to(y.dtype)  # the scale is not rounded to a half type: it may be 0.995
+            y = (y * self.base_scale).to(y.dtype)  # the scale itself is not rounded to a half type: it may be 0.995
             return y.index_add(-1, self.hot_index, hot.to(y.dtype), alpha=self.alpha)
         bias = self.hot_bias if self.hot_bias is None or b is None else self.hot_bias - b
         y = base((x * self.base_scale).to(x.dtype))
@@ -85,16 +83,17 @@ class HotResidualLinear(nn.Linear):
         """W_eff [n, n']."""
         if self.dense:
             return mix(self.weight, self.hot_weight, self.alpha, self.form)
-        kept = self.weight * (self.base_scale[:, None] if self.axis == 0 else self.base_scale)  # one pass, no gather
+        # Scaling all of W is one pass over it; picking the selection out and putting it back would be three.
+        kept = self.weight * (self.base_scale[:, None] if self.axis == ROWS else self.base_scale)
         return kept.to(self.weight.dtype).index_add_(self.axis, self.hot_index, self.hot_weight, alpha=self.alpha)
 
     def effective_bias(self) -> Tensor | None:
-        """b_eff [n]; the base bias where no bias is fused."""
+        """b_eff [n]; the base's bias where no bias is fused."""
         if self.bias is None or self.hot_bias is None:
             return self.bias
-        if self.axis == 1:
+        if self.axis == COLUMNS:
             return mix(self.bias, self.hot_bias, self.alpha, self.form)
-        return _mix_at(self.bias, self.hot_bias, self.hot_index, 0, self.alpha, self.form)
+        return mix_at(self.bias, self.hot_bias, self.hot_index, ROWS, self.alpha, self.form)
 
 
 class _ThroughEffectiveWeight(torch.autograd.Function):
@@ -111,7 +110,7 @@ class _ThroughEffectiveWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, hot = ctx.saved_tensors
-        layer, axis, index = ctx.layer, ctx.layer.axis, ctx.layer.hot_index
+        layer, index = ctx.layer, ctx.layer.hot_index
         wants_x, wants_weight, wants_bias, wants_hot, _ = ctx.needs_input_grad
         flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         d_x = d_weight = d_bias = d_hot = None
@@ -121,34 +120,15 @@ class _ThroughEffectiveWeight(torch.autograd.Function):
             d_bias = flat_grad.sum(0).to(weight.dtype)
         if wants_weight:
             rows, columns = flat_grad, flat_x
-            if layer.form == "interpolate" and axis == 0:
+            if layer.form == "interpolate" and layer.axis == ROWS:
                 rows = (rows * layer.base_scale).to(rows.dtype)
             elif layer.form == "interpolate":
                 columns = (columns * layer.base_scale).to(columns.dtype)
-            d_weight = (rows.T @ columns).to(weight.dtype)
+            d_weight = (rows.T @ columns).to(weight.dtype)  # [n, tokens] @ [tokens, n'] -> [n, n']
         if wants_hot:
-            rows, columns = (flat_grad[:, index], flat_x) if axis == 0 else (flat_grad, flat_x[:, index])
-            d_hot = (rows.T @ columns).to(hot.dtype) * layer.alpha
+            rows, columns = (flat_grad[:, index], flat_x) if layer.axis == ROWS else (flat_grad, flat_x[:, index])
+            d_hot = (rows.T @ columns).to(hot.dtype) * layer.alpha  # [k, n'] or [n, k]
         return d_x, d_weight, d_bias, d_hot, None
-
-
-def _mix_at(base: Tensor, hot: Tensor, index: Tensor, axis: int, alpha: float, form: str) -> Tensor:
-    """`base` with `mix` applied at the selected rows or columns only; everything else bit-identical."""
-    mixed = mix(base.index_select(axis, index).to(hot.dtype), hot, alpha, form)
-    return base.index_copy(axis, index, mixed.to(base.dtype))
-
-
-def fold_weight(weight: Tensor, residual: Residual, alpha: float, form: str) -> Tensor:
-    """W_eff of a target weight [n, n'] in its own dtype (arithmetic in float32); unselected entries bit-identical."""
-    return _mix_at(weight, residual.weight, residual.index, residual.axis, alpha, form)
-
-
-def fold_bias(bias: Tensor, residual: Residual, alpha: float, form: str) -> Tensor:
-    """b_eff of a target bias [n]: the selected rows for q, k, v, all of it for o."""
-    if residual.bias is None:
-        return bias
-    index = residual.index if residual.axis == 0 else torch.arange(len(bias), device=bias.device)
-    return _mix_at(bias, residual.bias, index, 0, alpha, form)
 
 
 def enable_hot_residual_for_model(
@@ -157,9 +137,9 @@ def enable_hot_residual_for_model(
     """Replace each fused projection of `model` by a HotResidualLinear around the same base parameters.
 
     Args:
-        model: holds the *base* (unfused) weights; see `restore_base`.
-        name_of: (layer, projection) -> module name, e.g. `AttentionLayout.name`.
-        alpha, form: of the fusion.
+        model: holds the base (unfused) weights; `restore_base` makes them from fused ones.
+        name_of: (layer, projection) -> module name, for example `AttentionLayout.name`.
+        alpha, form: those of the fusion.
     Returns:
         The names of the replaced modules.
     """
@@ -174,24 +154,21 @@ def enable_hot_residual_for_model(
 
 @torch.no_grad()
 def restore_base(model: nn.Module, residuals: Iterable[Residual], name_of: Callable[[int, str], str]) -> None:
-    """Undo the folding of a fused checkpoint in place: write the target's own rows and columns back, bit for bit."""
+    """Undo the folding of a fused checkpoint in place: the target's own values are written back, bit for bit."""
     for residual in residuals:
         linear = linear_at(model, name_of(residual.layer, residual.projection))
-        weight, bias, index = linear.weight, linear.bias, residual.index.to(linear.weight.device)
-        weight.index_copy_(residual.axis, index, residual.original_weight.to(weight))
+        weight, bias, device = linear.weight, linear.bias, linear.weight.device
+        weight.index_copy_(residual.axis, residual.index.to(device), residual.original_weight.to(weight))
         if residual.original_bias is not None and bias is not None:
-            if residual.axis == 1:
-                bias.copy_(residual.original_bias)
-            else:
-                bias.index_copy_(0, index, residual.original_bias.to(bias))
+            bias.index_copy_(0, residual.bias_index.to(device), residual.original_bias.to(bias))
 
 
 def set_trainable(model: nn.Module, strategy: str, lora: bool = False) -> dict[str, tuple[int, int]]:
-    """Freeze by name: `frozen_hot` (= `frozen_transport`) trains the base, `frozen_base` the residual, `none` both;
-    with `lora`, adapters train in place of the base.
+    """Freeze parameters by name: `frozen_hot` (= `frozen_transport`) trains the base, `frozen_base` the residual and
+    `none` both. With `lora`, adapters train in place of the base.
 
     Returns:
-        {"base", "residual", "adapters": (trainable, frozen)} parameter counts.
+        {"base", "residual", "adapters": (trainable, frozen)} numbers of parameters.
     Raises:
         ValueError: unknown strategy.
     """
@@ -211,82 +188,25 @@ def set_trainable(model: nn.Module, strategy: str, lora: bool = False) -> dict[s
     return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
 
 
-def residuals_in(
+def trained_residuals(
     state: Mapping[str, Tensor], residuals: Iterable[Residual], name_of: Callable[[int, str], str]
 ) -> list[Residual]:
-    """The residuals with the base and transported values of an unfolded model's state dict (trained, or not yet), which
-    is on the device of the residuals."""
+    """The residuals with the values that the base and they themselves have now.
+
+    Args:
+        state: state dict of a model with HotResidualLinear layers, on the device of the residuals.
+        name_of: (layer, projection) -> module name.
+    """
     out = []
-    for r in residuals:
-        name = name_of(r.layer, r.projection)
-        base = state[f"{name}.weight"].detach()
-        bias = None
-        if r.original_bias is not None:
-            bias = state[f"{name}.bias"].detach()
-            bias = bias if r.axis == 1 else bias[r.index]
-        hot, hot_bias = state[f"{name}.hot_weight"].detach(), state.get(f"{name}.hot_bias")
-        original = base.index_select(r.axis, r.index)
-        out.append(
-            replace(
-                r,
-                weight=hot,
-                bias=None if hot_bias is None else hot_bias.detach(),
-                original_weight=original,
-                original_bias=bias,
-            )
-        )
+    for residual in residuals:
+        name = name_of(residual.layer, residual.projection)
+        current: dict[str, Any] = {
+            "weight": state[f"{name}.hot_weight"].detach(),
+            "original_weight": state[f"{name}.weight"].detach().index_select(residual.axis, residual.index),
+        }
+        if f"{name}.hot_bias" in state:
+            current["bias"] = state[f"{name}.hot_bias"].detach()
+        if residual.original_bias is not None:
+            current["original_bias"] = state[f"{name}.bias"].detach()[residual.bias_index]
+        out.append(replace(residual, **current))
     return out
-
-
-def save_residuals(path: Path, residuals: Iterable[Residual], alpha: float, form: str) -> None:
-    """Write the residual file: per projection index, W~, the target's original values; alpha and form beside them."""
-    tensors: dict[str, Tensor] = {}
-    for r in residuals:
-        key = f"{r.layer}.{r.projection}"
-        tensors |= {f"{key}.index": r.index, f"{key}.weight": r.weight, f"{key}.original_weight": r.original_weight}
-        if r.bias is not None:
-            tensors[f"{key}.bias"] = r.bias
-        if r.original_bias is not None:
-            tensors[f"{key}.original_bias"] = r.original_bias
-    write_safetensors(path, tensors, {"settings": json.dumps({"alpha": alpha, "form": form})})
-
-
-def join_residuals(parts: Sequence[Path], path: Path) -> None:
-    """Join residual files of different layers into one; their tensors stay mapped from the parts, not in memory."""
-    tensors: dict[str, Tensor] = {}
-    for part in parts:
-        with safe_open(part, "pt") as file:
-            metadata = file.metadata()
-            tensors |= {name: file.get_tensor(name) for name in file.offset_keys()}
-    write_safetensors(path, tensors, metadata)
-
-
-def load_residuals(path: Path) -> tuple[list[Residual], float, str]:
-    """Read (residuals, alpha, form) from a residual file; UserError when it is missing."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a folder that core/generate_hot_residual.py wrote")
-    with safe_open(path, "pt") as file:
-        settings = json.loads(file.metadata()["settings"])
-        names = set(file.keys())
-        keys = sorted(
-            {tuple(name.split(".")[:2]) for name in names}, key=lambda k: (int(k[0]), list(PROJECTIONS).index(k[1]))
-        )
-
-        def read(layer: str, projection: str, field: str) -> Tensor | None:
-            name = f"{layer}.{projection}.{field}"
-            return file.get_tensor(name) if name in names else None
-
-        residuals = [
-            Residual(
-                int(layer),
-                c,
-                PROJECTIONS[c].axis,
-                file.get_tensor(f"{layer}.{c}.index"),
-                file.get_tensor(f"{layer}.{c}.weight"),
-                read(layer, c, "bias"),
-                file.get_tensor(f"{layer}.{c}.original_weight"),
-                read(layer, c, "original_bias"),
-            )
-            for layer, c in keys
-        ]
-    return residuals, settings["alpha"], settings["form"]

@@ -1,4 +1,4 @@
-"""Pooling, alignment and row order, checked against one text at a time."""
+"""Recorded rows, checked against one text at a time; batches that do not fit in memory, and device maps."""
 
 import logging
 import random
@@ -6,31 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_tokenizer, qwen2, save, sentences
+from conftest import make_tokenizer, qwen2, save
 from torch.testing import assert_close
 
-from core.data import Row
 from core.errors import UserError
 from core.files import TEMPORARY
 from core.fusion.projections import SIDES
-from core.models.activations import ASIDE_EVERY, Reading, extract, read_aligned, read_texts, text_batches, token_batches
+from core.models.activations import extract
 from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
+from core.models.reading import Reading, text_batches
 from core.runs.row_recorder import row_memory
-
-
-def rows_of(texts: list[str]) -> list[Row]:
-    return [Row(((None, text),)) for text in texts]
 
 
 @pytest.fixture(scope="module")
 def model():
     return qwen2().eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizers():
-    return make_tokenizer(400, 1), make_tokenizer(500, 2)
 
 
 def layout_of(model):
@@ -94,52 +85,6 @@ def test_hooks_are_gone_afterwards(model):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_text_without_tokens_is_refused():
-    with pytest.raises(UserError, match="text 2 has no tokens"):
-        text_batches(Reading([[1], []], None), 10)
-
-
-def lengths_of(kind: str, count: int) -> list[int]:
-    """Token counts as texts have them: of questions, of prose, evenly spread, and prose cut at 110."""
-    rng = random.Random(count)
-    draw = {
-        "questions": lambda: max(20, int(rng.gauss(180, 70))),
-        "prose": lambda: min(512, max(3, int(rng.lognormvariate(4.5, 1)))),
-        "even": lambda: rng.randint(2, 512),
-        "cut": lambda: min(110, 2 + int(rng.lognormvariate(4.3, 0.7))),
-    }[kind]
-    return [draw() for _ in range(count)]
-
-
-@pytest.mark.parametrize("kind", ["questions", "prose", "even", "cut"])
-@pytest.mark.parametrize("count", [60, 160, 2000])
-@pytest.mark.parametrize("budget", [1024, 4096, 16384])
-def test_batches_keep_to_the_budget_with_little_padding_and_few_passes(kind, count, budget):
-    lengths = lengths_of(kind, count)
-    batches = token_batches(lengths, budget)
-    assert sorted(n for batch in batches for n in batch) == list(range(count))
-    sizes = [len(batch) * max(lengths[n] for n in batch) for batch in batches]
-    assert max(sizes) <= budget
-    assert 1 - sum(lengths) / sum(sizes) <= 0.1
-    # A batch of 10 % padding spans lengths of about 1 to 0.8, whatever their number.
-    assert len(batches) <= 1.25 * sum(lengths) / budget + 17
-    assert sum(len(batch) == 1 for batch in batches) <= 2
-
-
-def test_a_longer_text_is_a_batch_of_its_own_and_tiny_batches_are_not_split():
-    assert token_batches([5, 300, 7, 90, 4], 100) == [[1], [3], [2, 0, 4]]
-    assert token_batches([], 100) == []
-    assert token_batches([40, 2, 1], 4096) == [[0, 1, 2]]
-    assert token_batches([640, 2, 1], 4096) == [[0], [1, 2]]
-
-
-def test_only_texts_that_give_rows_are_read():
-    reading = Reading([[1, 2], [3], [4, 5, 6]], [[0], [], [1, 2]])
-    assert text_batches(reading, 100) == [[2, 0]]
-    assert reading.row_numbers([2, 0]).tolist() == [0, 1, 2] and reading.row_numbers([2]).tolist() == [1, 2]
-    assert reading.row_numbers([]).dtype == torch.long
-
-
 @pytest.fixture(scope="module")
 def long_reading():
     rng = random.Random(1)
@@ -154,7 +99,7 @@ def memory_for(model, tokens: int, accelerator: bool) -> list[int]:
         asked.append(keywords["input_ids"].numel())
         if asked[-1] > tokens:
             if accelerator:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             torch.empty(1 << 60, dtype=torch.int8)  # what the CPU's allocator really says
 
     model.model.register_forward_pre_hook(check, with_kwargs=True)
@@ -230,61 +175,3 @@ def test_device_maps_give_the_same_rows(long_reading, tmp_path, where, dtype):
     expected = extract(checkpoint.load_model(dtype), checkpoint.layout, long_reading, batches, "test")
     got = extract(model, checkpoint.layout, long_reading, batches, "test")
     assert all(torch.equal(got[key], rows) for key, rows in expected.items())
-
-
-def test_aligned_positions_end_the_same_prefix(tokenizers):
-    small, large = tokenizers
-    texts = sentences(30, 9)
-    to_small, to_large, aside = read_aligned(rows_of(texts), small, large, 500, 10**6, 0)
-    count = 0
-    for text, ids_a, ids_b, a, b in zip(texts, to_small.ids, to_large.ids, to_small.picks, to_large.picks, strict=True):
-        assert len(a) == len(b) and 0 not in a and 0 not in b
-        for i, j in zip(a, b, strict=True):
-            prefix = small.decode(ids_a[: i + 1])
-            assert prefix == large.decode(ids_b[: j + 1]) and text.startswith(prefix)
-            count += 1
-    assert count == len(aside) == to_small.n_rows > 200
-
-
-def test_every_shared_token_end_is_found(tokenizers):
-    """Against a direct search over decoded prefixes of one ASCII text."""
-    small, large = tokenizers
-    text = "model layer neuron target source plan weight transport"
-    ends = []
-    for tokenizer in tokenizers:
-        ids = tokenizer(text)["input_ids"]
-        ends.append({len(tokenizer.decode(ids[: i + 1])): i for i in range(1, len(ids))})
-    shared = sorted(ends[0].keys() & ends[1].keys())
-    to_small, to_large, _ = read_aligned(rows_of([text]), small, large, 500, 10**6, 0)
-    assert to_small.picks == [[ends[0][e] for e in shared]] and to_large.picks == [[ends[1][e] for e in shared]]
-
-
-def test_of_the_bytes_of_a_letter_the_last_counts_and_a_cut_letter_does_not():
-    letters = make_tokenizer(259, 1)  # bytes only: a Thai letter is three tokens
-    other = make_tokenizer(259, 2)
-    whole, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 9, 100, 0)
-    assert whole.picks == [[2, 5, 8]]
-    cut, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 8, 100, 0)
-    assert cut.picks == [[2, 5]]
-
-
-def test_row_sample_is_seeded_sorted_and_the_same_in_both_models(tokenizers):
-    rows = rows_of(sentences(40, 4))
-    everything, _, _ = read_aligned(rows, *tokenizers, 500, 10**6, 0)
-    a, b, aside = read_aligned(rows, *tokenizers, 500, 50, 7)
-    again, _, _ = read_aligned(rows, *tokenizers, 500, 50, 7)
-    other, _, _ = read_aligned(rows, *tokenizers, 500, 50, 8)
-    assert a.n_rows == b.n_rows == 50 and a.picks == again.picks != other.picks
-    assert all(set(x) <= set(y) and x == sorted(x) for x, y in zip(a.picks, everything.picks, strict=True))
-    owners = [number for number, picked in enumerate(a.picks) for _ in picked]
-    assert aside.tolist() == [number % ASIDE_EVERY == ASIDE_EVERY - 1 for number in owners]
-
-
-def test_roles_take_each_models_own_template_with_text_pooling_only(tokenizers):
-    small, large = tokenizers
-    rows = [Row((("user", "plan"), ("assistant", "weight")))]
-    reading = read_texts(rows, small, 100)
-    assert small.decode(reading.ids[0]) == "<|user|>plan<|end|><|assistant|>weight<|end|>"
-    aligned, _, _ = read_aligned(rows, small, large, 100, 100, 0)
-    assert small.decode(aligned.ids[0]) == "plan\nweight"
-    assert len(read_texts(rows, small, 4).ids[0]) == 4

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
 from core.fusion.projections import SIDES
+from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint
 from core.runs.plan_directory import PlanDirectory
-from core.training.hot_linear import enable_hot_residual_for_model, load_residuals, restore_base
+from core.training.hot_linear import enable_hot_residual_for_model, restore_base
 
 NAMES = (
     "llama31",

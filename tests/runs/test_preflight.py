@@ -12,7 +12,9 @@ from stages import pair_flags, plan_flags
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
+from core import train_hot_residual_sft as stage3
 from core.models import checkpoints
+from evaluation import compare_arms as stage4
 
 
 @pytest.fixture
@@ -80,6 +82,37 @@ def test_stage2_dry_run_says_what_would_be_fused(no_weights, models, plans, tmp_
     assert "q: 5 of 36 rows in each of 3 layers, bias not fused" in printed
     assert "o: 5 of 36 columns in each of 3 layers" in printed and "nothing is missing" in printed
     assert not (tmp_path / "f").exists()
+
+
+def test_stage3_dry_run_says_what_would_be_trained(no_weights, fused, texts, tmp_path, capsys):
+    flags = ("--model-dir", fused, "--data-subset", "file", "--data-file", texts, "--output-dir", tmp_path / "a")
+    flags += ("--sft-samples", 9, "--epochs", 2, "--gradient-accumulation", 4, "--train-alpha", 0.2, "--dry-run")
+    run_main(stage3, *flags)
+    printed = capsys.readouterr().out
+    assert "llama, 3 layers" in printed and "hot, alpha 0.2, learning rate 1e-06, seed 0" in printed
+    assert "9 rows to train on, about 5 updates" in printed and "nothing is missing" in printed
+    run_main(stage3, *flags, "--training-scenario", "no_hot")
+    assert "no_hot, learning rate" in capsys.readouterr().out
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_dry_run_waits_for_the_stage_before(tmp_path, monkeypatch, capsys):
+    """A folder of the run that is not there, or not finished, is no failure."""
+    monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(tmp_path))
+    config = tmp_path / "x.yaml"
+    config.write_text("plans_from: y")
+    for stage, folder, command in (
+        (stage2, "y/plans", "run_activs_and_hot.py"),
+        (stage3, "x/fused", "core/generate_hot_residual.py"),
+        (stage4, "y/plans", "run_activs_and_hot.py"),
+    ):
+        for begun in (False, True):
+            if begun:
+                (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+                (tmp_path / folder / "manifest.json").write_text('{"status": "incomplete"}')
+            run_main(stage, "--config", config, "--dry-run")
+            told = f"{tmp_path}/{folder} is not finished yet; what depends on it can be checked after {command}\n"
+            assert capsys.readouterr().out == told
 
 
 def damage(folder, **changes):

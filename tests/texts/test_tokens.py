@@ -10,7 +10,7 @@ import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
 from core.data import Row
 from core.errors import UserError
-from core.models.activations import read_aligned
+from core.models.reading import read_aligned
 from evaluation import generate_cmmlu_predictions as predict
 from evaluation.benchmarks.generation import rendered
 

@@ -3,87 +3,37 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from random_residuals import CASES, random_residual
 from torch import nn
 from torch.testing import assert_close
 
-from core.errors import UserError
-from core.fusion.residual import Residual
+from core.fusion.residual import fold_bias, fold_weight
 from core.training import hot_linear
 from core.training.hot_linear import (
     HotResidualLinear,
     enable_hot_residual_for_model,
-    fold_bias,
-    fold_weight,
-    load_residuals,
-    residuals_in,
     restore_base,
-    save_residuals,
     set_trainable,
+    trained_residuals,
 )
 
 
-def make(axis: int, k: int, bias: bool, hot_bias: bool) -> tuple[nn.Linear, Residual]:
-    torch.manual_seed(axis + 10 * k)
-    linear = nn.Linear(6, 5, bias=bias)
-    n = linear.weight.shape[axis]
-    index = torch.randperm(n)[:k].sort().values
-    original = linear.weight.detach().index_select(axis, index).clone()
-    size = k if axis == 0 else 5
-    original_bias = None
-    if bias:
-        original_bias = linear.bias.detach()[index].clone() if axis == 0 else linear.bias.detach().clone()
-    residual = Residual(
-        0,
-        "o" if axis else "q",
-        axis,
-        index,
-        torch.randn_like(original),
-        torch.randn(size) if hot_bias else None,
-        original,
-        original_bias,
-    )
-    return linear, residual
-
-
-CASES = [
-    (axis, k, bias, hot)
-    for axis, sizes in ((0, (2, 5)), (1, (2, 6)))
-    for k in sizes
-    for bias, hot in ((False, False), (True, False), (True, True))
-]
-
-
-@pytest.fixture(params=["beside", "through W_eff"])
+@pytest.fixture(params=["around the base", "through W_eff"])
 def way(request, monkeypatch):
-    """The two ways to compute the same: which one is taken depends on the number of tokens."""
-    monkeypatch.setattr(hot_linear, "FOLD_FROM", (1e9, 1e9) if request.param == "beside" else (0, 0))
-    return request.param
+    """The two ways to compute the same, of which the number of tokens decides: each is forced for all of them."""
+    fold_from = 0 if request.param == "through W_eff" else 1e9
+    monkeypatch.setattr(hot_linear, "FOLD_FROM", dict.fromkeys(hot_linear.FOLD_FROM, fold_from))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", ["interpolate", "additive"])
 @pytest.mark.parametrize(("axis", "k", "bias", "hot_bias"), CASES)
-def test_forward_equals_the_folded_weight(way, axis, k, bias, hot_bias, form):
-    linear, residual = make(axis, k, bias, hot_bias)
+def test_forward_equals_the_folded_weight(axis, k, bias, hot_bias, form):
+    linear, residual = random_residual(axis, k, bias, hot_bias)
     alpha, x = 0.3, torch.randn(4, 3, 6)
-    W, W_tilde = linear.weight.detach(), residual.weight
-    expected = W.clone()
-    part = expected[residual.index] if axis == 0 else expected[:, residual.index]
-    part = (1 - alpha) * part + alpha * W_tilde if form == "interpolate" else part + alpha * W_tilde
-    if axis == 0:
-        expected[residual.index] = part
-    else:
-        expected[:, residual.index] = part
-    b = None
-    if bias:
-        b = linear.bias.detach().clone()
-        if hot_bias:
-            where = residual.index if axis == 0 else torch.arange(5)
-            b[where] = ((1 - alpha) * b[where] if form == "interpolate" else b[where]) + alpha * residual.bias
-    hot = HotResidualLinear(linear, residual, alpha, form)
-    assert_close(hot(x), F.linear(x, expected, b), atol=1e-6, rtol=1e-5)
-    assert_close(fold_weight(W, residual, alpha, form), expected)
-    if bias:
-        assert_close(fold_bias(linear.bias.detach(), residual, alpha, form), b)
+    W = fold_weight(linear.weight.detach(), residual, alpha, form)
+    b = fold_bias(linear.bias.detach(), residual, alpha, form) if bias else None
+    assert_close(HotResidualLinear(linear, residual, alpha, form)(x), F.linear(x, W, b), atol=1e-6, rtol=1e-5)
 
 
 def effective(W, W_tilde, index, axis, alpha, form):
@@ -97,12 +47,13 @@ def effective(W, W_tilde, index, axis, alpha, form):
     return base + alpha * placed
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", ["interpolate", "additive"])
 @pytest.mark.parametrize("trains", ["base", "residual", "both"])
 @pytest.mark.parametrize(("axis", "k", "bias", "hot_bias"), CASES)
-def test_gradients_are_those_of_the_effective_weight(way, axis, k, bias, hot_bias, form, trains):
+def test_gradients_are_those_of_the_effective_weight(axis, k, bias, hot_bias, form, trains):
     """Eqs. 15-18 in float64 by autograd through W_eff itself: (1 - alpha) dL/dW_eff on selected weights."""
-    linear, residual = make(axis, k, bias, hot_bias)
+    linear, residual = random_residual(axis, k, bias, hot_bias)
     alpha, x = 0.3, torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
     hot = HotResidualLinear(linear.double(), residual, alpha, form)
     hot.weight.requires_grad_(trains != "residual")
@@ -130,17 +81,6 @@ def test_gradients_are_those_of_the_effective_weight(way, axis, k, bias, hot_bia
     assert (hot.weight.grad is None) == (trains == "residual") and (hot.hot_weight.grad is None) == (trains == "base")
 
 
-@pytest.mark.parametrize(("axis", "k"), [(0, 2), (1, 2)])
-def test_unselected_entries_are_bit_identical(axis, k):
-    linear, residual = make(axis, k, False, False)
-    folded = fold_weight(linear.weight.detach(), residual, 0.5, "interpolate")
-    others = [i for i in range(linear.weight.shape[axis]) if i not in residual.index.tolist()]
-    assert torch.equal(
-        folded.index_select(axis, torch.tensor(others)), linear.weight.detach().index_select(axis, torch.tensor(others))
-    )
-    assert torch.equal(fold_weight(linear.weight.detach(), residual, 0.0, "interpolate"), linear.weight.detach())
-
-
 class Block(nn.Module):
     """Stands for a model: one `q` projection with rows and one `o` with columns."""
 
@@ -151,7 +91,7 @@ class Block(nn.Module):
 
 @pytest.fixture
 def block():
-    (q, rows), (o, columns) = make(0, 2, True, True), make(1, 3, True, True)
+    (q, rows), (o, columns) = random_residual(0, 2, True, True), random_residual(1, 3, True, True)
     return Block(q, o), [rows, columns]
 
 
@@ -175,22 +115,6 @@ def test_fold_and_restore_are_bit_exact(block):
     restore_base(model, residuals, name_of)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, once[name]) for name, value in fold().items())
-
-
-def test_residual_file_round_trip(block, tmp_path):
-    _, residuals = block
-    save_residuals(tmp_path / "r.safetensors", residuals, 0.4, "additive")
-    loaded, alpha, form = load_residuals(tmp_path / "r.safetensors")
-    assert (alpha, form) == (0.4, "additive")
-    for a, b in zip(residuals, loaded, strict=True):
-        assert (a.layer, a.projection, a.axis) == (b.layer, b.projection, b.axis)
-        for field in ("index", "weight", "bias", "original_weight", "original_bias"):
-            assert torch.equal(getattr(a, field), getattr(b, field))
-
-
-def test_missing_residual_file_says_what_to_give(tmp_path):
-    with pytest.raises(UserError, match=r"generate_hot_residual\.py"):
-        load_residuals(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +151,7 @@ def test_trained_values_come_back_as_residuals(block):
     with torch.no_grad():
         model.q.weight.add_(1.0)
         model.o.bias.add_(2.0)
-    q, o = residuals_in(model.state_dict(), residuals, name_of)
+    q, o = trained_residuals(model.state_dict(), residuals, name_of)
     assert_close(q.original_weight, residuals[0].original_weight + 1)
     assert_close(o.original_bias, residuals[1].original_bias + 2)
     assert torch.equal(q.weight, residuals[0].weight)

@@ -1,0 +1,65 @@
+"""`hot_residual.safetensors`: the residuals of a fused checkpoint, from which the target and W~ can both be restored.
+
+For every fused projection it holds `<layer>.<projection>.` followed by `index`, `weight`, `original_weight` and, where
+there are biases, `bias` and `original_bias`; its metadata holds alpha and the residual's form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from core.errors import UserError
+from core.files import write_safetensors
+from core.fusion.projections import PROJECTIONS
+from core.fusion.residual import Residual
+
+RESIDUAL_FILE = "hot_residual.safetensors"
+TENSORS = ("index", "weight", "bias", "original_weight", "original_bias")
+
+
+def save_residuals(path: Path, residuals: Iterable[Residual], alpha: float, form: str) -> None:
+    """Write residuals, and the alpha and form they are mixed with, to one file."""
+    tensors = {
+        f"{residual.layer}.{residual.projection}.{name}": getattr(residual, name)
+        for residual in residuals
+        for name in TENSORS
+        if getattr(residual, name) is not None
+    }
+    write_safetensors(path, tensors, {"settings": json.dumps({"alpha": alpha, "form": form})})
+
+
+def join_residuals(parts: Sequence[Path], path: Path) -> None:
+    """Join the files of different layers into one. Their tensors stay mapped from the parts and are never all in
+    memory."""
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        with safe_open(part, "pt") as file:
+            metadata = file.metadata()
+            tensors |= {name: file.get_tensor(name) for name in file.offset_keys()}
+    write_safetensors(path, tensors, metadata)
+
+
+def load_residuals(path: Path) -> tuple[list[Residual], float, str]:
+    """Read (residuals, alpha, form); the residuals come layer by layer, in the order of the table of projections.
+
+    Raises:
+        UserError: the file does not exist.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a folder that core/generate_hot_residual.py wrote")
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    with safe_open(path, "pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+        for key in file.offset_keys():
+            layer, projection, name = key.split(".")
+            tensors = found.setdefault((int(layer), projection), {"bias": None, "original_bias": None})
+            tensors[name] = file.get_tensor(key)
+    in_order = sorted(found, key=lambda key: (key[0], list(PROJECTIONS).index(key[1])))
+    residuals = [Residual(layer, projection, **found[layer, projection]) for layer, projection in in_order]
+    return residuals, settings["alpha"], settings["form"]

@@ -1,0 +1,48 @@
+"""Controls share the norm or the mean of the fused residual, but not its correspondence."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from random_plans import random_pair
+from torch.testing import assert_close
+
+from core.fusion.controls import CONTROLS
+from core.fusion.projections import COLUMNS, PROJECTIONS
+from core.fusion.ridge import ridge_factor, solve_ridge
+from core.fusion.settings import FusionSettings
+from core.fusion.transport_weights import Transport, fuse_attention_only_from_hot_dir, keep_mean
+
+
+@pytest.mark.parametrize("projection", ["q", "o"])
+@pytest.mark.parametrize("biases", [(), tuple(PROJECTIONS)])
+def test_controls_share_norm_or_mean_but_not_the_correspondence(projection, biases):
+    plans, target, source = random_pair(biases)
+    settings = FusionSettings("regression", top_k=3)
+    transport = Transport(plans, source, settings)
+    fused = {(r.layer, r.projection): r for r, _ in fuse_attention_only_from_hot_dir(plans, target, source, settings)}
+    residual = fused[0, projection]
+    made = {name: make(residual, transport, torch.Generator().manual_seed(1)) for name, make in CONTROLS.items()}
+    x = plans.mean("target", PROJECTIONS[projection].input_side, 0)
+    x = x[residual.index] if residual.axis == COLUMNS else x
+
+    assert not made["damped"].weight.any()
+    y = residual.original_weight @ x
+    if biases:
+        assert not made["damped"].bias.any()
+        assert not made["damped_mean"].weight.any()
+        assert_close(made["damped_mean"].bias, y + residual.original_bias)
+    else:
+        assert_close(made["damped_mean"].weight, torch.outer(y, x) / (x @ x))
+    change, shuffled = (r.weight - residual.original_weight for r in (residual, made["permuted"]))
+    assert_close(shuffled.flatten().sort().values, change.flatten().sort().values)
+    assert not torch.equal(shuffled, change)
+    elsewhere, _ = transport.transported(1, {projection: residual.index})[projection]
+    wrong = keep_mean(replace(residual, weight=elsewhere, bias=None), plans)
+    assert_close(made["wrong_layer"].weight, wrong.weight)
+    R = plans.rows("target", PROJECTIONS[projection].input_side, 0, "fit")
+    own = solve_ridge(ridge_factor(R, settings.ridge), R, plans.rows("target", projection, 0, "fit"))
+    smoothed = keep_mean(replace(residual, weight=own.index_select(residual.axis, residual.index)), plans)
+    assert_close(made["self"].weight, smoothed.weight)
+    for control in made.values():
+        assert torch.equal(control.index, residual.index) and control.weight.shape == residual.weight.shape

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 
 from core.errors import UserError, first_line
 from core.files import MANIFEST, atomic_file, read_json, write_json, write_safetensors
-from core.models.convert import NOT_COPIED, gguf_config
+from core.models.convert import NOT_COPIED
 from core.models.families import AttentionLayout, attention_layout, projection_in_tower
-from core.models.locate import CONFIG_ONLY, INDEX_FILE, SINGLE_FILE, find, model_folder, weight_map
+from core.models.locate import INDEX_FILE, SINGLE_FILE, model_folder, weight_map
 from core.models.settings import ModelSettings
 from core.models.weight_digest import sample_digest
 
@@ -249,26 +249,6 @@ def open_pair(models: ModelSettings, device: str) -> tuple[Checkpoint, Checkpoin
         open_checkpoint(models.target_model, models.target_revision, code, device),
         open_checkpoint(models.source_model, models.source_revision, code, device),
     )
-
-
-def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], AttentionLayout, Path]:
-    """(config, layout, the file they were read from) of a model of which nothing else has to exist.
-
-    The name is that of a config.json, a model folder, a GGUF file, or a model of the hub.
-
-    Raises:
-        UserError: there is no config of that name, or its family is not supported.
-    """
-    if not name:
-        raise UserError("no model given; use --target-model and --source-model, or --config")
-    path = Path(name).expanduser()
-    if path.suffix != ".json":
-        path = find(name, revision, CONFIG_ONLY)
-        path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a config.json, a model folder, a GGUF file or a hub id")
-    config = gguf_config(path) if path.suffix == ".gguf" else read_json(path)
-    return config, attention_layout(config, str(path)), path
 
 
 def write_folded(

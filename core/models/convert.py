@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import struct
-import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 
 from core.errors import UserError, first_line
@@ -109,53 +106,3 @@ def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
         of_the_model = file.is_file() and file.name not in weights and not file.name.startswith(TEMPORARY)
         if of_the_model and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
-
-
-def gguf_config(gguf_file: Path) -> dict[str, Any]:
-    """The config of a GGUF file, without its weights.
-
-    transformers reads the config with a reader that builds several objects for every entry of the vocabulary, which
-    takes 20 seconds for 150,000 entries. So it is given a copy of the header that has no vocabulary.
-
-    Raises:
-        UserError: it is not a GGUF file, or not one that transformers can read.
-    """
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    with tempfile.TemporaryDirectory() as folder:
-        header = Path(folder) / "header.gguf"
-        try:
-            _write_gguf_header(gguf_file, header)
-            return load_gguf_checkpoint(str(header), return_tensors=False)["config"]
-        except (OSError, ValueError, KeyError, RuntimeError, AssertionError, struct.error) as error:
-            raise UserError(f"{gguf_file} is not a GGUF file that transformers can read ({error})") from None
-
-
-def _write_gguf_header(gguf_file: Path, header: Path) -> None:
-    """Write a GGUF file that has only the metadata of another one from which a config is made."""
-    from gguf import GGUFValueType, GGUFWriter
-    from transformers.integrations.gguf import read_gguf_metadata
-
-    # For an array of strings this reader gives only its length, which for the tokens is the size of the vocabulary.
-    metadata, tensors = read_gguf_metadata(str(gguf_file))
-    architecture = metadata["general.architecture"]
-    size = f"{architecture}.vocab_size"
-    if size not in metadata and "tokenizer.ggml.tokens" in metadata:
-        metadata[size] = metadata["tokenizer.ggml.tokens"]
-    kinds = {
-        bool: GGUFValueType.BOOL,
-        int: GGUFValueType.INT64,
-        float: GGUFValueType.FLOAT64,
-        str: GGUFValueType.STRING,
-        list: GGUFValueType.ARRAY,
-    }
-    writer = GGUFWriter(header, architecture)
-    for key, value in metadata.items():
-        if key.startswith(f"{architecture}.") or key == "general.name" or key.endswith("_token_id"):
-            writer.add_key_value(key, value, kinds[type(value)])
-    if "output.weight" in tensors:  # its absence means tied embeddings
-        writer.add_tensor("output.weight", np.zeros(1, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -16,9 +16,14 @@ from torch import nn
 
 from core.errors import UserError
 from core.fusion.projections import PROJECTIONS, SIDES
+from core.models.gguf_header import GgufHeader
 
 # Model types of text decoders that have the projections, alone or as the language tower of a vision-language model.
 TOWERS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text"}
+# The model types of which a head is hidden_size / num_attention_heads wide where the config does not state head_dim.
+EVEN_HEADS = {"llama", "mistral", "qwen2"}
+# Architecture in a GGUF file -> model_type in a config.json, where it is another word.
+GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,42 @@ def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
         n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
     )
+
+
+def stated_layout(config: dict[str, Any]) -> AttentionLayout | None:
+    """The layout of a text model whose config states all of it; None where the defaults of transformers' class count.
+
+    It serves for estimates, because importing transformers takes seconds. The rest of the config is not checked.
+    """
+    if not isinstance(config, dict) or config.get("model_type") not in TOWERS & FAMILIES.keys():
+        return None
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    numbers = [config[key] if isinstance(config.get(key), int) else 0 for key in keys]
+    n_layers, hidden, heads, kv_heads, head_dim = numbers
+    if heads and not head_dim and config["model_type"] in EVEN_HEADS:
+        head_dim = hidden // heads
+    if not all((n_layers, hidden, heads, kv_heads, head_dim)):
+        return None
+    return AttentionLayout(config["model_type"], n_layers, hidden, heads, kv_heads, head_dim)
+
+
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """What a GGUF file states of the attention of its model, under the names of a config.json.
+
+    Raises:
+        LookupError, TypeError, ZeroDivisionError: the file does not hold a language model.
+    """
+    values, architecture = header.values, header.values["general.architecture"]
+    heads = values[f"{architecture}.attention.head_count"]
+    return {
+        "model_type": GGUF_MODEL_TYPES.get(architecture, architecture),
+        "num_hidden_layers": values[f"{architecture}.block_count"],
+        "hidden_size": values[f"{architecture}.embedding_length"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": values.get(f"{architecture}.attention.head_count_kv", heads),
+        # The shape of a tensor begins with the dimension that the projection reads.
+        "head_dim": header.shapes["blk.0.attn_q.weight"][1] // heads,
+    }
 
 
 def _text_config(config: dict[str, Any], where: str) -> Any:

@@ -78,6 +78,25 @@ def find(name: str, revision: str | None, files: list[str]) -> Path:
     return _cached_snapshot(name, revision, files) or _download(name, revision, files)
 
 
+def config_file(name: str, revision: str | None = None) -> Path:
+    """The config.json or GGUF file of a model of which nothing else has to be on this machine.
+
+    Args:
+        name: a config.json, a model folder, a GGUF file, or a model of the hub.
+    Raises:
+        UserError: there is no config of that name.
+    """
+    if not name:
+        raise UserError("no model given; use --target-model and --source-model, or --config")
+    path = Path(name).expanduser()
+    if path.suffix != ".json":
+        path = find(name, revision, CONFIG_ONLY)
+        path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a config.json, a model folder, a GGUF file or a hub id")
+    return path
+
+
 def _local_path(name: str) -> Path | None:
     for candidate in (Path(name).expanduser(), models_root() / name):
         if candidate.is_file() and candidate.suffix != ".gguf":

@@ -13,7 +13,7 @@ def estimate(experiment: Experiment, timed: bool = True) -> str:
     Args:
         timed: as in `stage1_cost`.
     Raises:
-        UserError: as `core.models.checkpoints.open_config`.
+        UserError: as `read_model_size`.
     """
     models, compute = experiment.models, experiment.compute
     target = read_model_size(models.target_model, models.target_revision, compute)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.models.checkpoints import Checkpoint, open_config
-from core.models.families import FAMILIES, AttentionLayout
+from core.errors import UserError, first_line
+from core.files import read_json
+from core.models.checkpoints import Checkpoint
+from core.models.families import FAMILIES, AttentionLayout, attention_layout, gguf_config, stated_layout
 from core.models.gguf_header import read_gguf_header
-from core.models.locate import has_safetensors
+from core.models.locate import config_file, has_safetensors
 from core.models.settings import ComputeSettings
 
 
@@ -48,16 +51,18 @@ def read_model_size(name: str, revision: str | None, compute: ComputeSettings) -
     built on torch's meta device, without memory for its weights.
 
     Raises:
-        UserError: as `open_config`.
+        UserError: there is no config of that name, it cannot be read, or its family is not supported.
     """
-    config, layout, path = open_config(name, revision)
+    path = config_file(name, revision)
     if path.suffix == ".gguf":
-        with open(path, "rb") as handle:
-            return _size(name, layout, _counts(read_gguf_header(handle).shapes), "blk.", compute)
+        return _gguf_size(name, path, compute)
+    config = read_json(path)
     if has_safetensors(path.parent):
+        layout = stated_layout(config) or attention_layout(config, str(path))
         checkpoint = Checkpoint(name, path.parent, revision, config, layout, device=compute.device)
         if all(file.is_file() for file in set(checkpoint.files.values())):
             return checkpoint_size(checkpoint, compute)
+    layout = attention_layout(config, str(path))
     return _size(name, layout, _meta_counts(config, layout), f"{layout.family.tower}.layers.", compute)
 
 
@@ -65,6 +70,18 @@ def checkpoint_size(checkpoint: Checkpoint, compute: ComputeSettings) -> ModelSi
     """The size of an opened checkpoint, from the headers of its files."""
     shapes = {name: shape for name, (shape, _) in checkpoint.headers.items()}
     return _size(checkpoint.name, checkpoint.layout, _counts(shapes), f"{checkpoint.tower}.layers.", compute)
+
+
+def _gguf_size(name: str, path: Path, compute: ComputeSettings) -> ModelSize:
+    """The size of the model in a GGUF file, from the file's list of tensors."""
+    try:
+        with open(path, "rb") as handle:
+            header = read_gguf_header(handle)
+        config = gguf_config(header)
+    except (ValueError, LookupError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is not a GGUF file of a language model ({first_line(error)})") from None
+    layout = stated_layout(config) or attention_layout(config, str(path))
+    return _size(name, layout, _counts(header.shapes), "blk.", compute)
 
 
 def _counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Conversion of GGUF files and folders of .bin weights, once, and the config of a GGUF file."""
+"""Conversion of GGUF files and folders of .bin weights, once."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, llama, make_tokenizer
@@ -15,7 +14,9 @@ from safetensors.torch import load_file
 from core.errors import UserError
 from core.files import TEMPORARY
 from core.models import convert
-from core.models.checkpoints import open_checkpoint, open_config
+from core.models.checkpoints import open_checkpoint
+from core.models.families import gguf_config, stated_layout
+from core.models.gguf_header import read_gguf_header
 
 # Name in transformers -> name in GGUF files.
 GGUF_NAMES = {
@@ -77,52 +78,11 @@ def test_gguf_is_converted_once_to_a_plain_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(convert, "convert_gguf", lambda *_: pytest.fail("converted already"))
         assert open_checkpoint(str(tmp_path / "m.gguf")).folder == made.folder
-    assert open_config(str(tmp_path / "m.gguf"))[1] == made.layout
-    check_gguf_config(tmp_path / "m.gguf", monkeypatch)
+    with open(tmp_path / "m.gguf", "rb") as file:
+        assert stated_layout(gguf_config(read_gguf_header(file))) == made.layout
     assert made.layout.n_layers == 3 and made.load_tokenizer().is_fast
     assert torch.equal(made.weight(1, "v"), model.model.layers[1].self_attn.v_proj.weight.detach())
     assert "quantization_config" not in made.config
-
-
-def check_gguf_config(path, monkeypatch):
-    """The config is what transformers makes of the whole file, and the vocabulary is not read for it: entry by entry
-    that took 20 seconds for 150,000 tokens."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    expected = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-    reads = []
-    get = gguf.GGUFReader._get
-    monkeypatch.setattr(gguf.GGUFReader, "_get", lambda *args, **rest: reads.append(1) or get(*args, **rest))
-    assert convert.gguf_config(path) == expected and len(reads) < 150
-    monkeypatch.undo()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_gguf_config_without_a_vocabulary_size_counts_the_tokens(tied, tmp_path, monkeypatch):
-    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "qwen2")
-    writer.add_name("pico")
-    writer.add_block_count(2)
-    writer.add_embedding_length(32)
-    writer.add_head_count(4)
-    writer.add_rope_freq_base(1e6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{n}" for n in range(400)])
-    writer.add_eos_token_id(3)
-    writer.add_tensor("token_embd.weight" if tied else "output.weight", np.zeros((4, 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    check_gguf_config(tmp_path / "m.gguf", monkeypatch)
-    config = convert.gguf_config(tmp_path / "m.gguf")
-    assert config["vocab_size"] == 400 and config["tie_word_embeddings"] == tied and config["eos_token_id"] == 3
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"x" * 100, b"GGUF\x03\0\0\0" + b"\xff" * 60])
-def test_a_config_of_a_broken_gguf_is_told(content, tmp_path):
-    (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(UserError, match=r"m\.gguf is not a GGUF file that transformers can read"):
-        convert.gguf_config(tmp_path / "m.gguf")
 
 
 def test_broken_gguf_is_told_and_leaves_nothing(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_main
-from family_models import fuse_pair, logits, make, stock
+from family_models import MAKERS, fuse_pair, logits, make, stock
 from safetensors.torch import load_file
 from stages import killed
 from torch.testing import assert_close
@@ -16,6 +16,7 @@ from core import train_hot_residual_sft as stage3
 from core.fusion.projections import SIDES
 from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint
+from core.models.families import EVEN_HEADS, attention_layout, stated_layout
 from core.runs.plan_directory import PlanDirectory
 from core.training.hot_linear import enable_hot_residual_for_model, restore_base
 
@@ -200,3 +201,18 @@ def test_training_moves_the_language_tower_alone_and_resumes_to_the_same_weights
     assert all(key.startswith((checkpoint.tower + ".", *checkpoint.layout.family.heads_on_disk)) for key in moved)
     assert len(moved) > 3 * 7 and not any("vis" in key for key in moved)
     stock(tmp_path / "whole", bool(trust))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", *NAMES])
+def test_a_stated_layout_is_that_of_the_config(name):
+    """Of text models, whether or not they state the width of a head; and none where transformers' defaults decide."""
+    config = MAKERS[name]().config.to_dict()
+    expected = attention_layout(config, name)
+    if "text_config" in config:
+        assert stated_layout(config) is None
+        return
+    assert stated_layout(config) == expected
+    even = {key: value for key, value in config.items() if key != "head_dim"}
+    left_out = {key: value for key, value in config.items() if key != "num_key_value_heads"}
+    assert stated_layout(left_out) is None
+    assert stated_layout(even) == (attention_layout(even, name) if config["model_type"] in EVEN_HEADS else None)

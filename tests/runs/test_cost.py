@@ -128,6 +128,13 @@ def test_the_list_of_tensors_of_a_gguf_file_gives_its_counts(tmp_path, monkeypat
     assert read.other_parameters == 50 * 16 + 16
 
 
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"x" * 100, b"GGUF\x03\0\0\0" + b"\xff" * 60])
+def test_a_broken_gguf_file_is_an_error(content, configs, fails, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(content)
+    flags = ["--target-model", configs["target"], "--source-model", tmp_path / "m.gguf"]
+    assert "m.gguf is not a GGUF file of a language model" in fails(stage1, *flags, "--plan-only")
+
+
 def test_paper_mode_and_epsilon_decide_the_iterations():
     def iterations(**changes):
         return cost.usual_iterations(Experiment.of(**changes))

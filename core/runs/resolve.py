@@ -44,8 +44,8 @@ FOLDERS = {
     "yue_benchmark_root": "clone of Yue-Benchmark (default WORKSPACE_ROOT/Yue-Benchmark)",
     "lm_eval_tasks": "folder with tasks of your own for lm-evaluation-harness",
 }
-# The flags that can also be given by variables. MAX_SAMPLES means calibration texts here, as it does in the authors'
-# script; in the stages' own commands --max-samples is an older name of --max-rows-read.
+# The flags that can also be given by variables. In this script MAX_SAMPLES and --max-samples mean calibration texts; in
+# the stages' own commands --max-samples is an older name of --max-rows-read.
 VARIABLES = (
     *("tasks", "steps", "seeds", "num_gpus", "dry_run", "data_dir", *FOLDERS),
     *("target_model", "source_model", "feature_map", "alpha", "max_samples", "max_tokens", "sft_samples"),
@@ -73,6 +73,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
 
 
 def main(argv: list[str]) -> None:
+    """Write one experiment file per run, and `settings.sh` with what the script itself reads."""
     parser = make_parser()
     given = read_flags(parser, argv, os.environ)
     started_in, work = given.pop("started_in"), given.pop("work_dir")
@@ -128,6 +129,8 @@ def words(known: Sequence[str] | None) -> Callable[[str], tuple[str, ...]]:
 
     def read(text: str) -> tuple[str, ...]:
         found = tuple(text.split())
+        if not found:
+            raise argparse.ArgumentTypeError("it is empty")
         for word in found:
             if known is None and not word.isdecimal():
                 raise argparse.ArgumentTypeError(f"{word!r}; expected whole numbers")

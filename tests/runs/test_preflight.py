@@ -97,7 +97,7 @@ def test_stage3_dry_run_says_what_would_be_trained(no_weights, fused, texts, tmp
 
 
 def test_a_dry_run_waits_for_the_stage_before(tmp_path, monkeypatch, capsys):
-    """A folder of the run that is not there, or not finished, is no failure."""
+    """A folder of the run that is missing or not finished is no failure."""
     monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(tmp_path))
     config = tmp_path / "x.yaml"
     config.write_text("plans_from: y")
@@ -111,8 +111,8 @@ def test_a_dry_run_waits_for_the_stage_before(tmp_path, monkeypatch, capsys):
                 (tmp_path / folder).mkdir(parents=True, exist_ok=True)
                 (tmp_path / folder / "manifest.json").write_text('{"status": "incomplete"}')
             run_main(stage, "--config", config, "--dry-run")
-            told = f"{tmp_path}/{folder} is not finished yet; what depends on it can be checked after {command}\n"
-            assert capsys.readouterr().out == told
+            expected = f"{tmp_path}/{folder} is not finished yet; what depends on it can be checked after {command}\n"
+            assert capsys.readouterr().out == expected
 
 
 def damage(folder, **changes):

@@ -95,15 +95,8 @@ def test_what_was_set_wrongly_ends_the_script(recipe):
 
 
 def test_ctrl_c_ends_everything(recipe, tmp_path):
-<<<<<<< HEAD
-    running = recipe(
-        BREAKS="run_activs",
-        HOW=f"trap 'exit 130' INT; touch {tmp_path}/begun; for _ in {{1..100}}; do sleep 0.05; done",
-    )
-=======
     how = f"trap 'exit 130' INT; touch {tmp_path}/begun; for _ in {{1..100}}; do sleep 0.05; done"
     running = recipe(BREAKS="run_activs", HOW=how)
->>>>>>> ea22a63ab9fa994192be4bdf9153b6b5620f15ec
     while not (tmp_path / "begun").exists():
         assert running.poll() is None
         time.sleep(0.02)

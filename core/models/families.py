@@ -18,13 +18,6 @@ from core.errors import UserError
 from core.fusion.projections import PROJECTIONS, SIDES
 from core.models.gguf_header import GgufHeader
 
-# Model types of text decoders that have the projections, alone or as the language tower of a vision-language model.
-TOWERS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text"}
-# The model types of which a head is hidden_size / num_attention_heads wide where the config does not state head_dim.
-EVEN_HEADS = {"llama", "mistral", "qwen2"}
-# Architecture in a GGUF file -> model_type in a config.json, where it is another word.
-GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}
-
 
 @dataclass(frozen=True)
 class Family:
@@ -84,6 +77,14 @@ FAMILIES = {
         needs_code=True,
     ),
 }
+# Model types of text decoders that have the projections: the families that are nothing else, and decoders that are only
+# part of a vision-language model.
+TOWERS = {name for name, family in FAMILIES.items() if family.tower == "model"} | {"qwen2_vl_text", "qwen2_5_vl_text"}
+# For estimates alone, so that a new family need not be in either: the model types of which a head is hidden_size /
+# num_attention_heads wide where the config does not state head_dim; and the architectures in GGUF files that have
+# another name in a config.json.
+EVEN_HEADS = {"llama", "mistral", "qwen2"}
+GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}
 # `--model_type` of step 3 -> values of config.model_type
 SEED_MODEL_TYPES = {
     "llama": ("llama",),

@@ -209,3 +209,22 @@ def test_tokenizers_of_other_files_pass(models, pair, texts, tmp_path, capsys):
     assert len(tokenizer) > 300
     run_main(stage1, *plan_flags(pair, texts, tmp_path / "p"), "--dry-run")
     assert "nothing is missing" in capsys.readouterr().out
+
+
+def test_stage4_dry_run_waits_for_every_training_that_it_would_compare(tmp_path):
+    """Also for one that has not begun, where the other arm has a training of this seed."""
+
+    def finish(folder):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text('{"status": "complete"}')
+
+    run, plans = tmp_path / "run", tmp_path / "plans"
+    for folder in (plans, run / "fused"):
+        assert str(folder) in stage4.what_is_unfinished(run, plans)
+        finish(folder)
+    assert stage4.what_is_unfinished(run, plans) is None  # nothing was trained
+    finish(run / "adapted/no_hot/seed0")
+    told = f"{run}/adapted/hot/seed0 is not finished yet; what depends on it can be checked after core/train_hot"
+    assert stage4.what_is_unfinished(run, plans).startswith(told)
+    finish(run / "adapted/hot/seed0")
+    assert stage4.what_is_unfinished(run, plans) is None

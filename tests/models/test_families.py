@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
-from core.fusion.projections import PROJECTIONS, SIDES
+from core.fusion.projections import FIRST_READER, PROJECTIONS, SIDES
 from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint
 from core.runs.plan_directory import PlanDirectory
@@ -68,7 +68,7 @@ def test_as_target_and_as_source(name, models, texts, tmp_path):
         widths = load_file(plans / "activations" / f"{role}.safetensors")
         model = stock(own)
         for side in SIDES:
-            linear = layout.linear(model, 1, side if side in PROJECTIONS else {"attn_in": "q", "o_in": "o"}[side])
+            linear = layout.linear(model, 1, FIRST_READER.get(side, side))
             neurons = linear.out_features if side in PROJECTIONS else linear.in_features
             assert layout.size(side) == neurons == widths[f"{side}.1"].shape[1]
         assert PlanDirectory(plans).shape[0 if role == "target" else 1] == layout.n_layers == 3

@@ -1,4 +1,4 @@
-"""The only door to datasets/: calibration, fine-tuning, validation and held-out rows of a data set by its name."""
+"""The rows of a data set, by its name, read and divided. This is the only module that imports from datasets/."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from core.errors import UserError, first_line
-from core.files import digest_of, write_text
+from core.files import write_text
+from core.texts.division import MAX_ROWS_READ, SPEC_ON_DISK, DataSpec, Division
 from core.texts.rows import Row, row_of
-from core.texts.split import SHARES, SIMILARITY, group_names, near_duplicates, part_of, seeded_order, shared_values
+from core.texts.split import SHARES, group_names, part_of
 
-# The folder datasets/ must never shadow the installed package `datasets`: its modules are flat and found last.
+# The folder datasets/ must never shadow the installed package `datasets`. So it is no package, its modules are imported
+# by their own names, and Python looks into it last.
 _FOLDER = str(Path(__file__).resolve().parents[1] / "datasets")
 if _FOLDER not in sys.path:
     sys.path.append(_FOLDER)
@@ -25,167 +25,56 @@ if _FOLDER not in sys.path:
 from dataset_general_texts import python_reference
 from dataset_sources import EPSILON, SOURCES, read_source
 
+__all__ = [
+    "DATA_SUBSETS",
+    "HUB_IDS",
+    "MAX_ROWS_READ",
+    "SPEC_ON_DISK",
+    "DataSpec",
+    "Division",
+    "Row",
+    "divide",
+    "epsilon_of",
+    "export_rows",
+    "load_rows",
+]
+
 log = logging.getLogger(__name__)
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 DATA_SUBSETS = ("python_reference", *SOURCES, "file")
-# Data sets of the hub: model cards name them.
+# The ids of those data sets that are on the hub, for model cards.
 HUB_IDS = {name: source.hub_id for name, source in SOURCES.items()}
-# Rows read of a data set, unless --max-rows-read says otherwise.
-MAX_ROWS_READ = 40_000
-# Names of settings on disk, where they differ.
-SPEC_ON_DISK = {"max_rows_read": "max_samples"}
-# The column that says what a row belongs to, where no other one is named.
+# The column that names the group of a row, unless --group-column names another one.
 GROUP_COLUMN = "group"
-# What to do about a part with too few rows, and about texts of several parts that are too alike.
-MORE_ROWS = "take another --split-seed, more texts, or finer groups (--group-column), and run all stages again"
-NAME_SHARED = "name what the texts share in a column (--group-column), and run all stages again"
-# What the log shows of the rows.
-EXAMPLES, EXAMPLE_CHARACTERS = 3, 100
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which rows are read and how they are divided: the settings in which all stages of a run have to agree.
-
-    Attributes:
-        subset, file: a name of DATA_SUBSETS, or a local file or folder.
-        split_seed: of the split into parts.
-        max_rows_read: at most so many rows are read, before they are divided.
-        group_column: the column that names the group of a row; None: `group`, and where a row has none, what its text
-            shares with others.
-    """
-
-    subset: str
-    file: str | None = None
-    split_seed: int = 0
-    max_rows_read: int = MAX_ROWS_READ
-    group_column: str | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """The settings as manifests hold them, where the limit has the name of the first format."""
-        found = asdict(self)
-        return {SPEC_ON_DISK.get(name, name): value for name, value in found.items()}
-
-
-@dataclass
-class Division:
-    """A data set whose rows are divided into the parts of `core.texts.split.SHARES`: no group, no text is in two parts.
-
-    Attributes:
-        where: the data set as messages name it.
-        revision: commit of a data set of the hub, or of the one that a file was exported from, where it is known.
-        parts: all rows of each part.
-        prompts: what so many rows share that it joins none of them; None where a column names every group, so that
-            what texts share decides nothing.
-    """
-
-    spec: DataSpec
-    where: str
-    revision: str | None
-    parts: dict[str, list[Row]]
-    prompts: set[str] | None
-
-    def marks(self, rows: Sequence[Row]) -> set[str]:
-        """By what a later stage knows rows that were read, and rows that belong with them: the digests of the texts,
-        and the passages and questions that make groups here."""
-        shared = set() if self.prompts is None else {value for row in rows for value in shared_values(row)}
-        return {row.digest for row in rows} | shared - (self.prompts or set())
-
-    def rows(self, part: str, limit: int) -> list[Row]:
-        """At most `limit` rows of a part, of as many groups as possible, in a seeded order.
-
-        Held-out rows that nearly equal a row of another part are left out.
-
-        Raises:
-            UserError: no row is left.
-        """
-        rows = self.parts[part]
-        self.tell_share(part)
-        if not rows:
-            less = "; or give --validation-samples 0" if part == "validation" else ""
-            raise UserError(f"{self._there}, none of them in the {part} part; {MORE_ROWS}{less}")
-        if part == "held_out" and self._alike:
-            alike = set(self._alike)
-            rows = [row for row in rows if row not in alike]
-            if not rows:
-                raise UserError(
-                    f"{self.where}: every held-out text is a near duplicate of another part's; {NAME_SHARED}"
-                )
-        kept = seeded_order(rows, part, self.spec.split_seed)[:limit]
-        groups = len({row.group for row in kept})
-        average = sum(len(row.plain) for row in kept) / max(1, len(kept))
-        log.info(
-            f"{self.where}: {len(kept)} of {len(rows)} {part} texts, of {groups} groups, {average:.0f} characters on "
-            "average"
-        )
-        for row in kept[:EXAMPLES]:
-            log.info("  e.g. %s", _shown(row))
-        return kept
-
-    def tell_share(self, part: str) -> None:
-        """Groups get their part by chance. Warn of a part that came out small or empty, whether or not it is read."""
-        share = len(self.parts[part]) / max(1, sum(map(len, self.parts.values())))
-        if share < SHARES[part] / 2:
-            got, wanted = 100 * share, 100 * SHARES[part]
-            log.warning(f"{self._there}, {got:.0f} % of them in the {part} part instead of {wanted:.0f} %; {MORE_ROWS}")
-
-    @property
-    def _there(self) -> str:
-        """How many texts and groups there are."""
-        everything = [row for members in self.parts.values() for row in members]
-        return f"{self.where} has {len(everything)} texts in {len({row.group for row in everything})} groups"
-
-    @cached_property
-    def _alike(self) -> list[Row]:
-        """Held-out rows that are near duplicates of rows of other parts; told in the log."""
-        held_out = self.parts["held_out"]
-        others = [row for part, rows in self.parts.items() if part != "held_out" for row in rows]
-        found = near_duplicates(held_out, others)
-        if found:
-            log.warning(
-                f"{self.where}: {len(found)} of {len(held_out)} held-out texts are near duplicates (Jaccard similarity "
-                f"of at least {SIMILARITY}) of texts of other parts and are left out; to keep more, {NAME_SHARED}; e.g."
-            )
-        for row in found[:EXAMPLES]:
-            log.warning("  %s", _shown(row))
-        return found
-
-    @property
-    def near_duplicates(self) -> dict[str, float]:
-        """How many rows of the held-out part were left out, of how many, and what counts as nearly equal."""
-        held_out = len(self.parts["held_out"])
-        return {"left_out": len(self._alike), "held_out": held_out, "jaccard_at_least": SIMILARITY}
-
-    def identity(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Where rows came from, and their count and digest, for a stage's manifest."""
-        contents = {"rows": len(rows), "sha256": digest_of([row.messages for row in rows])}
-        return {**self.spec.identity(), "revision": self.revision, **contents}
 
 
 def divide(spec: DataSpec) -> Division:
-    """Read a data set and divide it.
+    """Read a data set and divide its rows into parts.
 
     Raises:
-        UserError: unknown or missing subset, missing file, unknown columns, or an empty text.
+        UserError: unknown or missing subset, missing file, unknown columns, or an empty text in a file.
     """
     read = _read_rows(spec)
     parts: dict[str, list[Row]] = {part: [] for part in SHARES}
     for _, row in read.rows:
         parts[part_of(row.group, spec.split_seed)].append(row)
-    return Division(spec, read.where, read.revision, parts, read.prompts)
+    return Division(spec, read.name, read.revision, parts, read.prompts)
 
 
 def load_rows(spec: DataSpec, part: str, limit: int) -> list[Row]:
-    """`Division.rows` of one part alone."""
+    """At most `limit` rows of one part, as `Division.rows`."""
     return divide(spec).rows(part, limit)
 
 
 def export_rows(spec: DataSpec, path: Path) -> int:
-    """Write the rows of a data set of the hub to a .jsonl, with the groups they have here, so that the file is divided
-    as the data set is, and beside it the revision, which stages that read the file record; how many.
+    """Write the rows of a data set of the hub to a .jsonl file, and return how many they are.
 
-    Raises UserError as `divide` does.
+    Each row is written with the group that it has here, so that the file is divided in the same way as the data set.
+    The revision of the data set is written to a second file next to it, from which later stages read it.
+
+    Raises:
+        UserError: as `divide`.
     """
     read = _read_rows(spec)
     lines = [{**record, GROUP_COLUMN: row.group} for record, row in read.rows]
@@ -196,62 +85,72 @@ def export_rows(spec: DataSpec, path: Path) -> int:
     return len(lines)
 
 
-class Records(NamedTuple):
-    """Records with their rows in groups, duplicates out, and what `Division` says of them."""
+def epsilon_of(subset: str) -> float:
+    """The paper's entropic regularisation of Q for a data set."""
+    return SOURCES[subset].epsilon if subset in SOURCES else EPSILON
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a data set in their groups, each with the record that it was made of, without duplicates.
+
+    The other attributes are those of `Division`.
+    """
 
     rows: list[tuple[dict[str, Any], Row]]
-    where: str
+    name: str
     revision: str | None
     prompts: set[str] | None
 
 
-def _revision_file(path: Path) -> Path:
-    """What `export_rows` writes beside a file: the revision of the data set of which it has the rows."""
-    return path.with_name(path.name + ".revision")
-
-
-def _read_rows(spec: DataSpec) -> Records:
-    records, where, revision = _read(spec)
+def _read_rows(spec: DataSpec) -> _Rows:
+    records, name, revision = _read_records(spec)
     column = spec.group_column or GROUP_COLUMN
     if spec.group_column and not any(spec.group_column in record for record in records):
-        there = ", ".join(records[0]) if records else "no rows"
-        raise UserError(f"{where} has no column {spec.group_column!r} (--group-column); it has {there}")
-    found: dict[Row, dict[str, Any]] = {}
-    empty = 0
+        columns = ", ".join(records[0]) if records else "no rows"
+        raise UserError(f"{name} has no column {spec.group_column!r} (--group-column); it has {columns}")
+    record_of: dict[Row, dict[str, Any]] = {}
+    unusable = 0
     for number, record in enumerate(records, 1):
-        row = row_of(record, f"{where}, row {number}", strict=spec.file is not None)
-        empty += row is None
-        if row is not None:
-            # Of equal rows the one whose group has the smallest name stays, in whatever order they come.
-            found[row] = min(found.get(row, record), record, key=lambda one: _rank(_given_group(one, column)))
-    if len(found) + empty < len(records):
-        log.info("%s: %d duplicate rows left out", where, len(records) - len(found) - empty)
-    if empty:
-        log.warning("%s: %d rows without a text, or with a role that is no one's, left out", where, empty)
-    given = [_given_group(record, column) for record in found.values()]
-    names, prompts = group_names(list(found), given)
-    named = sum(name is not None for name in given)
+        row = row_of(record, f"{name}, row {number}", strict=spec.file is not None)
+        if row is None:
+            unusable += 1
+        else:
+            # Of equal rows the one whose group sorts first is kept, so that their order in the data does not matter.
+            record_of[row] = min(record_of.get(row, record), record, key=lambda one: _group_rank(one, column))
+    if len(record_of) + unusable < len(records):
+        log.info("%s: %d duplicate rows left out", name, len(records) - len(record_of) - unusable)
+    if unusable:
+        log.warning("%s: %d rows without a text, or with an unknown role, left out", name, unusable)
+    given = [_given_group(record, column) for record in record_of.values()]
+    groups, prompts = group_names(list(record_of), given)
+    _log_groups(name, groups, given, spec)
+    pairs = zip(record_of.items(), groups, strict=True)
+    return _Rows([(record, replace(row, group=group)) for (row, record), group in pairs], name, revision, prompts)
+
+
+def _log_groups(name: str, groups: list[str], given: list[str | None], spec: DataSpec) -> None:
+    """Log how many groups there are, and warn when a column names the groups of only some of the rows."""
+    column, named = spec.group_column or GROUP_COLUMN, sum(group is not None for group in given)
     how = f", {named} of the rows named by the column {column}" if named else ""
-    log.info("%s: %d groups of %d rows%s", where, len(set(names)), len(names), how)
-    if named < len(names) and (named or spec.group_column):
+    log.info("%s: %d groups of %d rows%s", name, len(set(groups)), len(groups), how)
+    if named < len(groups) and (named or spec.group_column):
         log.warning(
-            f"{where}: {len(names) - named} of {len(names)} rows have no group in the column {column}, so all rows, "
+            f"{name}: {len(groups) - named} of {len(groups)} rows have no group in the column {column}, so all rows, "
             "those with a group too, are joined by what their texts share; fill in the column if it shall decide alone"
         )
-    pairs = zip(found.items(), names, strict=True)
-    rows = [(record, replace(row, group=name)) for (row, record), name in pairs]
-    return Records(rows, where, revision, prompts)
 
 
-def _rank(group: str | None) -> tuple[bool, str]:
-    """Given groups in the order of their names, then none."""
+def _group_rank(record: dict[str, Any], column: str) -> tuple[bool, str]:
+    """Sort key of records: by the name of the given group, and those without one last."""
+    group = _given_group(record, column)
     return group is None, group or ""
 
 
 def _given_group(record: dict[str, Any], column: str) -> str | None:
-    """The group that a record names; None where the cell is empty.
+    """The group that a record names, or None where the cell is empty.
 
-    One empty cell makes floats of a column of whole numbers in a CSV: 1.0 is the group 1.
+    A CSV column of whole numbers is read as floats when one of its cells is empty, so 1.0 is the group 1.
     """
     value = record.get(column)
     if isinstance(value, float):
@@ -259,42 +158,48 @@ def _given_group(record: dict[str, Any], column: str) -> str | None:
     return None if value is None or not str(value).strip() else str(value)
 
 
-def _shown(row: Row) -> str:
-    """The beginning of a text, in one line."""
-    return " ".join(row.plain.split())[:EXAMPLE_CHARACTERS]
-
-
-def _read(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None]:
-    """Raw records, where they came from, and the revision of a data set of the hub."""
-    subset = spec.subset
+def _read_records(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None]:
+    """(records, name of the data set in messages, its revision on the hub if it is known)."""
     if spec.file is not None:
         records = _read_local(Path(spec.file), spec.max_rows_read, spec.split_seed)
-        beside = _revision_file(Path(spec.file))
-        return records, spec.file, beside.read_text("utf-8").strip() if beside.is_file() else None
-    if subset == "file":
+        revision = _revision_file(Path(spec.file))
+        return records, spec.file, revision.read_text("utf-8").strip() if revision.is_file() else None
+    if spec.subset == "file":
         raise UserError("--data-subset file needs --data-file")
-    if subset not in DATA_SUBSETS:
-        raise UserError(f"data subset {subset!r}; expected one of {', '.join(DATA_SUBSETS)} (--data-subset)")
-    from datasets.exceptions import DatasetsError
+    if spec.subset not in DATA_SUBSETS:
+        raise UserError(f"data subset {spec.subset!r}; expected one of {', '.join(DATA_SUBSETS)} (--data-subset)")
+    if spec.subset == "python_reference":
+        try:
+            return python_reference(), spec.subset, None
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{spec.subset}: this Python has no {error.name}; install your system's full Python"
+            ) from None
+    records, revision_read = _read_hub(spec)
+    return records, spec.subset, revision_read
+
+
+def _revision_file(path: Path) -> Path:
+    """The file next to exported rows that holds the revision of the data set (`export_rows`)."""
+    return path.with_name(path.name + ".revision")
+
+
+def _read_hub(spec: DataSpec) -> tuple[list[dict[str, Any]], str | None]:
+    """(records of a data set of the hub, its revision if it is known)."""
+    from datasets.exceptions import DatasetsError  # imports pandas and pyarrow, which take a second
 
     try:
-        if subset == "python_reference":
-            return python_reference(), subset, None
-        records, revision = read_source(subset, spec.max_rows_read, spec.split_seed)
-        return records, subset, revision
-    except ModuleNotFoundError as error:
-        raise UserError(f"{subset}: this Python has no {error.name}; install your system's full Python") from None
+        return read_source(spec.subset, spec.max_rows_read, spec.split_seed)
     except (OSError, ValueError, DatasetsError) as error:
-        name = f"{subset} ({HUB_IDS.get(subset, 'this Python')})"
         raise UserError(
-            f"{name} cannot be read: {first_line(error)}; log in with `hf auth login` if it is gated, or give a local "
-            "copy with --data-file"
+            f"{spec.subset} ({HUB_IDS[spec.subset]}) cannot be read: {first_line(error)}; log in with `hf auth login` "
+            "if it is gated, or give a local copy with --data-file"
         ) from None
 
 
 def _read_local(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
-    """Records of a file, a folder of files of one kind, or a folder that `save_to_disk` wrote."""
-    import datasets
+    """Records of a file, of a folder of files of one kind, or of a folder that `save_to_disk` wrote."""
+    import datasets  # imports pandas and pyarrow, which take a second
 
     if not path.exists():
         raise UserError(f"data file {path} does not exist")
@@ -316,8 +221,3 @@ def _read_local(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"data file {path} cannot be read: {first_line(error.__cause__ or error)}") from None
     return list(data if len(data) <= limit else data.shuffle(seed=seed).select(range(limit)))
-
-
-def epsilon_of(subset: str) -> float:
-    """The paper's entropic regularisation of Q for a data set."""
-    return SOURCES[subset].epsilon if subset in SOURCES else EPSILON

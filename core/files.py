@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, synced, then renamed."""
+"""Files that are either complete or absent: written under a temporary name, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any
 
 from core.errors import UserError
 
-# Prefix of what a killed run may leave behind; removed by the next one that writes into the folder, which may be one
-# of the user's own: no other program may name its files like that.
+# Prefix of half-written files. A killed run may leave some behind, and the next run that writes into the folder removes
+# them. The folder may be one of the user's own, so the prefix is one that no other program gives to its files.
 TEMPORARY = ".tmp-transport-merge-"
-# By this file an output folder is known as ours (core/manifest.py).
+# A folder with this file is an output of one of our commands (core/manifest.py).
 MANIFEST = "manifest.json"
-# The lock of a folder is a file in it whose name begins like that: nobody takes it for content.
+# The lock of a folder is a file inside it. Its name begins with the temporary prefix, so nobody takes it for content.
 LOCK = f"{TEMPORARY}lock"
-# safetensors writes 0600; a checkpoint gets the permissions of any other file.
+# safetensors creates its files with mode 0600. Ours get the permissions that the user's umask gives to any other file.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in a folder of its own beside `path`; on success sync it and rename it to `path`.
+    """Yield a temporary path next to `path`; when the block succeeds, sync the file and rename it to `path`.
 
-    The folder has a name that no other process has, and it goes in any case: it also holds what a library writes beside
-    the file it was given.
+    The temporary file is in a folder of its own, because some libraries write further files next to the one that they
+    are given. The folder's name is unique to this process, and it is removed whether the block succeeds or not.
     """
     work = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
     temporary = work / path.name
@@ -51,9 +51,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, below: bool = False) -> None:
-    """Remove what killed runs left half-written in a folder, or everywhere `below` it but in other outputs.
+    """Remove the half-written files that killed runs left in a folder. Lock files stay.
 
-    Only for who holds the folder's lock (core/locks.py): nobody else may be writing there. Lock files stay.
+    The caller must hold the folder's lock (core/locks.py), so that nobody else is writing there.
+
+    Args:
+        below: also look in the folders inside, except in those that are outputs of their own.
     """
     for path in list(folder.iterdir()):
         if path.name.startswith(LOCK):
@@ -65,7 +68,7 @@ def remove_leftovers(folder: Path, below: bool = False) -> None:
 
 
 def empty_folder(folder: Path) -> None:
-    """Remove all that a folder holds but its lock, its manifest, and other outputs in it."""
+    """Remove everything in a folder except its lock, its manifest, and other outputs inside it."""
     for path in list(folder.iterdir()):
         if path.name == MANIFEST or path.name.startswith(LOCK):
             continue
@@ -76,7 +79,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether a folder is an output of its own, or is being written by a process of its own."""
+    """Whether a folder is an output with a manifest of its own, or is locked by a process that writes it."""
     return (folder / MANIFEST).is_file() or (folder / LOCK).is_file()
 
 
@@ -88,18 +91,18 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8; the file is complete or absent (`atomic_file`)."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON; the file is complete or absent (`atomic_file`)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or damaged one is a UserError that names it."""
+    """Read a JSON file. Raises UserError, naming the file, when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,13 +112,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to one safetensors file, atomically."""
-    from safetensors.torch import save_file  # with torch, which who only locks or writes text does not need
+    """Write tensors to one safetensors file; the file is complete or absent (`atomic_file`)."""
+    from safetensors.torch import save_file  # imports torch, which commands that only write text do not need
 
     with atomic_file(path) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of the canonical JSON of `value`."""
+    """SHA-256, in hexadecimal, of `value` written as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

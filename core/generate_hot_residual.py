@@ -29,13 +29,15 @@ from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 from core.hub import push_folder
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder
+from core.manifest import Manifest, check_output_folder, provenance
 from core.models.checkpoints import Checkpoint, open_pair, write_folded
 from core.runs import preflight as checks
-from core.runs.card import CARD, fused_card, fused_lineage, licence_warning
+from core.runs.card import CARD, fused_card
 from core.runs.command_line import Command, parse_command, save_resolved
+from core.runs.licences import licence_warning
+from core.runs.lineage import fused_lineage
 from core.runs.plan_directory import PlanDirectory
-from core.runs.process import log_to_file, provenance, run_command, setup_logging
+from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.rows_read import write_rows_read
 from core.runs.settings import Experiment
 from core.training.hot_linear import enable_hot_residual_for_model
@@ -78,6 +80,9 @@ def main(argv: list[str]) -> None:
     setup_logging()
     command = parse(argv)
     dry_run = "dry_run" in command.modes
+    if dry_run and (waiting := command.waits_for("hot_dir", "plans", "plans")):
+        print(waiting)
+        return
     job = open_job(command)
     preflight(job, report=dry_run)
     if dry_run:

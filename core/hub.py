@@ -1,4 +1,7 @@
-"""The model hub: what its refusals mean, and pushing a finished checkpoint."""
+"""The model hub: what its refusals mean to a user, and the upload of a finished checkpoint.
+
+huggingface_hub takes 0.4 s to import and most commands never ask the hub, so the functions that need it import it.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,22 @@ from core.files import TEMPORARY
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 5
-# What only a killed run needs: finished layers of stage 2, training checkpoints of stage 3, half-written files.
+# Files that only the continuation of a killed run needs: the finished layers of stage 2, the training checkpoints of
+# stage 3, and half-written files. They are not uploaded.
 RESUME_FILES = ["parts/*", "checkpoints/*", f"{TEMPORARY}*", f"*/{TEMPORARY}*"]
 
 
 def hub_reason(error: BaseException) -> str:
-    """What the hub, or the way to it, said: one line, without a full stop."""
+    """What the hub, or the connection to it, gave as the reason: one line without a full stop."""
     message = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return " ".join(message.split()).rstrip(".")
 
 
 def hub_refusal(name: str, revision: str | None, error: BaseException) -> str | None:
-    """The hub's answer to a request for model `name`, in one line with the fix; None when it gave no answer."""
+    """Turn the hub's answer to a request for model `name` into one line that says what to do about it.
+
+    Returns None when the hub gave no answer, because it could not be reached or the error is another one.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         DisabledRepoError,
@@ -33,7 +40,8 @@ def hub_refusal(name: str, revision: str | None, error: BaseException) -> str | 
         RevisionNotFoundError,
     )
 
-    answer = error if isinstance(error, HfHubHTTPError) else error.__cause__  # a download wraps some answers
+    # Some downloads raise an error of their own, whose cause is the hub's answer.
+    answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
     if not isinstance(answer, HfHubHTTPError):
         return None
     reason, page = hub_reason(answer), f"{constants.ENDPOINT}/{name}"
@@ -52,7 +60,7 @@ def hub_refusal(name: str, revision: str | None, error: BaseException) -> str | 
 
 
 def check_repo_id(repo_id: str | None) -> None:
-    """Refuse (UserError) what cannot be the id of a hub repository."""
+    """Raise UserError for a string that cannot be the id of a hub repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -63,10 +71,12 @@ def check_repo_id(repo_id: str | None) -> None:
 
 
 def push_folder(folder: Path, repo_id: str | None) -> None:
-    """Upload a finished checkpoint to the hub repository `repo_id` (made private when new); None: nothing to do.
+    """Upload a finished checkpoint to the hub repository `repo_id`, which is made private if it is new.
+
+    Does nothing when `repo_id` is None.
 
     Raises:
-        UserError: the hub cannot be reached or refuses; says that the checkpoint is complete.
+        UserError: the hub cannot be reached or refuses. The message says that the local checkpoint is complete.
     """
     if repo_id is None:
         return
@@ -75,8 +85,9 @@ def push_folder(folder: Path, repo_id: str | None) -> None:
 
     api = HfApi()
     try:
-        with contextlib.suppress(RepositoryNotFoundError):  # a new one
-            api.model_info(repo_id, timeout=HUB_TIMEOUT_S)  # fails fast where there is no hub
+        # Asked first, because this request has a timeout and the next ones have none. A new repository is not found.
+        with contextlib.suppress(RepositoryNotFoundError):
+            api.model_info(repo_id, timeout=HUB_TIMEOUT_S)
         repo = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=repo.repo_id,
@@ -84,7 +95,7 @@ def push_folder(folder: Path, repo_id: str | None) -> None:
             ignore_patterns=RESUME_FILES,
             commit_message="Transport and Merge checkpoint",
         )
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the upload library's own
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the upload library raises RuntimeError
         status = getattr(getattr(error, "response", None), "status_code", None)
         fix = "log in with `hf auth login` and a token that may write there; " if status in (401, 403) else ""
         raise UserError(

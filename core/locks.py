@@ -1,4 +1,4 @@
-"""One writer per output folder: a lock that dies with its process, and the name of who holds it."""
+"""One writer per output folder: a lock that the operating system frees when its process ends, and who holds it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from core.errors import UserError
 from core.files import LOCK, remove_leftovers
 
 log = logging.getLogger(__name__)
-# Lock file -> what this process holds, until `outputs_held` ends.
+# Lock file -> the lock that this process holds on it, until `outputs_held` ends.
 _held: dict[Path, contextlib.ExitStack] = {}
 
 
 @contextlib.contextmanager
 def outputs_held() -> Iterator[None]:
-    """What `hold` locks inside is free again afterwards. Also a decorator, of every command that writes a folder."""
+    """Release, at the end of the block, the folders that were locked inside it with `hold`.
+
+    Every command that writes a folder has it as a decorator.
+    """
     before = set(_held)
     try:
         yield
@@ -34,21 +37,21 @@ def outputs_held() -> Iterator[None]:
 
 
 def hold(folder: Path, wait: bool = False) -> None:
-    """Make `folder` where it is not there, and lock it for this process; what killed runs left in it is removed.
+    """Lock `folder` for this process, making it if it does not exist, and remove what killed runs left in it.
 
-    The lock is held until the enclosing `outputs_held` ends, else until the process does. Holding a folder twice is
-    holding it once. A folder that was made here and got no file is removed again.
+    The lock is held until the enclosing `outputs_held` ends, or without one until the process ends. Holding a folder
+    twice is the same as holding it once. A folder that was made here and received no file is removed again.
 
     Args:
-        wait: wait for another process that holds it, instead of refusing.
+        wait: wait for another process that holds the folder, instead of refusing.
     Raises:
-        UserError: another process holds it; says which one.
+        UserError: another process holds the folder; the message says which one.
     """
     path = folder.resolve() / LOCK
     if path in _held:
         return
     with contextlib.ExitStack() as stack:
-        made = [place for place in (path.parent, *path.parent.parents) if not place.exists()]
+        made = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         stack.callback(_remove_empty, made)
         stack.enter_context(file_lock(path, str(folder), wait))
@@ -58,43 +61,46 @@ def hold(folder: Path, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, what: str, wait: bool) -> Iterator[None]:
-    """Hold the lock file `path`, by which `what` is written; its folder has to be there.
+    """Hold the lock file `path`, whose folder must exist, while this process writes `what`.
 
-    The operating system frees it when the process ends in whatever way, so a lock file that is left over stops nobody.
+    The operating system frees the lock when the process ends, in whatever way it ends, so a lock file that was left
+    behind stops nobody. Beside it a small JSON file says which process holds the lock.
 
     Raises:
-        UserError: another process holds it, and not `wait`.
+        UserError: another process holds the lock, and `wait` is false.
     """
     lock, holder = FileLock(path), path.with_name(f"{path.name}.json")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        told = f"{what} is being written by {_told(holder)}"
+        message = f"{what} is being written by {_describe_holder(holder)}"
         if not wait:
-            raise UserError(f"{told}; wait for it or give another output folder") from None
-        log.info("%s; waiting for it", told)
+            raise UserError(f"{message}; wait for it or give another output folder") from None
+        log.info("%s; waiting for it", message)
         lock.acquire()
     try:
         record = {"pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv)}
         holder.write_text(json.dumps(record), encoding="utf-8")
         yield
     finally:
-        # Both go while the lock is held: who waits with the removed file open begins anew (filelock looks).
+        # Both files are removed while the lock is still held. A process that waits with the removed file open notices
+        # that it is gone, because filelock compares the open file with the one on disk, and starts over.
         holder.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         lock.release()
 
 
-def _told(holder: Path) -> str:
-    """`process 123 on host H (command ...)`."""
+def _describe_holder(holder: Path) -> str:
+    """The process that holds a lock, as `process 123 on host H (command ...)`."""
     try:
         record = json.loads(holder.read_text(encoding="utf-8"))
         return f"process {record['pid']} on host {record['host']} (command {record['command']})"
-    except (OSError, ValueError, KeyError):  # it has only just begun, or has just ended
+    except (OSError, ValueError, KeyError):  # the other process has only just taken the lock, or has just released it
         return "another process"
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with contextlib.suppress(OSError):  # not empty, or gone
+    """Remove folders, innermost first, up to the first one that is not empty."""
+    with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()

@@ -1,9 +1,12 @@
-"""`manifest.json` of an output folder: what made it, from what, and whether it is finished."""
+"""`manifest.json` of an output folder: which stage made it, from which inputs, and whether it is finished."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from core.files import MANIFEST, TEMPORARY, digest_of, empty_folder, read_json, 
 from core.locks import hold
 
 FORMAT_VERSION = 3
-# Stage, as manifests name it -> the command that makes its folder.
+# Stage, by its name in manifests -> the command that makes its folder.
 COMMANDS = {
     "plans": "run_activs_and_hot.py",
     "fused": "core/generate_hot_residual.py",
@@ -24,23 +27,29 @@ log = logging.getLogger(__name__)
 
 
 def check_output_folder(folder: Path, *inputs: Path) -> None:
-    """Refuse an output folder that holds files of someone else or one of the inputs, or that is inside another output,
-    which is emptied when its stage is made anew (UserError). Writes nothing."""
+    """Refuse a folder into which a stage must not write. Nothing is written here.
+
+    Raises:
+        UserError: `folder` is a file, holds files that no stage of ours made, holds one of the `inputs`, or is inside
+            another output (which would remove it when its own stage empties the folder to run again).
+    """
     if folder.is_file():
         raise UserError(f"output folder {folder} is a file; give a folder")
     foreign = folder.is_dir() and any(not path.name.startswith(TEMPORARY) for path in folder.iterdir())
     if foreign and not (folder / MANIFEST).is_file():
         raise UserError(f"output folder {folder} is not empty and was not made by this tool; give another folder")
-    for place in folder.resolve().parents:
-        if _is_ours(place):
-            raise UserError(f"output folder {folder} is inside {place}, which is an output itself; give another folder")
+    for parent in folder.resolve().parents:
+        if _is_ours(parent):
+            raise UserError(
+                f"output folder {folder} is inside {parent}, which is an output itself; give another folder"
+            )
     for path in inputs:
         if folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"output folder {folder} holds the input {path}; give another folder")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder's manifest is one that a stage wrote; other programs have files of that name."""
+    """Whether a stage of ours wrote the folder's manifest; other programs have files of that name, too."""
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -49,7 +58,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def check_format(folder: Path, record: Mapping[str, Any]) -> None:
-    """Refuse (UserError) to read a folder of another format than this version writes, and say what makes it again."""
+    """Raise UserError for a folder of another format than this version writes, with the command that makes it again."""
     found = record.get("format")
     if found == FORMAT_VERSION:
         return
@@ -62,17 +71,18 @@ def check_format(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _contents(value: Any) -> Any:
-    """`value` without the names (`id`, `file`) under which its contents were found."""
+    """`value` without the names (`id`, `file`) under which an input was found: only its contents count."""
     if isinstance(value, dict):
         return {key: _contents(item) for key, item in value.items() if key not in ("id", "file")}
     return value
 
 
 class Manifest:
-    """The manifest of one folder.
+    """The manifest of one output folder.
 
-    The fingerprint covers every setting and the contents of every input that the stage depends on. Opening a folder
-    whose manifest has the same fingerprint continues (or re-uses) it; another one empties the folder first and says so.
+    The fingerprint is a digest of every setting and of the contents of every input that the stage depends on. When a
+    stage begins in a folder whose manifest has the same fingerprint, it continues what is there, or uses it again when
+    it is complete. When the fingerprint is another one, the folder is emptied first, and the log says why.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any]):
@@ -80,8 +90,10 @@ class Manifest:
 
     @classmethod
     def begin(cls, folder: Path, stage: str, inputs: dict[str, Any]) -> Manifest:
-        """Open `folder` for `stage`, and hold its lock.
+        """Open `folder` for `stage` to write into, and hold its lock.
 
+        Args:
+            inputs: JSON values by name: the settings, and the identity of every model and data set that is read.
         Raises:
             UserError: the folder is not empty and not ours, or another process is writing it.
         """
@@ -104,8 +116,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, *stages: str) -> Manifest:
-        """Open a finished folder of one of `stages`; UserError when it is absent, unfinished, or of another kind or
-        format."""
+        """Open a finished folder of one of `stages` to read from.
+
+        Raises:
+            UserError: the folder is absent, unfinished, of another stage, or of another format.
+        """
         wanted = " or ".join(f"'{stage}'" for stage in stages)
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is not an output of stage {wanted} (no {MANIFEST}); run that stage first")
@@ -124,22 +139,22 @@ class Manifest:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Settings and input identities the folder was made from."""
+        """The settings and the identities of the inputs that the folder was made from."""
         return self.record["inputs"]
 
     def finish(self, **results: Any) -> None:
-        """Record `results` and mark the folder complete: the last write of a stage."""
+        """Record `results` and mark the folder complete. This is the last file that a stage writes."""
         self.record.update(results)
         self.record["status"] = "complete"
         self.save()
 
     def save(self) -> None:
-        """Write the manifest, atomically."""
+        """Write the manifest to the folder."""
         write_json(self.folder / MANIFEST, self.record)
 
 
 def _difference(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """Why what a folder holds cannot be used: its format, or the inputs that changed."""
+    """Why the contents of a folder cannot be used: they have another format, or some inputs have changed."""
     if record.get("format") != FORMAT_VERSION:
         return (
             f"has format {record.get('format')} and this version writes format {FORMAT_VERSION}, in which splits and "
@@ -153,10 +168,24 @@ def _difference(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
 
 
 def _empty(folder: Path, record: Mapping[str, Any]) -> None:
-    """Remove what a folder holds, but its lock and its manifest, by which it is known as ours.
+    """Remove the contents of a folder, except its lock and its manifest, which marks the folder as ours.
 
-    Before that the manifest says that nothing here is finished, and by its missing fingerprint that nothing can be
-    continued: whoever reads the folder meanwhile, or finds it after a kill, is told the truth.
+    Before anything is removed, the manifest is marked incomplete and loses its fingerprint. So a stage that reads the
+    folder meanwhile sees that it is not finished, and a run that finds it after a kill does not continue from it.
     """
     write_json(folder / MANIFEST, {**record, "status": "incomplete", "fingerprint": None})
     empty_folder(folder)
+
+
+def provenance() -> dict[str, Any]:
+    """The versions of the libraries, and the git commit of this code (None outside a repository).
+
+    They are recorded in manifests for the reader. No fingerprint depends on them.
+    """
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = done.stdout.strip() or None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"versions": versions, "commit": commit}

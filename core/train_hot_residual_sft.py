@@ -4,46 +4,79 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import math
-import shutil
-from itertools import product
-
-from torch import Tensor
-
-from core.data import Row, divide
-from core.errors import UserError
-from core.files import MANIFEST, read_json, write_json, write_safetensors, write_text
+from core.data import Division, Row, divide
+from core.files import MANIFEST, read_json, write_text
 from core.hub import push_folder
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder
+from core.manifest import Manifest, check_output_folder, provenance
 from core.models.checkpoints import Checkpoint
-from core.models.families import TOWERS
-from core.runs.card import CARD, adapted_card, adapted_lineage
-from core.runs.command_line import parse_command, save_resolved
-from core.runs.process import log_to_file, process_state, provenance, run_command, setup_logging
+from core.runs import preflight as checks
+from core.runs.card import CARD, adapted_card
+from core.runs.command_line import Command, parse_command, save_resolved
+from core.runs.lineage import adapted_lineage
+from core.runs.process import log_to_file, process_state, run_command, setup_logging
 from core.runs.rows_read import check_held_out, check_same_split, recorded, write_rows_read
 from core.runs.settings import Experiment
-from core.training.hot_linear import set_trainable
-from core.training.sft import Example, sft_examples
-from core.training.start import Start, open_source, open_start, resolved, save_folded
+from core.training.curve import save_curve
+from core.training.distill import SEQUENCE_METHOD, Teacher, read_answers, same_vocabulary, write_answers
+from core.training.recipe import Recipe, TrainingData
+from core.training.search import CHECKPOINTS, SearchResult, search, write_results
+from core.training.sft import sft_examples
+from core.training.start import Start, open_start, open_teacher, save_folded
 
 log = logging.getLogger("stage3")
 STAGE, UNTRAINED = "adapted", "untrained"
-RESULTS, ANSWERS = "results.json", "source_answers.jsonl"
-# In the folder of a trial: its weights, and the last file to be written.
-WEIGHTS, DONE = "trained.safetensors", "done.json"
+ANSWERS = "source_answers.jsonl"
 
 
 @outputs_held()
 def main(argv: list[str]) -> None:
+    """Read the flags, open what they name, train, and write the adapted checkpoint."""
     setup_logging()
+    command, output_default = parse(argv)
+    dry_run = "dry_run" in command.modes
+    if dry_run and (waiting := command.waits_for("model_dir", "fused", "fused")):
+        print(waiting)
+        return
+    job = open_job(command, output_default)
+    rows = read_rows(job)
+    if dry_run:
+        strengths, counts = job.start.strengths(job.experiment.training), (len(rows.sft), len(rows.validation))
+        print(checks.stage3_report(job.start.checkpoint, job.folder, job.experiment, strengths, counts))
+        return
+    if job.process.is_main_process:
+        Manifest.begin(job.folder, STAGE, job.inputs(rows))
+    job.process.wait_for_everyone()
+    manifest = Manifest(job.folder, read_json(job.folder / MANIFEST))
+    log_to_file(command.log_file("output_dir", output_default) if job.process.is_main_process else None)
+    if job.experiment.training.save_untrained_folded and job.process.is_main_process:
+        save_untrained(job)
+    if manifest.complete:
+        log.info("%s is finished already", job.folder)
+    else:
+        if job.process.is_main_process:
+            save_resolved(job.experiment, "3", job.folder)
+        prepared = prepare(job, rows)
+        result = search(job.start, prepared.data, job.recipe, job.folder, job.process)
+        if job.process.is_main_process:
+            finish(job, manifest, rows, prepared, result)
+    if job.process.is_main_process:
+        shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+        push_folder(job.folder, repository(job.experiment))
+
+
+def parse(argv: list[str]) -> tuple[Command, str]:
+    """The command line, and where the adapted checkpoint is in the run directory when no flag says where to put it."""
     command = parse_command(
         argv,
         "3",
@@ -53,292 +86,220 @@ def main(argv: list[str]) -> None:
             "output_dir": "adapted checkpoint to write (default runs/<name>/adapted/<scenario>/seed<seed>)",
         },
         {"alpha": "train_alpha"},
+        {"dry_run": "check everything that can be checked without training, print it, and stop"},
     )
     experiment = command.experiment
-    scenario = experiment.training.training_scenario
-    place = f"adapted/{scenario}/seed{experiment.compute.seed}"
-    folder = command.path("output_dir", place)
-    start = open_start(str(command.path("model_dir", "fused")), experiment)
-    check_output_folder(folder, start.checkpoint.folder)
-    source = open_source(start, experiment) if scenario == "distill" else None
-    experiment = resolved(start, experiment)
-    division = divide(experiment.data.spec)
-    if start.made_by is not None:
-        check_same_split(start.made_by["data"], division.spec, division.revision)
-    made_with = recorded(start.checkpoint, source)
-    if start.made_by is not None and start.checkpoint.folder not in made_with:
-        made_with.append(start.checkpoint.folder)  # its record is missing, which reading it tells
-    check_held_out(division, made_with)
-    rows = division.rows("sft", experiment.training.sft_samples)
-    validation = (
-        division.rows("validation", experiment.training.validation_samples)
-        if experiment.training.validation_samples
-        else []
-    )
-    data, validation_data = division.identity(rows), division.identity(validation)
-    read = {"sft": division.marks(rows), "validation": division.marks(validation)}
-    state = process_state(experiment.compute.device)
-    settings = {**experiment.deciding("3"), "processes": state.num_processes}
-    inputs = {
-        "model": start.checkpoint.identity,
-        "made_by": start.made_by and start.made_by["fingerprint"],
-        "source": source and source.identity,
-        "data": data,
-        "validation": validation_data,
-        "settings": settings,
-    }
-    if state.is_main_process:
-        Manifest.begin(folder, STAGE, inputs)
-    state.wait_for_everyone()
-    manifest = Manifest(folder, read_json(folder / MANIFEST))
-    log_to_file(command.log_file("output_dir", place) if state.is_main_process else None)
-    if experiment.training.save_untrained_folded and state.is_main_process:
-        save_untrained(start, folder, experiment)
-    if manifest.complete:
-        log.info("%s is finished already", folder)
-    else:
-        tokenizer = start.checkpoint.load_tokenizer()
-        if state.is_main_process:
-            save_resolved(experiment, "3", folder)
-        rows, teacher, method = taught(rows, source, tokenizer, folder, experiment, state)
-        examples, counts = sft_examples(rows, tokenizer, experiment.training.block_size)
-        kept = sft_examples(validation, tokenizer, experiment.training.block_size)[0] if validation else []
-        trials, chosen = search(start, examples, kept, teacher, folder, experiment, state)
-        if state.is_main_process:
-            told = {"data": data, "counts": counts, "method": method, "settings": settings, "teacher": source}
-            finish(start, folder, manifest, experiment, trials, chosen, told | {"read": read})
-    if state.is_main_process:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        push_folder(folder, repository(experiment))
+    return command, f"adapted/{experiment.training.training_scenario}/seed{experiment.compute.seed}"
 
 
-def taught(
-    rows: list[Row], source: Checkpoint | None, tokenizer: Any, folder: Path, experiment: Experiment, state: Any
-) -> tuple[list[Row], Any, str | None]:
-    """(rows to train on, the teacher whose distribution is learned, in words what the source does).
+@dataclass(frozen=True)
+class Job:
+    """One call of this command: what it was asked to do, what it has opened, and where it writes.
 
-    Without a source the rows as they are. Where its vocabulary differs, the rows with the source's answers.
+    Attributes:
+        experiment: the settings, with those that the start decides filled in.
+        start: what training starts from.
+        source: the teacher of `distill`; None in the other scenarios.
+        folder: of the adapted checkpoint.
+        process: this process among those of `accelerate launch` (accelerate's PartialState).
     """
-    from core.training.distill import read_answers, same_vocabulary, write_answers
-    from core.training.trainer import Teacher
 
-    if source is None:
-        return rows, None, None
-    own = source.load_tokenizer()
-    if same_vocabulary(tokenizer, own):
-        method = (
-            f"token-level: {experiment.distill.distill_weight} of the loss is T^2 KL(source || target), T = "
-            f"{experiment.distill.distill_temperature}"
-        )
-        log.info("same vocabulary; %s", method)
-        model = source.load_model(experiment.compute.dtype).requires_grad_(False)
-        return rows, Teacher(model, experiment.distill.distill_weight, experiment.distill.distill_temperature), method
-    method = "sequence-level: the source's greedy answers (of a text, its second half) in place of the rows' own"
-    log.info("the vocabularies differ; %s", method)
-    if state.is_main_process:
-        model = source.load_model(experiment.compute.dtype)
-        write_answers(
-            rows, model, own, folder / ANSWERS, experiment.training.block_size, experiment.compute.tokens_per_batch
-        )
-        del model
-    state.wait_for_everyone()
-    return read_answers(rows, folder / ANSWERS), None, method
+    experiment: Experiment
+    start: Start
+    source: Checkpoint | None
+    folder: Path
+    process: Any
+
+    @property
+    def recipe(self) -> Recipe:
+        """How training goes."""
+        experiment = self.experiment
+        return Recipe(experiment.name, experiment.training, experiment.adapters, experiment.compute)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the result, for the fingerprint and the card."""
+        return {**self.experiment.deciding("3"), "processes": self.process.num_processes}
+
+    @property
+    def made_by(self) -> str | None:
+        """The fingerprint of the fused checkpoint; None for any other model."""
+        return None if self.start.made_by is None else self.start.made_by["fingerprint"]
+
+    def inputs(self, rows: RowsRead) -> dict[str, Any]:
+        """What the manifest says the adapted checkpoint was made from."""
+        return {
+            "model": self.start.checkpoint.identity,
+            "made_by": self.made_by,
+            "source": None if self.source is None else self.source.identity,
+            "data": rows.division.identity(rows.sft),
+            "validation": rows.division.identity(rows.validation),
+            "settings": self.settings,
+        }
 
 
-def search(
-    start: Start,
-    examples: list[Example],
-    validation: list[Example],
-    teacher: Any,
-    folder: Path,
-    experiment: Experiment,
-    state: Any,
-) -> tuple[list[dict[str, Any]], int]:
-    """Train with every alpha and learning rate asked for; (all trials, number of the best).
+@dataclass(frozen=True)
+class RowsRead:
+    """A divided data set, and the rows of it that this stage reads."""
 
-    The best has the lowest validation loss. A finished trial is on disk, the best one's weights stay there.
+    division: Division
+    sft: list[Row]
+    validation: list[Row]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows as training reads them.
+
+    Attributes:
+        data: token ids and labels, and the teacher of token-level distillation.
+        counts: of rows and tokens, as `sft_examples` gives them.
+        method: how a teacher takes part, in words; None without one.
+    """
+
+    data: TrainingData
+    counts: dict[str, int]
+    method: str | None
+
+
+def open_job(command: Command, output_default: str) -> Job:
+    """Open the start and the teacher, and check what can be checked before any row is read. Raises UserError."""
+    experiment, folder = command.experiment, command.path("output_dir", output_default)
+    model = str(command.path("model_dir", "fused"))
+    start = open_start(model, experiment.models.trust_remote_code, experiment.compute.device)
+    start.check(experiment.training)
+    check_output_folder(folder, start.checkpoint.folder)
+    distills = experiment.training.training_scenario == "distill"
+    source = open_teacher(start, experiment.models) if distills else None
+    process = process_state(experiment.compute.device)
+    return Job(resolved(experiment, start), start, source, folder, process)
+
+
+def resolved(experiment: Experiment, start: Start) -> Experiment:
+    """The experiment with what the start decides: the dtype for `auto`, and the data of the plans if none is given."""
+    compute, data = experiment.compute, experiment.data
+    if compute.dtype == "auto":
+        half_types = {"BF16": "bfloat16", "F16": "float16"} if compute.device != "cpu" else {}
+        most_common = mode(dtype for _, dtype in start.checkpoint.headers.values())
+        experiment = experiment.changed(dtype=half_types.get(most_common, "float32"))
+    if start.made_by is None or data.data_subset or data.data_file is not None:
+        return experiment
+    of_plans = start.made_by["data"]
+    log.info("no data given: taking that of the plans, %s", of_plans["file"] or of_plans["subset"])
+    return experiment.changed(
+        data_subset=of_plans["subset"],
+        data_file=of_plans["file"],
+        split_seed=of_plans["split_seed"],
+        max_rows_read=of_plans["max_samples"],
+        group_column=of_plans["group_column"],
+    )
+
+
+def read_rows(job: Job) -> RowsRead:
+    """The fine-tuning and the validation rows.
 
     Raises:
-        UserError: no trial has a loss that is a number.
+        UserError: the data is divided in another way than for the plans, or a held-out row of it was read by an earlier
+            stage.
     """
-    from core.training.trainer import Diverged
-
-    hot = experiment.training.training_scenario == "hot"
-    grid = list(
-        product(start.alphas(experiment), experiment.training.lr_search or (experiment.training.learning_rate,))
-    )
-    trials: list[dict[str, Any]] = []
-    best = 0
-    for number, (alpha, rate) in enumerate(grid):
-        place = trial_folder(folder, number)
-        if not (place / DONE).is_file():
-            log.info("trial %d of %d: alpha %s, learning rate %s", number + 1, len(grid), alpha, rate)
-            trial: dict[str, Any] = {"alpha": alpha if hot else None, "learning_rate": rate}
-            weights: dict[str, Tensor] = {}
-            curve = None
-            try:
-                weights, curve = train_once(start, examples, validation, teacher, place, experiment, alpha, rate)
-                trial |= {"validation": curve["final_validation"], "train": curve["train"][-1]["loss"]}
-            except Diverged as error:
-                if len(grid) == 1:
-                    raise
-                log.warning("trial %d: %s", number + 1, error)
-                trial |= {"validation": None, "diverged": str(error)}
-            if state.is_main_process:
-                place.mkdir(parents=True, exist_ok=True)
-                write_safetensors(place / WEIGHTS, unshared(weights))
-                write_json(place / DONE, {"trial": trial, "curve": curve})
-            state.wait_for_everyone()
-        trials.append(read_json(place / DONE)["trial"])
-        better = loss_of(trials[number]) < loss_of(trials[best])
-        worse, best = (best, number) if better else (number, best)
-        if state.is_main_process:
-            for point in place.glob("checkpoint-*"):
-                shutil.rmtree(point)
-            if worse != best:
-                (trial_folder(folder, worse) / WEIGHTS).unlink(missing_ok=True)
-            if len(grid) > 1:
-                write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials})
-    if len(trials) > 1 and loss_of(trials[best]) == math.inf:
-        told = trials[best].get("diverged", f"the validation loss is {trials[best]['validation']}")
-        raise UserError(f"every trial diverged; the first: {told}")
-    return trials, best
+    division = divide(job.experiment.data.spec)
+    start, training = job.start, job.experiment.training
+    made_with = recorded(start.checkpoint, job.source)
+    if start.made_by is not None:
+        check_same_split(start.made_by["data"], division.spec, division.revision)
+        if start.checkpoint.folder not in made_with:
+            made_with.append(start.checkpoint.folder)  # its record of rows is missing, and reading it says so
+    check_held_out(division, made_with)
+    sft = division.rows("sft", training.sft_samples)
+    validation = division.rows("validation", training.validation_samples) if training.validation_samples else []
+    return RowsRead(division, sft, validation)
 
 
-def trial_folder(folder: Path, number: int) -> Path:
-    """Where a trial keeps its resume points, and in the end its weights and its curve."""
-    return folder / "checkpoints" / f"trial{number}"
+def prepare(job: Job, rows: RowsRead) -> Prepared:
+    """Tokenize the rows, after a source with another vocabulary has written its answers into them."""
+    tokenizer = job.start.checkpoint.load_tokenizer()
+    block_size = job.experiment.training.block_size
+    sft, teacher, method = rows.sft, None, None
+    if job.source is not None:
+        sft, teacher, method = learn_from(job.source, job, rows.sft, tokenizer)
+    examples, counts = sft_examples(sft, tokenizer, block_size)
+    validation = sft_examples(rows.validation, tokenizer, block_size)[0] if rows.validation else []
+    return Prepared(TrainingData(examples, validation, teacher), counts, method)
 
 
-def loss_of(trial: dict[str, Any]) -> float:
-    """What trials are compared by: a loss that is no number is never the best; a single trial needs no validation."""
-    loss = trial["validation"]
-    return loss if loss is not None and math.isfinite(loss) else math.inf
+def learn_from(source: Checkpoint, job: Job, rows: list[Row], tokenizer: Any) -> tuple[list[Row], Teacher | None, str]:
+    """Let the source teach: by tokens where both models have the same vocabulary, and by whole answers elsewhere.
 
-
-def train_once(
-    start: Start,
-    examples: list[Example],
-    validation: list[Example],
-    teacher: Any,
-    place: Path,
-    experiment: Experiment,
-    alpha: float,
-    learning_rate: float,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One training: (all weights of the unfolded model after it, in float32 on the CPU, by its own names; its curve).
-
-    Of a sharded model only the first process gets the weights.
+    Returns:
+        (the rows to train on, the teacher by tokens, the method in words for the card).
     """
-    from transformers import set_seed
-
-    from core.training.adapters import add_lora, merge_lora
-    from core.training.trainer import train
-
-    set_seed(experiment.compute.seed)  # before the adapters are drawn: a trial is the same alone and in a search
-    hot, layout = experiment.training.training_scenario == "hot", start.checkpoint.layout
-    model = start.load(hot, alpha)
-    if experiment.adapters.use_lora:
-        adapted = add_lora(
-            model,
-            layout.family.tower,
-            experiment.adapters.lora_rank,
-            experiment.adapters.lora_alpha,
-            experiment.adapters.lora_dropout,
-            experiment.adapters.lora_targets,
-        )
-        log.info("LoRA of rank %d on %d layers", experiment.adapters.lora_rank, adapted)
-    strategy = experiment.training.freeze_strategy if hot else "frozen_hot"
-    for part, (trainable, frozen) in set_trainable(model, strategy, experiment.adapters.use_lora).items():
-        if trainable + frozen:
-            log.info("%-8s %12d trainable %12d frozen parameters", part, trainable, frozen)
-    unused = layout.model_type not in TOWERS or (hot and alpha == 0)
-    trainer, curve = train(model, examples, validation, place, experiment, learning_rate, teacher, unused)
-    if experiment.adapters.use_lora:
-        merge_lora(model)
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.sharded else model.state_dict()
-    return {name: value.to("cpu") for name, value in (whole or {}).items()}, curve
+    training, compute = job.experiment.training, job.experiment.compute
+    source_tokenizer = source.load_tokenizer()
+    if same_vocabulary(tokenizer, source_tokenizer):
+        teacher = Teacher(source.load_model(compute.dtype).requires_grad_(False), job.experiment.distill)
+        log.info("same vocabulary; %s", teacher.method)
+        return rows, teacher, teacher.method
+    log.info("the vocabularies differ; %s", SEQUENCE_METHOD)
+    path = job.folder / ANSWERS
+    if job.process.is_main_process:
+        model = source.load_model(compute.dtype)
+        write_answers(rows, model, source_tokenizer, path, training.block_size, compute.tokens_per_batch)
+    job.process.wait_for_everyone()
+    return read_answers(rows, path), None, SEQUENCE_METHOD
 
 
-def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With a copy of each that shares memory with one before it (tied weights), which safetensors refuses."""
-    seen: set[int] = set()
-    out = {}
-    for name, value in tensors.items():
-        out[name] = value.clone() if value.data_ptr() in seen else value.contiguous()
-        seen.add(value.data_ptr())
-    return out
-
-
-def finish(
-    start: Start,
-    folder: Path,
-    manifest: Manifest,
-    experiment: Experiment,
-    trials: list[dict[str, Any]],
-    chosen: int,
-    told: dict[str, Any],
-) -> None:
+def finish(job: Job, manifest: Manifest, rows: RowsRead, prepared: Prepared, result: SearchResult) -> None:
     """Write the adapted checkpoint of the chosen trial, its curve and its card, and mark it complete."""
-    from safetensors.torch import load_file
-
-    from core.training.trainer import save_curve
-
-    hot, best, place = experiment.training.training_scenario == "hot", trials[chosen], trial_folder(folder, chosen)
-    curve = read_json(place / DONE)["curve"]
-    save_folded(start, folder, load_file(place / WEIGHTS), hot, best["alpha"] or 0.0, experiment.output.max_shard_bytes)
+    start, folder, hot = job.start, job.folder, job.experiment.training.hot
+    trial, outcome = result.trials[result.chosen], result.outcomes[result.chosen]
+    curve, data = trial.curve(), rows.division.identity(rows.sft)
+    save_folded(start, folder, trial.weights(), trial.alpha, job.experiment.output.max_shard_bytes)
     save_curve(folder, curve)
-    settings = told["settings"]
-    if len(trials) > 1:
-        settings = {**settings, "chosen alpha": best["alpha"], "chosen learning rate": best["learning_rate"]}
-        write_json(folder / RESULTS, {"metric": "validation loss, nats per token", "trials": trials, "chosen": chosen})
-    write_rows_read(folder, told["read"], recorded(start.checkpoint, told["teacher"]))
-    lineage = adapted_lineage(start.checkpoint, (start.made_by or {}).get("lineage"), hot, settings, told["teacher"])
-    write_text(folder / CARD, adapted_card(lineage, told["data"], curve, told["counts"], told["method"]))
+    settings = job.settings
+    if len(result.trials) > 1:
+        settings |= {"chosen alpha": outcome["alpha"], "chosen learning rate": outcome["learning_rate"]}
+        write_results(folder, result.outcomes, chosen=result.chosen)
+    marks = {"sft": rows.division.marks(rows.sft), "validation": rows.division.marks(rows.validation)}
+    write_rows_read(folder, marks, recorded(start.checkpoint, job.source))
+    lineage = adapted_lineage(start.checkpoint, (start.made_by or {}).get("lineage"), hot, settings, job.source)
+    write_text(folder / CARD, adapted_card(lineage, data, curve, prepared.counts, prepared.method))
     losses = [point["loss"] for point in curve["train"]]
+    validation = [point["loss"] for point in curve["validation"]]
     manifest.finish(
-        data=told["data"],
+        data=data,
         losses=losses,
-        validation=[point["loss"] for point in curve["validation"]],
+        validation=validation,
         final_validation=curve["final_validation"],
-        counts=told["counts"],
-        distillation=told["method"],
-        trials=trials,
-        chosen=best,
+        counts=prepared.counts,
+        distillation=prepared.method,
+        trials=result.outcomes,
+        chosen=outcome,
         lineage=lineage,
         **provenance(),
     )
     log.info("%s is finished; training loss %.4f at first, %.4f at last", folder, losses[0], losses[-1])
-    if curve["validation"]:
-        log.info("validation loss %.4f before, %.4f after", curve["validation"][0]["loss"], curve["final_validation"])
+    if validation:
+        log.info("validation loss %.4f before, %.4f after", validation[0], curve["final_validation"])
 
 
-def save_untrained(start: Start, folder: Path, experiment: Experiment) -> None:
+def save_untrained(job: Job) -> None:
     """Write what training starts from, folded, beside the adapted checkpoint: the ablation without training."""
-    hot, alpha = experiment.training.training_scenario == "hot", start.alphas(experiment)[0]
-    place = folder.with_name(f"{folder.name}-{UNTRAINED}")
-    made_by = start.made_by and start.made_by["fingerprint"]
-    manifest = Manifest.begin(
-        place,
-        UNTRAINED,
-        {
-            "model": start.checkpoint.identity,
-            "made_by": made_by,
-            "hot": hot,
-            "alpha": alpha,
-            "max_shard_size": experiment.output.max_shard_size,
-        },
-    )
+    start, hot, output = job.start, job.experiment.training.hot, job.experiment.output
+    alpha = start.strengths(job.experiment.training)[0]
+    folder = job.folder.with_name(f"{job.folder.name}-{UNTRAINED}")
+    inputs = {"model": start.checkpoint.identity, "made_by": job.made_by, "hot": hot, "alpha": alpha}
+    manifest = Manifest.begin(folder, UNTRAINED, {**inputs, "max_shard_size": output.max_shard_size})
     if not manifest.complete:
-        state = {name: value.to("cpu") for name, value in start.load(hot, alpha).state_dict().items()}
-        save_folded(start, place, state, hot, alpha, experiment.output.max_shard_bytes)
-        write_rows_read(place, {}, recorded(start.checkpoint))
+        applied = alpha if hot else None
+        state = {name: value.to("cpu") for name, value in start.load(applied).state_dict().items()}
+        save_folded(start, folder, state, applied, output.max_shard_bytes)
+        write_rows_read(folder, {}, recorded(start.checkpoint))
         manifest.finish(**provenance())
-    log.info("%s holds what training starts from", place)
+    log.info("%s holds what training starts from", folder)
 
 
 def repository(experiment: Experiment) -> str | None:
-    """Hub repository of this checkpoint: stage 2 has pushed the fused one to `push_to_hub` itself."""
+    """The hub repository of this checkpoint. Stage 2 has pushed the fused one to `push_to_hub` itself."""
     suffix = {"hot": "adapted", "no_hot": "no-hot", "distill": "distilled"}[experiment.training.training_scenario]
     return experiment.output.push_to_hub and f"{experiment.output.push_to_hub}-{suffix}"
 

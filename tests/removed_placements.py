@@ -118,7 +118,7 @@ def _rewrite(file: str, remove: Placement | None = None) -> tuple[list[Placement
 @cache
 def files() -> tuple[str, ...]:
     """The files of the product that have placements."""
-    paths = (path for folder in ("", "core", "evaluation") for path in (ROOT / folder).glob("*.py"))
+    paths = [*ROOT.glob("*.py"), *(path for folder in ("core", "evaluation") for path in (ROOT / folder).rglob("*.py"))]
     return tuple(name for name in sorted(str(path.relative_to(ROOT)) for path in paths) if _rewrite(name)[0])
 
 

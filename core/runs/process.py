@@ -1,11 +1,8 @@
-"""What every command shares: how it ends, what it logs and where, what is recorded of this code."""
+"""The process of a command: what it logs and where, its exit code, and its rank among the processes of a launch."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,10 +13,17 @@ from safetensors import SafetensorError
 
 from core.errors import UserError
 
+LOG_FORMAT = logging.Formatter("%(asctime)s %(message)s")
+# The handlers that the current command added to the root logger.
+_handlers: list[logging.Handler] = []
+
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run `main(argv)` as a process: a UserError becomes one line on stderr and exit code 2, an error of the operating
-    system or a damaged file (disk full, no permission) one line and 1, Ctrl-C 130."""
+    """Run `main(argv)` and turn its errors into one line on stderr and an exit code.
+
+    A UserError gives exit code 2. An error of the operating system (a full disk, a missing permission) or a damaged
+    file gives 1. Ctrl-C gives 130.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -33,12 +37,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         raise SystemExit(130) from None
 
 
-_handlers: list[logging.Handler] = []
-LOG_FORMAT = logging.Formatter("%(asctime)s %(message)s")
-
-
 def setup_logging() -> None:
-    """Log INFO to stderr, and to no file of an earlier command in this process."""
+    """Log messages from INFO on to stderr. An earlier command of the same process no longer logs to its file."""
     root = logging.getLogger()
     while _handlers:
         old = _handlers.pop()
@@ -46,13 +46,16 @@ def setup_logging() -> None:
         old.close()
     root.setLevel(logging.INFO)
     _add_handler(logging.StreamHandler())
-    # The libraries' own INFO lines (one per HTTP request, per checkpoint) drown ours.
+    # These libraries log one INFO line per HTTP request or per file, among which ours would be lost.
     for noisy in ("httpx", "httpcore", "datasets", "accelerate", "filelock", "gguf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def log_to_file(path: Path | None) -> None:
-    """Append the log to `path` as well, from now on (after the input was checked: bad input leaves no file)."""
+    """Append the log to `path` as well, from now on. Does nothing when `path` is None.
+
+    Commands call this after they have checked their input, so that bad input leaves no file behind.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _add_handler(logging.FileHandler(path, encoding="utf-8"))
@@ -65,18 +68,11 @@ def _add_handler(handler: logging.Handler) -> None:
 
 
 def process_state(device: str) -> Any:
-    """This process among those of `accelerate launch` (accelerate's PartialState); alone, process 0 of 1."""
-    from accelerate import PartialState
+    """accelerate's PartialState: the rank of this process among those of `accelerate launch`, and how many they are.
 
-    return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))  # one waits while another reads a model
+    A process that was started alone has rank 0 of 1. Waiting for the others has no practical time limit, because one
+    process can read a model for hours while the others wait.
+    """
+    from accelerate import PartialState  # imports torch.distributed, which a dry run does not need
 
-
-def provenance() -> dict[str, Any]:
-    """Library versions and the commit of this code (None outside git): recorded, not part of any fingerprint."""
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = done.stdout.strip() or None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"versions": versions, "commit": commit}
+    return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))

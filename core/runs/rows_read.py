@@ -1,4 +1,4 @@
-"""Which rows the stages have read: recorded beside what they made of them, so that no later stage holds one out."""
+"""Which rows the stages have read, recorded in their output folders, so that no later stage holds such a row out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from core.files import read_json, write_json
 from core.models.checkpoints import Checkpoint
 from core.texts.split import shared_values
 
-# Part -> marks (`Division.marks`) of the rows of it that this folder was made with, by its own stage or one before it.
+# A file of an output folder: part -> marks (`Division.marks`) of the rows of this part that were read by the stage that
+# made the folder, or by a stage that made one of its inputs.
 ROWS_READ = "rows_read.json"
 
 
-def write_rows_read(folder: Path, parts: Mapping[str, Iterable[str]], before: Iterable[Path] = ()) -> None:
-    """Record the marks of the rows that a stage read, and those that the folders it started from were made with."""
+def write_rows_read(folder: Path, parts: Mapping[str, Iterable[str]], inputs: Iterable[Path] = ()) -> None:
+    """Record in `folder` which rows its stage read, and which rows its inputs were made with.
+
+    Args:
+        parts: part -> marks of the rows that the stage itself read.
+        inputs: folders of the stage's inputs that have such a record, too.
+    """
     marks = {part: set(found) for part, found in parts.items()}
-    for part, found in rows_read(before).items():
+    for part, found in rows_read(inputs).items():
         marks[part] = marks.get(part, set()) | found
     write_json(folder / ROWS_READ, {part: sorted(found) for part, found in marks.items()})
 
 
 def rows_read(folders: Iterable[Path]) -> dict[str, set[str]]:
-    """Part -> marks of all rows that these folders were made with. Raises UserError where the record is missing."""
+    """Part -> marks of all rows that these folders were made with. Raises UserError where a record is missing."""
     marks: dict[str, set[str]] = {}
     for folder in folders:
         for part, found in read_json(folder / ROWS_READ).items():
@@ -34,41 +40,46 @@ def rows_read(folders: Iterable[Path]) -> dict[str, set[str]]:
 
 
 def recorded(*checkpoints: Checkpoint | None) -> list[Path]:
-    """The folders of those models that a stage of ours made from rows: a target, source or start may be one."""
+    """The folders of those models that have a record of rows read, because a stage of ours made them."""
     return [model.folder for model in checkpoints if model is not None and (model.folder / ROWS_READ).is_file()]
 
 
 def check_held_out(division: Division, folders: Iterable[Path]) -> None:
-    """Refuse (UserError) to hold out a row that was read already, or that shares a passage or a question with one that
-    was. Both happen when the data has changed since: groups have joined, or have fallen apart because too many rows now
-    share what had joined them.
+    """Refuse to hold out a row that was read before, or that shares a passage or a question with a row that was.
 
-    All rows of the held-out part are checked, not only those that are scored, because rows of one group are alike.
+    Both happen when the data has changed since the earlier stage: groups have joined, or have fallen apart because so
+    many rows now share what had joined them that it counts as a prompt. All rows of the held-out part are checked, not
+    only those that will be scored, because rows of one group are alike.
+
+    Raises:
+        UserError: there is such a row; the message counts them by the part in which they were read.
     """
-    seen = rows_read(folders)
-    counts = dict.fromkeys(seen, 0)
+    read = rows_read(folders)
+    counts = dict.fromkeys(read, 0)
     leaked = 0
     for row in division.parts["held_out"]:
         marks = shared_values(row) | {row.digest}
-        readers = [part for part, found in seen.items() if marks & found]
-        leaked += bool(readers)
-        for part in readers:
+        read_in = [part for part, found in read.items() if marks & found]
+        leaked += bool(read_in)
+        for part in read_in:
             counts[part] += 1
     if leaked:
-        told = ", ".join(f"{part} {count}" for part, count in counts.items() if count)
+        by_part = ", ".join(f"{part} {count}" for part, count in counts.items() if count)
         raise UserError(
-            f"{leaked} held-out rows of {division.where} were read by an earlier stage ({told}), or share a passage or "
-            "a question with rows that were: the data has changed since; run all stages again with it, or give the "
+            f"{leaked} held-out rows of {division.name} were read by an earlier stage ({by_part}), or share a passage "
+            "or a question with rows that were: the data has changed since; run all stages again with it, or give the "
             "data as it was"
         )
 
 
 def check_same_split(made_from: Mapping[str, Any], spec: DataSpec, revision: str | None) -> None:
-    """Refuse (UserError) another split of the data an earlier stage used: held-out texts would leak into training.
+    """Refuse to divide the data of an earlier stage in another way, because held-out texts would be trained on.
 
     Args:
-        made_from: `Division.identity` of the earlier stage.
-        revision: of a data set of the hub, where it is known.
+        made_from: `Division.identity` of the rows that the earlier stage read.
+        revision: revision of the data set on the hub, if it is known.
+    Raises:
+        UserError: the data is the same, but the split seed, the limit on rows, the group column or the revision is not.
     """
     if made_from["file"] is not None and spec.file is not None:
         same = Path(made_from["file"]).resolve() == Path(spec.file).resolve()

@@ -1,1 +1,1 @@
-"""Rows of text: messages, their split into calibration, training, validation and held-out rows, and their tokens."""
+"""Rows of text: records as messages, the split into calibration, fine-tuning, validation and held-out rows, tokens."""

@@ -1,4 +1,4 @@
-"""The loss of a model on texts it was not trained on."""
+"""The loss of a model on texts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from core.batching import token_batches
-from core.training.sft import IGNORED, Example, pad
+from core.training.sft import IGNORED, Example, padded_batch
 
 
 def trained_tokens(examples: Sequence[Example]) -> list[int]:
-    """Tokens with loss of every example."""
+    """The number of tokens with loss of every example."""
     return [sum(label != IGNORED for label in example["labels"][1:]) for example in examples]
 
 
@@ -22,14 +22,26 @@ def trained_tokens(examples: Sequence[Example]) -> list[int]:
 def text_nll(
     model: Any, examples: Sequence[Example], tokens_per_batch: int, desc: str, show: bool = True
 ) -> list[float]:
-    """Summed negative log-likelihood (nats) of the labelled tokens of every text, in text order."""
-    out = [0.0] * len(examples)
+    """The negative log-likelihood of every text: the sum over its tokens with loss, in nats.
+
+    Dividing the sum over all texts by the sum of `trained_tokens` gives the loss per token. It does not depend on how
+    the texts were batched.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokens_per_batch: tokens of one forward pass, padding included.
+        desc: what the progress bar says is evaluated.
+        show: whether there is a progress bar.
+    Returns:
+        One number per example, in the order of the examples.
+    """
+    nll = [0.0] * len(examples)
     batches = token_batches([len(example["input_ids"]) for example in examples], tokens_per_batch)
     for batch in tqdm(batches, desc=f"evaluating {desc}", unit="batch", disable=not show):
-        inputs = pad([examples[n] for n in batch], model.device)
+        inputs = padded_batch([examples[n] for n in batch], model.device)
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # [B, S-1, V]
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
         for n, loss in zip(batch, losses.sum(1).tolist(), strict=True):
-            out[n] = loss
-    return out
+            nll[n] = loss
+    return nll

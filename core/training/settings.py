@@ -15,7 +15,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """training"""
+    """Training: what is trained, and how."""
 
     model_type: str | None = option(
         None, "3", "family of --model_dir; detected when left out", tuple(SEED_MODEL_TYPES), changes=""
@@ -23,36 +23,48 @@ class TrainingSettings:
     training_scenario: str = option(
         "hot",
         "3",
-        "hot: train from the fused start with its residual; no_hot: the same "
-        "from the unfused target; distill: no_hot with the source as teacher",
+        "hot: train from the fused start with its residual; no_hot: the same from the unfused target; distill: no_hot "
+        "with the source as teacher",
         SCENARIOS,
     )
     freeze_strategy: str = option(
         "frozen_hot",
         "3",
-        "with hot: frozen_hot (= frozen_transport) fixes the residual; frozen_base: only it trains; none: both train",
+        "with hot: frozen_hot (= frozen_transport): the base trains and the residual is fixed; frozen_base: only the "
+        "residual trains; none: both train",
         FREEZE_STRATEGIES,
         only_with="hot",
     )
     train_alpha: float | None = option(
-        None, "3", "with hot: residual strength while training; default the fused one", range=SHARE, only_with="hot"
+        None,
+        "3",
+        "with hot: the residual's strength while training; default that of the fusion",
+        range=SHARE,
+        only_with="hot",
     )
     sft_samples: int = option(2000, "3", "at most so many fine-tuning rows", range=AT_LEAST_ONE, changes="")
     block_size: int = option(
-        2048, "3", "fine-tuning rows are cut at so many tokens; with --packing, tokens per pack", range=AT_LEAST_ONE
+        2048,
+        "3",
+        "fine-tuning rows are cut at so many tokens; with --packing also the most tokens of a pack",
+        range=AT_LEAST_ONE,
     )
-    packing: bool = option(False, "3", "put several whole rows into one sequence; none attends to another")
+    packing: bool = option(False, "3", "put several whole rows into one sequence, in which no row attends to another")
     epochs: float = option(1.0, "3", "passes over the fine-tuning rows", range=POSITIVE)
     train_batch_size: int = option(1, "3", "rows (with --packing, packs) per device and step", range=AT_LEAST_ONE)
     gradient_accumulation: int = option(8, "3", "steps per optimizer update", range=AT_LEAST_ONE)
-    gradient_checkpointing: bool = option(False, "3", "compute activations again in the backward pass: less memory")
-    learning_rate: float = option(1e-6, "3", "peak learning rate", range=POSITIVE, only_with="no search of rates")
-    lr_scheduler: str = option("linear", "3", "how the learning rate ends", SCHEDULERS)
-    warmup: float = option(
-        0.0, "3", "updates in which the learning rate rises; below 1, share of all updates", range=NOT_NEGATIVE
+    gradient_checkpointing: bool = option(
+        False, "3", "compute activations again in the backward pass, which saves memory"
     )
-    weight_decay: float = option(0.0, "3", "of AdamW", range=NOT_NEGATIVE)
-    max_grad_norm: float = option(1.0, "3", "gradients are clipped at this norm; 0: not at all", range=NOT_NEGATIVE)
+    learning_rate: float = option(1e-6, "3", "peak learning rate", range=POSITIVE, only_with="no search of rates")
+    lr_scheduler: str = option("linear", "3", "how the learning rate goes after the warmup", SCHEDULERS)
+    warmup: float = option(
+        0.0, "3", "updates in which the learning rate rises; below 1: their share of all updates", range=NOT_NEGATIVE
+    )
+    weight_decay: float = option(0.0, "3", "weight decay of AdamW", range=NOT_NEGATIVE)
+    max_grad_norm: float = option(
+        1.0, "3", "gradients are clipped at this norm; 0: they are not clipped", range=NOT_NEGATIVE
+    )
     save_steps: int = option(
         200,
         "3",
@@ -63,8 +75,8 @@ class TrainingSettings:
     validation_samples: int = option(
         32,
         "3",
-        "at most so many validation rows (of groups that nothing else reads); "
-        "their loss is recorded before, during and after; 0: none",
+        "at most so many validation rows, of groups that nothing else reads; their loss is recorded before, during and "
+        "after training; 0: none",
         range=NOT_NEGATIVE,
     )
     eval_steps: int | None = option(
@@ -77,8 +89,8 @@ class TrainingSettings:
     early_stop: int | None = option(
         None,
         "3",
-        "stop when the validation loss has not fallen in so many validations, "
-        "one at each --save-steps, and take the best; default never",
+        "stop when the validation loss has not fallen in so many validations, one at each --save-steps, and keep the "
+        "best weights; default never",
         range=AT_LEAST_ONE,
     )
     alpha_search: tuple[float, ...] = option(
@@ -89,12 +101,17 @@ class TrainingSettings:
         only_with="hot",
     )
     lr_search: tuple[float, ...] = option(
-        (), "3", "the same for learning rates; both: every combination", range=POSITIVE
+        (), "3", "the same for learning rates; with both, every combination is tried", range=POSITIVE
     )
     report_to: str = option("none", "3", "logging service of the Trainer, e.g. tensorboard or wandb", changes="")
     save_untrained_folded: bool = option(
-        False, "3", "also write <output_dir>-untrained: what training starts from, folded", changes=""
+        False, "3", "also write <output_dir>-untrained, which is what training starts from, folded", changes=""
     )
+
+    @property
+    def hot(self) -> bool:
+        """Whether the residual takes part in training."""
+        return self.training_scenario == "hot"
 
     def check(self) -> None:
         """Raise UserError for settings that exclude each other."""
@@ -110,13 +127,13 @@ class TrainingSettings:
             raise UserError("lr_scheduler constant has no warmup; take constant_with_warmup")
         if self.eval_steps and not self.validation_samples:
             raise UserError("eval_steps needs rows to validate on; give --validation-samples")
-        if self.save_untrained_folded and len(self.alpha_search) > 1 and self.training_scenario == "hot":
+        if self.save_untrained_folded and len(self.alpha_search) > 1 and self.hot:
             raise UserError("save_untrained_folded writes one alpha; leave alpha_search out")
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """LoRA adapters"""
+    """LoRA adapters: what trains in place of the base weights."""
 
     use_lora: bool = option(False, "3", "train LoRA adapters (merged at the end) instead of the base weights")
     lora_rank: int = option(8, "3", "rank of the adapters", range=AT_LEAST_ONE, only_with="LoRA")
@@ -131,15 +148,15 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """distillation"""
+    """Distillation: how much the source teaches."""
 
     distill_weight: float = option(
         0.5,
         "3",
-        "share of the teacher's divergence in the loss of distill, where both models have the same vocabulary",
+        "share of the divergence from the teacher in the loss of distill, where both models have the same vocabulary",
         range=SHARE,
         only_with="distill",
     )
     distill_temperature: float = option(
-        1.0, "3", "softens both distributions in that divergence", range=POSITIVE, only_with="distill"
+        1.0, "3", "temperature that softens both distributions in that divergence", range=POSITIVE, only_with="distill"
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning rows as token ids and labels: the chat template's loss mask, the cut at a length, packing."""
+"""Fine-tuning rows as token ids and labels: where the loss is, where rows are cut, and how they become batches."""
 
 from __future__ import annotations
 
@@ -7,60 +7,72 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from core.batching import pad, pad_with_mask
 from core.data import Row
 from core.errors import UserError
 from core.texts.tokens import templated, tokenized
 
 log = logging.getLogger(__name__)
+# One row: {"input_ids", "labels"}, of equal length.
 Example = dict[str, list[int]]
+# The label of a token without loss.
 IGNORED = -100
-# Stands for an answer while a chat template is rendered, to find where the template puts it.
+# While a chat template is rendered, this stands in place of an answer, so that we find where the template puts it.
 _MARK = "\ue000{}\ue001"
+# A template with this tag says itself where the answers are.
 _GENERATION = re.compile(r"{%-?\s*generation\b")
 
 
 def sft_example(row: Row, tokenizer: Any, block_size: int) -> Example:
     """Token ids and labels of one row, cut at `block_size` tokens.
 
-    Text rows: loss on every token that has one before it. Rows with roles: loss on the assistant's answers and the
-    token that ends each of them, -100 elsewhere; without a chat template, messages are lines and the end is the
-    tokenizer's end of text.
+    A row of text has a loss on every token but the first, which nothing predicts. A row with roles has a loss on the
+    assistant's answers and on the token that ends each of them; the labels of all other tokens are -100. Such a row is
+    rendered with the chat template. Without one, every message is a line, and the tokenizer's end-of-text token ends
+    the row.
 
     Raises:
-        UserError: the chat template hides where the answers are, or refuses the row; the tokenizer refuses it.
+        UserError: the chat template hides where the answers are, or the template or the tokenizer refuses the row.
     """
+    ids, has_loss = _ids_with_loss(row, tokenizer)
+    has_loss[:1] = [False] * len(has_loss[:1])
+    labels = [token if learned else IGNORED for token, learned in zip(ids, has_loss, strict=True)]
+    return {"input_ids": ids[:block_size], "labels": labels[:block_size]}
+
+
+def _ids_with_loss(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The token ids of a whole row, and for each whether it is something to learn."""
     if not row.has_roles:
-        ids = tokenized(tokenizer, row.plain)["input_ids"][:block_size]
-        labels = list(ids)
-    elif not tokenizer.chat_template:
-        done = tokenized(tokenizer, row.plain, return_offsets_mapping=True)
-        ids = done["input_ids"]
-        marks = _in_spans(done, _lines_of_answers(row), tokenizer)
+        ids = tokenized(tokenizer, row.plain)["input_ids"]
+        return ids, [True] * len(ids)
+    if not tokenizer.chat_template:
+        encoded = tokenized(tokenizer, row.plain, return_offsets_mapping=True)
+        ids, has_loss = encoded["input_ids"], _in_spans(encoded, _lines_of_answers(row), tokenizer)
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids, marks = [*ids, tokenizer.eos_token_id], [*marks, row.messages[-1][0] == "assistant"]
-        ids = ids[:block_size]
-        labels = [t if marked else IGNORED for t, marked in zip(ids, marks, strict=False)]
-    elif _GENERATION.search(_template(tokenizer)):
+            return [*ids, tokenizer.eos_token_id], [*has_loss, row.messages[-1][0] == "assistant"]
+        return ids, has_loss
+    if _GENERATION.search(_template(tokenizer)):
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
-        done = templated(tokenizer, row.chat(), row.own_text, **options)
-        ids = done["input_ids"][:block_size]
-        labels = [t if marked else IGNORED for t, marked in zip(ids, done["assistant_masks"], strict=False)]
-    else:
-        text, spans = answer_spans(row, tokenizer)
-        done = tokenized(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = done["input_ids"][:block_size]
-        labels = [t if marked else IGNORED for t, marked in zip(ids, _in_spans(done, spans, tokenizer), strict=False)]
-    labels[:1] = [IGNORED] * len(labels[:1])  # nothing predicts the first token: it must not count as one
-    return {"input_ids": ids, "labels": labels}
+        encoded = templated(tokenizer, row.chat(), row.own_text, **options)
+        return encoded["input_ids"], [bool(learned) for learned in encoded["assistant_masks"]]
+    text, spans = answer_spans(row, tokenizer)
+    encoded = tokenized(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], _in_spans(encoded, spans, tokenizer)
 
 
 def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The row as the chat template renders it, and where the assistant's answers are in it (characters, from to).
+    """The row as the chat template renders it, and the span of characters of each of the assistant's answers.
 
-    The template is rendered with a mark in place of each answer, so that no answer can be mistaken for other text.
+    The answers cannot simply be searched for, because a question may hold the same words. The template is therefore
+    rendered a second time, with a mark in place of each answer. Some templates strip the messages that they are given;
+    the spans are accepted when the marks, filled with the answers or with the stripped answers, give the same text.
+
+    Returns:
+        (text, [(first character, character after the last)] in the order of the answers).
+    Raises:
+        UserError: the template changes the answers in some other way, so that their spans are not known.
     """
     chat = row.chat()
     answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
@@ -68,7 +80,7 @@ def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
         {**message, "content": _MARK.format(turn)} if turn in answers else message for turn, message in enumerate(chat)
     ]
     text, rendered = (templated(tokenizer, turns, row.own_text, tokenize=False) for turns in (chat, marked))
-    for clean in (str, str.strip):  # some templates strip what they are given
+    for clean in (str, str.strip):
         filled, rest, spans = "", rendered, []
         for turn in answers:
             before, mark, rest = rest.partition(_MARK.format(turn))
@@ -86,7 +98,7 @@ def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _lines_of_answers(row: Row) -> list[tuple[int, int]]:
-    """Where the assistant's answers are in `Row.plain`."""
+    """The spans of characters of the assistant's answers in `Row.plain`, which has one message per line."""
     spans, begin = [], 0
     for role, content in row.messages:
         if role == "assistant":
@@ -95,35 +107,43 @@ def _lines_of_answers(row: Row) -> list[tuple[int, int]]:
     return spans
 
 
-def _in_spans(done: Any, spans: Sequence[tuple[int, int]], tokenizer: Any) -> list[bool]:
-    """Per token: whether it holds characters of a span, or is the special token right after one (blanks between them,
-    which some templates put there, have no loss)."""
+def _in_spans(encoded: Any, spans: Sequence[tuple[int, int]], tokenizer: Any) -> list[bool]:
+    """For every token whether it has a loss: it holds characters of a span, or it is the special token that ends one.
+
+    Some templates put blanks between an answer and the special token. The blanks have no loss.
+
+    Args:
+        encoded: what the tokenizer gave for the text, with `offset_mapping`.
+    """
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks, open_span = [], False
-    for token, (begin, end) in zip(done["input_ids"], done["offset_mapping"], strict=True):
+    has_loss, after_span = [], False
+    for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         inside = begin < end and any(begin < to and end > start for start, to in spans)
-        marks.append(inside or (open_span and token in special))
+        has_loss.append(inside or (after_span and token in special))
         blank = token not in special and not tokenizer.decode([token]).strip()
-        open_span = inside or (open_span and blank)
-    return marks
+        after_span = inside or (after_span and blank)
+    return has_loss
 
 
 def _template(tokenizer: Any) -> str:
-    """The chat template that is used when none is named."""
+    """The chat template that transformers uses when none is named; some tokenizers have several."""
     template = tokenizer.chat_template
     return template if isinstance(template, str) else template.get("default", "")
 
 
 def sft_examples(rows: Sequence[Row], tokenizer: Any, block_size: int) -> tuple[list[Example], dict[str, int]]:
-    """Examples of all rows that have something to learn, and counts: rows, tokens, those with loss, cut, left out.
+    """The examples of all rows that have a token with loss.
 
+    Returns:
+        (examples, counts): `rows` that were given, `tokens` and `trained_tokens` (those with loss) of the examples, how
+        many rows were `cut` at `block_size` tokens, and how many were `left_out` for want of a loss.
     Raises:
         UserError: no row has a token with loss.
     """
     examples: list[Example] = []
     cut = 0
     for row in rows:
-        example = sft_example(row, tokenizer, block_size + 1)  # one more tells what is cut
+        example = sft_example(row, tokenizer, block_size + 1)  # one token more shows whether the row has to be cut
         cut += len(example["input_ids"]) > block_size
         example = {name: values[:block_size] for name, values in example.items()}
         if any(label != IGNORED for label in example["labels"]):
@@ -149,29 +169,32 @@ def sft_examples(rows: Sequence[Row], tokenizer: Any, block_size: int) -> tuple[
 
 
 def pack(examples: Sequence[Example], block_size: int) -> list[list[Example]]:
-    """Whole examples grouped to at most `block_size` tokens (first fit, longest first); none is split or dropped."""
+    """Group whole examples into packs of at most `block_size` tokens. No example is split or dropped.
+
+    The longest examples are placed first, each into the first pack that has room for it.
+    """
     packs: list[list[Example]] = []
     room: list[int] = []
     for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
         size = len(example["input_ids"])
-        place = next((n for n, left in enumerate(room) if left >= size), None)
-        if place is None:
+        number = next((n for n, left in enumerate(room) if left >= size), len(packs))
+        if number == len(packs):
             packs.append([])
             room.append(block_size)
-            place = len(packs) - 1
-        packs[place].append(example)
-        room[place] -= size
+        packs[number].append(example)
+        room[number] -= size
     return packs
 
 
 def flattening_collator(mrope: bool) -> Callable[[list[list[Example]]], dict[str, Tensor]]:
-    """Collator of packs: one row per batch, positions that begin anew with each example, so that attention (which
-    transformers derives from them) stays within examples.
+    """The collator of packs. It makes one row [1, S] of a batch, in which positions begin anew with each example.
+
+    transformers derives the attention mask from the positions, so that no example attends to another.
 
     Args:
-        mrope: the model takes the positions of text, time, height and width, [4, 1, S].
+        mrope: the model wants the positions of text, time, height and width, [4, 1, S] (`has_mrope`).
     """
-    from transformers import DataCollatorWithFlattening
+    from transformers import DataCollatorWithFlattening  # seconds of imports, which training alone needs
 
     flatten = DataCollatorWithFlattening()
 
@@ -184,16 +207,16 @@ def flattening_collator(mrope: bool) -> Callable[[list[list[Example]]], dict[str
     return collate
 
 
-def pad(examples: Sequence[Example], device: Any = None) -> dict[str, Tensor]:
-    """A batch [B, S], padded on the right; labels never include padding."""
-    longest = max(len(example["input_ids"]) for example in examples)
+def has_mrope(model: Any) -> bool:
+    """Whether a model counts positions by text, time, height and width, as Qwen2-VL does."""
+    return "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
 
-    def filled(values: list[list[int]], empty: int) -> Tensor:
-        return torch.tensor([v + [empty] * (longest - len(v)) for v in values], device=device)
 
-    ids = [example["input_ids"] for example in examples]
-    return {
-        "input_ids": filled(ids, 0),
-        "attention_mask": filled([[1] * len(v) for v in ids], 0),
-        "labels": filled([example["labels"] for example in examples], IGNORED),
-    }
+def padded_batch(examples: Sequence[Example], device: Any = None) -> dict[str, Tensor]:
+    """A batch of examples, each a row [S] padded on the right: ids, attention mask and labels, all [B, S].
+
+    Padding has no loss.
+    """
+    ids, mask = pad_with_mask([example["input_ids"] for example in examples], device)
+    labels = pad([example["labels"] for example in examples], IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels.to(device)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from core.fusion.residual_file import RESIDUAL_FILE, load_residuals, save_residu
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint, write_folded
 from core.models.families import SEED_MODEL_TYPES
-from core.runs.settings import Experiment
+from core.models.settings import ModelSettings
 from core.training.hot_linear import enable_hot_residual_for_model, restore_base, trained_residuals
-
-log = logging.getLogger(__name__)
+from core.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,10 @@ class Start:
     """What training starts from.
 
     Attributes:
-        checkpoint: a fused checkpoint of stage 2, or any model.
-        made_by: manifest of stage 2; None for any model.
-        residuals, alpha, form: of a fused checkpoint, else empty.
+        checkpoint: a fused checkpoint of stage 2, an adapted one of stage 3, or any model.
+        made_by: the manifest of that stage; None for any other model.
+        residuals: the transported parts and the target's own values in their place; empty for any other model.
+        alpha, form: the strength and the form of the fusion.
     """
 
     checkpoint: Checkpoint
@@ -39,51 +38,69 @@ class Start:
     alpha: float
     form: str
 
-    def alphas(self, experiment: Experiment) -> tuple[float, ...]:
-        """The strengths to train with: those to search, the one given, or the fused one."""
-        given = self.alpha if experiment.training.train_alpha is None else experiment.training.train_alpha
-        return (experiment.training.training_scenario == "hot" and experiment.training.alpha_search) or (given,)
+    def strengths(self, training: TrainingSettings) -> tuple[float, ...]:
+        """The strengths alpha to train with: those to search, or else the one that is given, or else the fused one."""
+        given = self.alpha if training.train_alpha is None else training.train_alpha
+        return (training.hot and training.alpha_search) or (given,)
 
-    def load(self, hot: bool, alpha: float) -> Any:
-        """The model in float32 (half types are for the passes: updates would vanish in them), unfused, and with
-        `hot` the residuals at `alpha` around its projections."""
+    def check(self, training: TrainingSettings) -> None:
+        """Check that this start can be trained as the settings ask.
+
+        Raises:
+            UserError: another model type than the one given, a device on which the Trainer cannot train, no residual
+                for `hot`, or a strength at which nothing would train.
+        """
+        device, folder = self.checkpoint.device, self.checkpoint.folder
+        check_model_type(self.checkpoint, training.model_type)
+        if device not in ("cpu", "cuda"):
+            raise UserError(f"device {device}: training takes cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES")
+        if training.hot and self.made_by is None:
+            raise UserError(f"{folder} has no {RESIDUAL_FILE}; give a fused checkpoint, or --training-scenario no_hot")
+        if training.hot and training.freeze_strategy == "frozen_base" and 0 in self.strengths(training):
+            raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
+
+    def load(self, alpha: float | None) -> Any:
+        """The model that trains, in float32.
+
+        Half types are for the forward and backward passes alone, because small updates of a weight would vanish in
+        their rounding.
+
+        Args:
+            alpha: the strength of the residual around each fused projection (Eqs. 15-18); None for the target alone,
+                without residuals. Either way the base weights are the target's own, as before the fusion.
+        """
         model = self.checkpoint.load_model("float32")
         restore_base(model, self.residuals, self.checkpoint.layout.name)
-        if hot:
+        if alpha is not None:
             enable_hot_residual_for_model(model, self.residuals, self.checkpoint.layout.name, alpha, self.form)
         return model
 
 
-def open_start(name: str, experiment: Experiment) -> Start:
-    """The model to train. Raises UserError when it cannot be trained as asked."""
-    checkpoint = open_checkpoint(name, None, experiment.models.trust_remote_code, experiment.compute.device)
-    check_model_type(checkpoint, experiment.training.model_type)
-    if experiment.compute.device not in ("cpu", "cuda"):
-        raise UserError(
-            f"device {experiment.compute.device}: training takes cpu or cuda; choose a GPU with CUDA_VISIBLE_DEVICES"
-        )
-    if (checkpoint.folder / RESIDUAL_FILE).is_file():
-        made_by = Manifest.read(checkpoint.folder, "fused", "adapted").record
-        return Start(checkpoint, made_by, *load_residuals(checkpoint.folder / RESIDUAL_FILE))
-    if experiment.training.training_scenario == "hot":
-        raise UserError(
-            f"{checkpoint.folder} has no {RESIDUAL_FILE}; give a fused checkpoint, or --training-scenario no_hot"
-        )
-    return Start(checkpoint, None, [], 0.0, "interpolate")
+def open_start(name: str, trust_remote_code: bool = False, device: str = "cpu") -> Start:
+    """Open the model to train. Raises UserError as `open_checkpoint`, and for a fused checkpoint that is unfinished."""
+    checkpoint = open_checkpoint(name, None, trust_remote_code, device)
+    residual_file = checkpoint.folder / RESIDUAL_FILE
+    if not residual_file.is_file():
+        return Start(checkpoint, None, [], 0.0, "interpolate")
+    made_by = Manifest.read(checkpoint.folder, "fused", "adapted").record
+    return Start(checkpoint, made_by, *load_residuals(residual_file))
 
 
-def open_source(start: Start, experiment: Experiment) -> Checkpoint:
-    """The teacher: the model given, else the source of the fusion."""
-    name, revision = experiment.models.source_model, experiment.models.source_revision
+def open_teacher(start: Start, models: ModelSettings) -> Checkpoint:
+    """Open the teacher of `distill`: the source that is given, or else the source of the fusion.
+
+    Raises:
+        UserError: neither is known, or the given one is not the source of the fusion. The arms that are compared must
+            have the same source.
+    """
     made_from = (start.made_by or {}).get("inputs", {}).get("source") or {}
-    if not name and not made_from:
+    if not models.source_model and not made_from:
         raise UserError(f"{start.checkpoint.folder} does not say what the teacher is; give --source-model")
-    source = open_checkpoint(
-        name or made_from["id"],
-        revision if name else made_from["revision"],
-        experiment.models.trust_remote_code,
-        experiment.compute.device,
-    )
+    if models.source_model:
+        name, revision = models.source_model, models.source_revision
+    else:
+        name, revision = made_from["id"], made_from["revision"]
+    source = open_checkpoint(name, revision, models.trust_remote_code, start.checkpoint.device)
     if made_from and not source.same_model(made_from):
         raise UserError(
             f"{source.folder} is not the source of {start.checkpoint.folder} ({made_from['id']}); the "
@@ -92,118 +109,93 @@ def open_source(start: Start, experiment: Experiment) -> Checkpoint:
     return source
 
 
-def resolved(start: Start, experiment: Experiment) -> Experiment:
-    """The experiment with what the start decides: the data of the plans where none are given, the dtype of `auto`.
-
-    Raises:
-        UserError: an alpha at which nothing would train.
-    """
-    if experiment.compute.dtype == "auto":
-        dtypes = {"BF16": "bfloat16", "F16": "float16"} if experiment.compute.device != "cpu" else {}
-        stored = [dtype for _, dtype in start.checkpoint.headers.values()]
-        dtype = dtypes.get(max(set(stored), key=stored.count), "float32")
-        experiment = experiment.changed(dtype=dtype)
-    trains_residual_alone = (experiment.training.training_scenario, experiment.training.freeze_strategy) == (
-        "hot",
-        "frozen_base",
-    )
-    if trains_residual_alone and 0 in start.alphas(experiment):
-        raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
-    if start.made_by is None:
-        return experiment
-    data = start.made_by["data"]
-    if not experiment.data.data_subset and experiment.data.data_file is None:
-        log.info("no data given: taking that of the plans, %s", data["file"] or data["subset"])
-        experiment = experiment.changed(
-            data_subset=data["subset"],
-            data_file=data["file"],
-            split_seed=data["split_seed"],
-            max_rows_read=data["max_samples"],
-            group_column=data["group_column"],
-        )
-    return experiment
-
-
 def check_model_type(checkpoint: Checkpoint, model_type: str | None) -> None:
-    """Refuse a `--model_type` that is not the checkpoint's."""
+    """Raise UserError when `--model_type` is given and is not the checkpoint's."""
     found = checkpoint.layout.model_type
     if model_type is not None and found not in SEED_MODEL_TYPES[model_type]:
         raise UserError(f"--model_type {model_type}, but {checkpoint.folder} is a {found} model; leave the flag out")
 
 
 def save_folded(
-    start: Start, folder: Path, state: dict[str, Tensor], hot: bool, alpha: float, max_shard_bytes: int
+    start: Start, folder: Path, state: Mapping[str, Tensor], alpha: float | None, max_shard_bytes: int
 ) -> None:
-    """Fold the unfolded model's weights and write exactly the tensors, names and dtypes the start has.
+    """Fold the weights of the unfolded model, and write exactly the tensors, names and dtypes that the start has.
 
     Args:
-        state: all weights of the unfolded model, by its own names, on the CPU.
-        hot: with the residuals, whose file is written as well.
+        state: all weights of the model that `Start.load` gave, by its own names, on the CPU.
+        alpha: as in `Start.load`. With residuals their file is written too.
+        max_shard_bytes: the largest file of weights.
     Raises:
-        UserError: what was trained and what is written do not have the same names; nothing is written.
+        UserError: the names of what was trained and of what is to be written do not fit; nothing is written.
     """
     layout = start.checkpoint.layout
-    sources = trained_sources(start.checkpoint, state, hot)
-    residuals = trained_residuals(state, start.residuals, layout.name) if hot else []
-    if hot:
+    sources = trained_sources(start.checkpoint, state, alpha is not None)
+    residuals = []
+    if alpha is not None:
+        residuals = trained_residuals(state, start.residuals, layout.name)
         save_residuals(folder / RESIDUAL_FILE, residuals, alpha, start.form)
-    at = {layout.name(residual.layer, residual.projection): residual for residual in residuals}
+    by_module = {layout.name(residual.layer, residual.projection): residual for residual in residuals}
 
     def folded(name: str, tensor: Tensor) -> Tensor:
-        found = sources.get(name)
-        value, (module, _, kind) = tensor if found is None else state[found], (found or name).rpartition(".")
-        if module in at and kind in ("weight", "bias"):
-            value = (fold_weight if kind == "weight" else fold_bias)(value, at[module], alpha, start.form)
-        # A copy: tied weights that are stored twice would share memory, which safetensors refuses.
+        trained = sources.get(name)
+        value = tensor if trained is None else state[trained]
+        module, _, kind = (trained or name).rpartition(".")
+        if alpha is not None and module in by_module and kind in ("weight", "bias"):
+            fold = fold_weight if kind == "weight" else fold_bias
+            value = fold(value, by_module[module], alpha, start.form)
+        # A copy, because tied weights that are stored twice would share memory, which safetensors refuses.
         return value.detach().to(tensor.dtype, copy=True)
 
     write_folded(start.checkpoint, folder, folded, max_shard_bytes)
 
 
 def trained_sources(checkpoint: Checkpoint, state: Mapping[str, Tensor], hot: bool) -> dict[str, str]:
-    """Tensor of the checkpoint -> the trained weight it is written from.
+    """For every tensor of the checkpoint that training changes, the name of the weight from which it is written.
 
-    Tensors that training on text cannot change are not among them: parts outside the text decoder and its head (a
-    vision tower), and buffers that old checkpoints store although no model has them as weights (the frequencies of
-    rope). Where input and output embeddings are tied, either side may hold only one of the two, which then stands for
-    both.
+    Training on text cannot change everything. Left out are the parts outside the text decoder and its head (a vision
+    tower), and the frequencies of rotary embeddings, which old checkpoints store although no model has them as weights.
+    Where input and output embeddings are tied, the checkpoint or the model may hold only one of the two, which then
+    stands for both.
 
+    Args:
+        state: as in `save_folded`.
+        hot: whether the residuals are among the weights; they have a file of their own.
     Raises:
-        UserError: a weight that was trained has no tensor, or a tensor that should have been trained no weight.
+        UserError: a trained weight has no tensor, or a tensor that should have been trained has no weight.
     """
     family = checkpoint.layout.family
     head, embeddings = f"{family.head}.weight", f"{family.tower}.embed_tokens.weight"
-    inside = (f"{family.tower}.", f"{family.head}.")
-    residual = (".hot_weight", ".hot_bias") if hot else ()
     partner = {head: embeddings, embeddings: head}
-    found: dict[str, str] = {}
-    missing = []
+    inside = (f"{family.tower}.", f"{family.head}.")
+    sources: dict[str, str] = {}
+    unmatched = []
     for name in checkpoint.sizes:
         wanted = checkpoint.name_in_model(name)
         if wanted in state:
-            found[name] = wanted
+            sources[name] = wanted
         elif partner.get(wanted) in state and is_tied(checkpoint):
-            found[name] = partner[wanted]
+            sources[name] = partner[wanted]
         elif wanted.startswith(inside) and not wanted.endswith("rotary_emb.inv_freq"):
-            missing.append(name)
-    written = set(found.values())
+            unmatched.append(name)
+    written = set(sources.values())
     for name, value in state.items():
-        if not name.startswith(inside) or name in written or (residual and name.endswith(residual)):
+        of_residual = hot and name.endswith((".hot_weight", ".hot_bias"))
+        if not name.startswith(inside) or name in written or of_residual:
             continue
         tied = partner.get(name)
         if tied not in written or not torch.equal(value, state[tied]):
-            missing.append(name)
-    if missing:
+            unmatched.append(name)
+    if unmatched:
         raise UserError(
-            f"{', '.join(missing[:3])} ({len(missing)} in all) cannot be written: the names of the trained "
+            f"{', '.join(unmatched[:3])} ({len(unmatched)} in all) cannot be written: the names of the trained "
             f"weights are not those of {checkpoint.folder}; train from a copy that transformers' "
             "save_pretrained wrote"
         )
-    return found
+    return sources
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether output and input embeddings of a checkpoint are one weight, stored once or twice."""
+    """Whether the input and the output embeddings of a checkpoint are one weight, which may be stored once or twice."""
     family = checkpoint.layout.family
     either = (f"{family.head}.weight", f"{family.tower}.embed_tokens.weight")
     stored = [checkpoint.tensor(name) for name in checkpoint.sizes if checkpoint.name_in_model(name) in either]

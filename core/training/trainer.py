@@ -1,99 +1,110 @@
-"""The transformers Trainer as stage 3 uses it: exact resume points, validation per token, a teacher, a loss curve."""
+"""The transformers Trainer as stage 3 uses it: exact resume points, validation per token, and a teacher."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
 from core.errors import UserError, first_line
-from core.files import atomic_file, write_json
 from core.models.locate import SINGLE_FILE
-from core.runs.settings import Experiment
+from core.training.curve import curve_of
 from core.training.distill import distillation_loss
 from core.training.heldout import text_nll, trained_tokens
-from core.training.sft import IGNORED, Example, flattening_collator, pack, pad
+from core.training.recipe import Recipe, TrainingData
+from core.training.sft import IGNORED, flattening_collator, has_mrope, pack, padded_batch
+from core.training.weights import Diverged, check_finite, load_trained, save_trained
 
-# Of the Trainer, in a resume point.
+# The file of a resume point in which the Trainer keeps its state.
 STATE = "trainer_state.json"
-CURVE, CURVE_IMAGE = "loss_curve.json", "loss_curve.png"
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A model whose next-token distribution is learned beside the labels (`core.training.distill`)."""
+def train(
+    model: Any, data: TrainingData, recipe: Recipe, folder: Path, unused_parameters: bool = False
+) -> tuple[ExactTrainer, dict[str, Any]]:
+    """Fine-tune a model in place. A killed training continues from the last whole resume point in `folder`.
 
-    model: Any
-    weight: float
-    temperature: float
-
-
-class Diverged(UserError):
-    """A loss or a weight that is no number: the weights are lost from there on."""
-
-
-def trained_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What training changes, by the loaded model's own names."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def check_finite(model: torch.nn.Module) -> None:
-    """Raises Diverged for a trained weight that is no number: the loss of the last update was that before it."""
-    for name, parameter in trained_parameters(model).items():
-        if not torch.isfinite(parameter).all():
-            raise Diverged(
-                f"{name} has NaN or infinite weights after the last update; lower the learning rate, or train in "
-                "float32 or bfloat16"
-            )
-
-
-def load_trained(model: torch.nn.Module, path: Path) -> None:
-    """Put saved `trained_parameters` back. Raises UserError when they are not those of this model."""
-    saved, wanted = load_file(path), trained_parameters(model)
-    if saved.keys() != wanted.keys():
-        odd = sorted(saved.keys() ^ wanted.keys())[0]
-        raise UserError(f"{path} does not belong to this model ({odd}); remove its folder and train again")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
+    Args:
+        model: its parameters that require gradients are trained.
+        folder: of the resume points.
+        unused_parameters: the model has parameters that take no part in a pass over text, such as those of a vision
+            tower, or a residual of strength 0.
+    Returns:
+        The trainer, and the loss curve (`curve_of`).
+    Raises:
+        UserError: settings that the Trainer refuses, such as a logging service that is not installed.
+        Diverged: a loss or a weight became NaN or infinite.
+    """
+    set_seed(recipe.compute.seed)
+    point = last_resume_point(folder)
+    trainer = _make_trainer(model, data, recipe, folder, point is None, unused_parameters)
+    early_stop = recipe.training.early_stop
+    try:
+        if point is not None and point.has_ended(early_stop) and not trainer.sharded:
+            trainer.restore_finished(point)
+        else:
+            trainer.train(resume_from_checkpoint=None if point is None else str(point.folder))
+        best_loss = trainer.state.best_metric if early_stop else None
+        validated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        if data.validation and best_loss is None and validated[-1:] != [trainer.state.global_step]:
+            trainer.evaluate()
+        if not trainer.sharded:
+            check_finite(model)
+    except Diverged:
+        # An open progress bar would leave the message in the middle of its line.
+        for callback in trainer.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()
+        raise
+    return trainer, curve_of(trainer.state.log_history, best_loss)
 
 
 class ExactTrainer(Trainer):
-    """Resume points hold what trains, under the names of the loaded model: the Trainer's own hold published names,
-    which it does not find again in a vision-language model or around a residual. Under FSDP and DeepSpeed, which
-    shard the model, they stay the Trainer's.
+    """The Trainer with resume points that continue to the same bytes, and with losses per token.
 
-    `evaluate` gives the loss per token of the validation texts, whatever their batches.
+    A resume point holds the parameters that train under the names of the loaded model. The Trainer's own ones hold the
+    names of published checkpoints, under which it does not find the weights of a vision-language model or those around
+    a residual again. FSDP and DeepSpeed shard a model over processes; there the resume points stay the Trainer's.
     """
 
-    teacher: Teacher | None = None
-    validation: Sequence[Example] = ()
-    tokens_per_batch = 4096
+    def __init__(self, data: TrainingData, tokens_per_batch: int, **options: Any):
+        super().__init__(**options)
+        self.data, self.tokens_per_batch = data, tokens_per_batch
+        # Tells the Trainer not to divide by the accumulation steps: `compute_loss` divides by the tokens of an update.
+        self.model_accepts_loss_kwargs = True
 
     @property
     def sharded(self) -> bool:
+        """Whether every process holds a part of the model."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    def all_weights(self) -> dict[str, Tensor]:
+        """All weights of the model, by its own names, on the CPU. Of a sharded one only the first process gets them."""
+        weights = self.accelerator.get_state_dict(self.model_wrapped) if self.sharded else self.model.state_dict()
+        return {name: value.to("cpu") for name, value in (weights or {}).items()}
+
+    def restore_finished(self, point: ResumePoint) -> None:
+        """Restore the weights and the state of a training that was killed after its last update.
+
+        Resuming it would make one more update.
+        """
+        self.state = TrainerState.load_from_json(str(point.folder / STATE))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        load_trained(self.model, point.folder.with_name(Path(best or point.folder).name) / SINGLE_FILE)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        place = Path(output_dir or self.args.output_dir)
         if self.sharded:
             super()._save(output_dir, state_dict)
-            return
-        place.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.contiguous() for name, value in trained_parameters(self.model).items()},
-            str(place / SINGLE_FILE),
-        )
+        else:
+            save_trained(self.model, Path(output_dir or self.args.output_dir) / SINGLE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.sharded:
@@ -108,20 +119,20 @@ class ExactTrainer(Trainer):
             load_trained(self.model, Path(self.state.best_model_checkpoint) / SINGLE_FILE)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Nats per token on the validation texts; every process computes all of it."""
+        """The loss on the validation rows, in nats per token. Every process computes all of it."""
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
         with self.accelerator.autocast():
             model = self.model_wrapped if self.sharded else self.model
-            sums = text_nll(model, self.validation, self.tokens_per_batch, "validation", show=False)
+            sums = text_nll(model, self.data.validation, self.tokens_per_batch, "validation", show=False)
         self.model_wrapped.train(was_training)
-        metrics = {"eval_loss": sum(sums) / sum(trained_tokens(self.validation))}
+        metrics = {"eval_loss": sum(sums) / sum(trained_tokens(self.data.validation))}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Raises Diverged when a loss is no number."""
+        """Log as the Trainer does. Raises Diverged for a loss that is NaN or infinite."""
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise Diverged(
@@ -133,95 +144,54 @@ class ExactTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy per token with loss, over all tokens of an update (models average it in ways of their own);
-        with a teacher, mixed with its divergence."""
+        """The cross-entropy per token with loss, in nats; with a teacher (1 - w) of it and w of the divergence.
+
+        The mean is over all tokens of an update, whatever its batches. Models would average every batch alone.
+        """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         outputs = model(**inputs, use_cache=False)
         total = F.cross_entropy(
             outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        if self.teacher is not None:
-            with torch.no_grad():
-                if "position_ids" in inputs:  # packed
-                    text = inputs["position_ids"].reshape(-1, 1, labels.shape[1])[0]
-                    inputs["position_ids"] = text.expand(4, 1, -1) if has_mrope(self.teacher.model) else text
-                taught = self.teacher.model(**inputs, use_cache=False).logits
-            divergence = distillation_loss(outputs.logits, taught, labels, self.teacher.temperature)
-            total = torch.lerp(total, divergence, self.teacher.weight)
-        # The update's tokens are those of all processes, whose gradients are averaged.
+        if self.data.teacher is not None:
+            settings = self.data.teacher.settings
+            teacher_logits = self._teacher_logits(self.data.teacher.model, inputs)
+            divergence = distillation_loss(outputs.logits, teacher_logits, labels, settings.distill_temperature)
+            total = torch.lerp(total, divergence, settings.distill_weight)
+        # The number of tokens is that of all processes together, but their gradients are averaged and not summed.
         loss = total * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
+    @torch.no_grad()
+    def _teacher_logits(self, teacher: Any, inputs: dict[str, Any]) -> Tensor:
+        """The teacher's logits [B, S, V] for the student's inputs, with positions of the kind that the teacher counts.
 
-def train(
-    model: Any,
-    examples: Sequence[Example],
-    validation: Sequence[Example],
-    folder: Path,
-    experiment: Experiment,
-    learning_rate: float,
-    teacher: Teacher | None = None,
-    unused: bool = False,
-) -> tuple[ExactTrainer, dict[str, Any]]:
-    """Fine-tune in place; continues from the last whole resume point in `folder`.
-
-    Args:
-        unused: the model has parameters that text does not reach (a vision tower).
-    Returns:
-        The trainer, and the curve: {"train": [{update, loss, learning_rate, grad_norm}],
-        "validation": [{update, loss}], "final_validation": loss of the weights that are kept}, nats per token.
-    Raises:
-        UserError: settings that the Trainer refuses (a logging service that is not installed).
-        Diverged: a loss or a weight that is no number.
-    """
-    set_seed(experiment.compute.seed)
-    last, state = _last_point(folder)
-    items: list[Any] = pack(examples, experiment.training.block_size) if experiment.training.packing else list(examples)
-    try:
-        arguments = _arguments(folder, experiment, learning_rate, bool(validation), last is None, unused)
-        if not (experiment.training.eval_steps or experiment.training.early_stop):
-            # Validate once per epoch, counted in updates: at the end of an epoch the Trainer validates after it has
-            # saved, and what is killed in between would never validate.
-            batches = math.ceil(len(items) / (arguments.train_batch_size * arguments.world_size))
-            arguments.eval_steps = math.ceil(batches / experiment.training.gradient_accumulation)
-        trainer = ExactTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=items,
-            eval_dataset=list(validation) or None,
-            data_collator=flattening_collator(has_mrope(model)) if experiment.training.packing else pad,
-            callbacks=[EarlyStoppingCallback(experiment.training.early_stop)] if experiment.training.early_stop else [],
-        )
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(f"training cannot begin: {first_line(error)}") from None
-    trainer.teacher, trainer.validation = teacher, validation
-    trainer.tokens_per_batch = experiment.compute.tokens_per_batch
-    trainer.model_accepts_loss_kwargs = True  # our compute_loss divides by the tokens of the whole update
-    try:
-        if last is not None and _has_ended(state, experiment.training.early_stop) and not trainer.sharded:
-            # Killed after its last update: the Trainer would make one more.
-            trainer.state = TrainerState.load_from_json(str(last / STATE))
-            best = trainer.state.best_model_checkpoint if experiment.training.early_stop else None
-            load_trained(model, folder / Path(best or last).name / SINGLE_FILE)
-        else:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        best_loss = trainer.state.best_metric if experiment.training.early_stop else None
-        seen = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        if validation and best_loss is None and seen[-1:] != [trainer.state.global_step]:
-            trainer.evaluate()
-        if not trainer.sharded:
-            check_finite(model)
-    except Diverged:
-        for callback in trainer.callback_handler.callbacks:  # the message gets a line of its own
-            if (bar := getattr(callback, "training_bar", None)) is not None:
-                bar.close()
-        raise
-    return trainer, curve_of(trainer.state.log_history, best_loss)
+        Only packs come with positions, [1, S] or, for a student with M-RoPE, [4, 1, S].
+        """
+        if "position_ids" in inputs:
+            positions = inputs["position_ids"].reshape(-1, *inputs["input_ids"].shape)[0]
+            inputs = {**inputs, "position_ids": positions.expand(4, 1, -1) if has_mrope(teacher) else positions}
+        return teacher(**inputs, use_cache=False).logits
 
 
-def _last_point(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The last resume point whose every file is there, and the Trainer's state in it."""
+@dataclass(frozen=True)
+class ResumePoint:
+    """A folder from which a training continues, and the Trainer's state in it."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    def has_ended(self, early_stop: int | None) -> bool:
+        """Whether it was written after the last update: of all, or of those that early stopping leaves."""
+        stopping = self.state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+        without_gain = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        stopped = early_stop is not None and without_gain >= early_stop
+        return stopped or self.state["global_step"] >= self.state["max_steps"]
+
+
+def last_resume_point(folder: Path) -> ResumePoint | None:
+    """The last resume point whose files are all there; a kill may have left the last one unfinished."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     random_states = ["rng_state.pth"] if count == 1 else [f"rng_state_{n}.pth" for n in range(count)]
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
@@ -230,92 +200,79 @@ def _last_point(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         except (OSError, json.JSONDecodeError):
             continue
         if all((path / name).is_file() for name in random_states):
-            return path, state
-    return None, {}
+            return ResumePoint(path, state)
+    return None
 
 
-def _has_ended(state: dict[str, Any], early_stop: int | None) -> bool:
-    """Whether a resume point is that of the last update."""
-    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
-    waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
-    return state["global_step"] >= state["max_steps"] or (early_stop is not None and waited >= early_stop)
+def _make_trainer(
+    model: Any, data: TrainingData, recipe: Recipe, folder: Path, fresh: bool, unused_parameters: bool
+) -> ExactTrainer:
+    """The trainer of `train`; `fresh`: it does not continue from a resume point."""
+    training = recipe.training
+    items: list[Any] = pack(data.examples, training.block_size) if training.packing else list(data.examples)
+    try:
+        arguments = _arguments(recipe, folder, bool(data.validation), fresh)
+        arguments.ddp_find_unused_parameters = unused_parameters
+        if not (training.eval_steps or training.early_stop):
+            # Validate once per epoch, counted in updates. Asked to validate at the end of an epoch, the Trainer would
+            # do so after it has saved, and a training that is killed in between would never validate there.
+            batches = math.ceil(len(items) / (arguments.train_batch_size * arguments.world_size))
+            arguments.eval_steps = math.ceil(batches / training.gradient_accumulation)
+        return ExactTrainer(
+            data,
+            recipe.compute.tokens_per_batch,
+            model=model,
+            args=arguments,
+            train_dataset=items,
+            eval_dataset=list(data.validation) or None,
+            data_collator=flattening_collator(has_mrope(model)) if training.packing else padded_batch,
+            callbacks=[EarlyStoppingCallback(training.early_stop)] if training.early_stop else [],
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"training cannot begin: {first_line(error)}") from None
 
 
-def _arguments(
-    folder: Path, e: Experiment, learning_rate: float, validates: bool, fresh: bool, unused: bool
-) -> TrainingArguments:
-    every = e.training.save_steps if e.training.early_stop else e.training.eval_steps
-    # Ours decides, not the launcher's; and TensorBoard's files outlive the resume points.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(e.compute.dtype, "no")
+def _arguments(recipe: Recipe, folder: Path, validates: bool, fresh: bool) -> TrainingArguments:
+    """The Trainer's settings for a recipe. Sets environment variables, where the Trainer takes nothing else."""
+    training, compute = recipe.training, recipe.compute
+    on_cpu = compute.device == "cpu"
+    # The precision is ours to choose, and not what `accelerate launch` was configured with.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(compute.dtype, "no")
+    # Beside the resume points, which are removed at the end.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parents[1] / "logs" / folder.name)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        run_name=e.name,
-        num_train_epochs=e.training.epochs,
-        per_device_train_batch_size=e.training.train_batch_size,
-        gradient_accumulation_steps=e.training.gradient_accumulation,
-        activation_checkpointing=e.training.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if e.training.gradient_checkpointing else None,
-        learning_rate=learning_rate,
-        warmup_steps=e.training.warmup,
-        weight_decay=e.training.weight_decay,
-        lr_scheduler_type=e.training.lr_scheduler,
-        max_grad_norm=e.training.max_grad_norm,
-        save_steps=e.training.save_steps,
+        run_name=recipe.run_name,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        lr_scheduler_type=training.lr_scheduler,
+        max_grad_norm=training.max_grad_norm,
+        save_steps=training.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if validates else "no",
-        eval_steps=every,
+        eval_steps=training.save_steps if training.early_stop else training.eval_steps,
         eval_on_start=validates and fresh,
-        load_best_model_at_end=e.training.early_stop is not None,
-        metric_for_best_model="eval_loss" if e.training.early_stop else None,
+        load_best_model_at_end=training.early_stop is not None,
+        metric_for_best_model="eval_loss" if training.early_stop else None,
         restore_callback_states_from_checkpoint=not fresh,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is no number is told, not smoothed over
-        seed=e.compute.seed,
-        use_cpu=e.compute.device == "cpu",
-        ddp_backend="gloo" if e.compute.device == "cpu" and torch.distributed.is_initialized() else None,
-        ddp_find_unused_parameters=unused,
+        logging_nan_inf_filter=False,  # a non-finite loss must reach `log`, which the filter would smooth over
+        seed=compute.seed,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and torch.distributed.is_initialized() else None,
         ddp_timeout=30 * 24 * 3600,
-        bf16=e.compute.dtype == "bfloat16",
-        fp16=e.compute.dtype == "float16",
-        report_to=e.training.report_to,
+        bf16=compute.dtype == "bfloat16",
+        fp16=compute.dtype == "float16",
+        report_to=training.report_to,
         remove_unused_columns=False,
-        dataloader_pin_memory=e.compute.device != "cpu",
+        dataloader_pin_memory=not on_cpu,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU: no silent DataParallel, no larger batch
+    # One process drives one GPU. Otherwise the Trainer would use all GPUs, with a larger batch, and say nothing.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def has_mrope(model: Any) -> bool:
-    """Whether positions are those of text, time, height and width (Qwen2-VL)."""
-    return "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
-
-
-def curve_of(history: Sequence[dict[str, Any]], best_loss: float | None = None) -> dict[str, Any]:
-    """The Trainer's log as a curve. The weights kept are those of `best_loss`, or the last ones."""
-    validation = [{"update": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e]
-    final = best_loss if best_loss is not None or not validation else validation[-1]["loss"]
-    steps = [entry for entry in history if "loss" in entry]
-    names = ("loss", "learning_rate", "grad_norm")
-    return {
-        "unit": "nats per token",
-        "train": [{"update": e["step"], **{n: e[n] for n in names if n in e}} for e in steps],
-        "validation": validation,
-        "final_validation": final,
-    }
-
-
-def save_curve(folder: Path, curve: dict[str, Any]) -> None:
-    """Write the curve as JSON and as a picture."""
-    from matplotlib.figure import Figure
-
-    write_json(folder / CURVE, curve)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("train", "-"), ("validation", "o-")):
-        if curve[name]:
-            axes.plot([p["update"] for p in curve[name]], [p["loss"] for p in curve[name]], style, label=name)
-    axes.set(xlabel="update", ylabel=curve["unit"], title="loss")
-    axes.legend()
-    with atomic_file(folder / CURVE_IMAGE) as temporary:
-        figure.savefig(temporary, format="png")

@@ -35,7 +35,8 @@ from core.fusion.transport_weights import Transport
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.models.locate import INDEX_FILE
-from core.runs import plan_directory
+from core.runs import plan_files
+from core.runs.plan_directory import PlanDirectory
 from core.runs.rows_read import write_rows_read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +131,7 @@ def make_plans(folder: Path, target: Checkpoint, source: Checkpoint, rows: int) 
     data = {"subset": "file", "file": None, "rows": rows, "sha256": "made up", "split_seed": 0}
     manifest = Manifest.begin(
         folder,
-        plan_directory.STAGE,
+        plan_files.STAGE,
         {"target": target.identity, "source": source.identity, "data": data, "settings": {"epsilon": EPSILON}},
     )
     models = {"target": target, "source": source}
@@ -140,11 +141,9 @@ def make_plans(folder: Path, target: Checkpoint, source: Checkpoint, rows: int) 
             for layer in range(model.layout.n_layers)
             for side in SIDES
         }
-        strengths = plan_directory.write_activations(
-            folder, name, made, torch.zeros(rows, dtype=torch.bool), half=False
-        )
+        strengths = plan_files.write_activations(folder, name, made, torch.zeros(rows, dtype=torch.bool), half=False)
         if name == "target":
-            plan_directory.write_selection(folder, strengths)
+            plan_files.write_selection(folder, strengths)
     for side in SIDES:
         write_uniform_plans(folder, side, target, source)
     write_rows_read(folder, {"calibration": []})
@@ -159,7 +158,7 @@ def write_uniform_plans(folder: Path, side: str, target: Checkpoint, source: Che
         torch.full((L, M, n), -EPSILON * math.log(n), dtype=torch.float64)
         for n in (target.layout.size(side), source.layout.size(side))
     )
-    path = plan_directory.plans_file(folder, side)
+    path = plan_files.plans_file(folder, side)
     path.parent.mkdir(exist_ok=True)
     write_safetensors(
         path,
@@ -178,7 +177,7 @@ def write_uniform_plans(folder: Path, side: str, target: Checkpoint, source: Che
 def pair_seconds(folder: Path, source: Checkpoint, top_k: int) -> float:
     """Seconds for the transported weights of one target layer from one source layer: those of the second of two runs,
     because the first one warms up."""
-    plans = plan_directory.PlanDirectory(folder)
+    plans = PlanDirectory(folder)
     indices = {c: select(plans.strongest(one.selected_side, 0), top_k) for c, one in PROJECTIONS.items()}
     for _ in range(2):
         transport = Transport(plans, source, FusionSettings(p_topk=1))

@@ -1,6 +1,5 @@
 """NaN and infinite values: refused where they enter, and never chosen, converged or better."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -16,20 +15,20 @@ from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.fusion.projections import PROJECTIONS
 from core.hot_transport import reconstruction_fit
-from core.runs.settings import Experiment
-from core.training import trainer
+from core.runs.settings import all_settings
+from core.training import search, trainer
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_settings_that_are_no_numbers_are_refused(value, fails, tmp_path):
     """Also those of an experiment file, which can hold .nan and .inf."""
-    fields = [f for f in dataclasses.fields(Experiment) if "float" in str(f.type)]
-    assert len(fields) > 15
-    for field in fields:
-        given = [value] if "tuple" in str(field.type) else value
+    settings = [setting for setting in all_settings().values() if float in (setting.kind, setting.entry)]
+    assert len(settings) > 15
+    for setting in settings:
+        given = [value] if setting.kind is tuple else value
         path = tmp_path / "e.yaml"
-        path.write_text(yaml.safe_dump({field.name: given}))
-        assert f"{field.name} is" in fails(stage1, "--config", path)
+        path.write_text(yaml.safe_dump({setting.name: given}))
+        assert f"{setting.name} is" in fails(stage1, "--config", path)
     path.write_text(yaml.safe_dump({"max_tokens": value}))
     assert "max_tokens is" in fails(stage1, "--config", path)
 
@@ -37,7 +36,7 @@ def test_settings_that_are_no_numbers_are_refused(value, fails, tmp_path):
 @pytest.mark.parametrize("broken", ["first", "second", "both"])
 def test_a_loss_that_is_no_number_is_never_the_best(broken, models, texts, fails, tmp_path, monkeypatch):
     """Whichever trial has it."""
-    once, done = stage3.train_once, []
+    once, done = search.train_once, []
 
     def train_once(*arguments):
         weights, curve = once(*arguments)
@@ -46,7 +45,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(broken, models, texts, fails
             curve = curve | {"final_validation": math.nan}
         return weights, curve
 
-    monkeypatch.setattr(stage3, "train_once", train_once)
+    monkeypatch.setattr(search, "train_once", train_once)
     flags = ("--training-scenario", "no_hot", "--data-subset", "file", "--data-file", texts, "--lr-search", "1e-3,1e-2")
     if broken == "both":
         place = ("--model_dir", models["target"], "--output_dir", tmp_path / "a", "--sft-samples", 8)

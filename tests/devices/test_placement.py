@@ -26,7 +26,6 @@ from torch.testing import assert_close
 import run_activs_and_hot as stage1
 from core.errors import UserError
 from core.hot_transport import compute_Q_and_layer_costs
-from core.runs.settings import Experiment
 from core.training.start import open_start
 from evaluation import compare_arms, run_task
 
@@ -55,8 +54,9 @@ HARMLESS = {
     "core/models/activations.py mask.to(device)": "transformers moves a mask to its model",
     "core/batching.py mask.to(device)": "transformers moves a mask to its model",
     "evaluation/benchmarks/option_scores.py torch.tensor(owners": "indices of a tensor of the device may be on the CPU",
-    "core/transport/scaling.py torch.ones(count, 1": "replaced before it is used",
-    "core/transport/scaling.py torch.zeros(n, ": "replaced before it is used",
+    "core/training/trainer.py value.to('cpu')": "what writes the file moves it as well",
+    "core/transport/batch.py torch.ones(count, 1": "replaced before it is used",
+    "core/transport/log_domain.py torch.zeros(n, ": "replaced before it is used",
     "core/train_hot_residual_sft.py value.to('cpu')": "what writes the file moves it as well",
     "core/files.py t.detach().cpu()": "safetensors moves what it writes",
 }
@@ -89,8 +89,8 @@ def run_stage3(case: Any, out: Path, device: str) -> None:
     teacher = ("--training-scenario", "distill", "--source-model", case.models["other"], "--data-file", case.texts)
     train(case.models["target"], out / "by_token", *shared, *teacher)
     # The Trainer moves a model as a whole; others who attach residuals do not.
-    start = open_start(str(case.made[2] / "biased"), Experiment.of(device=device))
-    logits = start.load(True, 0.3)(torch.arange(40, device=device).reshape(2, 20)).logits
+    start = open_start(str(case.made[2] / "biased"), device=device)
+    logits = start.load(0.3)(torch.arange(40, device=device).reshape(2, 20)).logits
     save_file({"logits": logits.detach()}, out / "logits.safetensors")
 
 

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from core.errors import UserError
-from core.runs.card import read_licence
+from core.runs.licences import read_licence
 from scripts import fetch_demo_models as fetch
 
 

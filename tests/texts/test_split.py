@@ -11,8 +11,9 @@ from data_files import all_rows, write
 
 from core.data import DataSpec, divide, load_rows
 from core.errors import UserError
+from core.texts.near_duplicates import near_duplicates
 from core.texts.rows import Row
-from core.texts.split import SHARES, group_names, near_duplicates, part_of, seeded_order
+from core.texts.split import SHARES, group_names, part_of, seeded_order
 
 LONG = "A passage that is long enough to be told apart from a phrase that texts share by chance. " * 3
 

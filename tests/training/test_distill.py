@@ -13,9 +13,14 @@ from stages import losses, run
 from core import train_hot_residual_sft as stage3
 from core.data import DataSpec, Row, load_rows
 from core.models.checkpoints import open_checkpoint
-from core.training.distill import distillation_loss, read_answers, write_answers
-
-KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl": "qwen2vl", "llava": "tinyllava"}
+from core.training.distill import (
+    _prompt,
+    _text_after,
+    distillation_loss,
+    read_answers,
+    same_vocabulary,
+    write_answers,
+)
 
 
 def test_distillation_loss_is_the_divergence_over_labelled_positions():
@@ -29,6 +34,12 @@ def test_distillation_loss_is_the_divergence_over_labelled_positions():
     assert float(distillation_loss(student, teacher, labels, T)) == pytest.approx(expected, rel=1e-5)
 
 
+def greedy(generate, prompt, length, tokenizer):
+    """The ids that a model writes greedily after one prompt [1, S], without a batch and without padding."""
+    options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    return generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :]
+
+
 # The source as teacher
 
 
@@ -40,20 +51,8 @@ def test_distillation_by_tokens_where_vocabularies_agree(fused, models, texts, t
     assert losses(learned) == losses(plain) and torch.equal(logits(stock(learned)), logits(stock(plain)))
     still = run(models["target"], tmp_path / "c", *flags, "--distill-weight", "1", "--packing")
     assert max(losses(still)) < 1e-5
-    other = run(
-        models["target"],
-        tmp_path / "d",
-        "--training-scenario",
-        "distill",
-        "--data-file",
-        texts,
-        "--source-model",
-        models["other"],
-        "--distill-weight",
-        "1",
-        "--epochs",
-        4,
-    )
+    flags = ("--training-scenario", "distill", "--data-file", texts, "--source-model", models["other"])
+    other = run(models["target"], tmp_path / "d", *flags, "--distill-weight", "1", "--epochs", 4)
     assert 0 < losses(other)[-1] < losses(other)[0]
     assert "token-level" in (other / "README.md").read_text() and "as teacher" in (other / "README.md").read_text()
     assert not (other / "hot_residual.safetensors").exists() and not (other / "source_answers.jsonl").exists()
@@ -69,19 +68,13 @@ def test_distillation_by_sequences_where_they_differ(fused, models, tmp_path):
     assert sorted(answers) == list(range(8))
     source = open_checkpoint(str(models["source"]))
     tokenizer, model = source.load_tokenizer(), source.load_model("float32")
-    for n, row in enumerate(rows):  # greedy, one by one
+    for n, row in enumerate(rows):
         ids = tokenizer(row.plain)["input_ids"]
         prompt = torch.tensor([ids[: len(ids) // 2]])
-        new = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=len(ids) - len(ids) // 2,
-            pad_token_id=tokenizer.pad_token_id,
-        )[0, prompt.shape[1] :]
+        new = greedy(model.generate, prompt, len(ids) - len(ids) // 2, tokenizer)
         whole = tokenizer.decode([*prompt[0].tolist(), *new.tolist()], skip_special_tokens=True)
-        kept = tokenizer.decode(prompt[0], skip_special_tokens=True)
-        assert answers[n] == kept + whole.removeprefix(kept) and row.plain.startswith(kept)
+        start = tokenizer.decode(prompt[0], skip_special_tokens=True)
+        assert answers[n] == start + whole.removeprefix(start) and row.plain.startswith(start)
     assert losses(out) != losses(run(fused, tmp_path / "b", "--training-scenario", "no_hot"))
 
 
@@ -104,34 +97,26 @@ def test_killed_teacher_goes_on_after_the_last_whole_batch(models, tmp_path):
     odd = "one\u2028two\u0085three\n"  # what str.splitlines would break
     path.write_text(json.dumps({"rows": [0], "answers": [odd]}, ensure_ascii=False) + "\n", "utf-8")
     assert read_answers(rows, path)[0].messages[-1][1] == odd
-    for row, answered in zip(rows[:-1], whole, strict=False):  # greedy, one by one, no longer than the row's own
+    for row, answered in zip(rows[:-1], whole, strict=False):  # no answer is longer than the row's own
         assert answered.messages[:-1] == row.messages[:-1] and answered.messages[-1][0] == "assistant"
         prompt = tokenizer.apply_chat_template(
             row.chat()[:1], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
         size = len(tokenizer(row.messages[-1][1], add_special_tokens=False)["input_ids"]) + 1
-        new = generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=size,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        assert answered.messages[-1][1] == tokenizer.decode(new[0, prompt.shape[1] :], skip_special_tokens=True)
+        new = greedy(generate, prompt, size, tokenizer)
+        assert answered.messages[-1][1] == tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_prompts_are_not_cut_inside_a_character(models):
-    """Byte-level tokens: half of the text may end in the middle of a letter, which decodes to nothing."""
-    from core.training.distill import _prompt, _text_after
-
+    """With byte-level tokens half of the text may end in the middle of a letter, which decodes to nothing."""
     tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
     whole = "ประเทศไทย 香港 🙂 weight matrix " * 2
     for end in range(2, len(whole)):
         row = Row(((None, whole[:end].strip()),))
-        ids, length, kept = _prompt(row, tokenizer, 10**4)
-        rest = tokenizer(row.plain)["input_ids"][len(ids) :]
-        assert len(rest) == length
-        assert kept + _text_after(tokenizer, ids, rest) == row.plain, end
+        prompt = _prompt(row, tokenizer, 10**4)
+        rest = tokenizer(row.plain)["input_ids"][len(prompt.ids) :]
+        assert len(rest) == prompt.new_tokens
+        assert prompt.text + _text_after(tokenizer, prompt.ids, rest) == row.plain, end
 
 
 # Several processes
@@ -164,16 +149,15 @@ SHARDED = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = sys.argv[1:3]
 from torch.distributed.fsdp import fully_shard
-from core.runs.settings import Experiment
 from core.training.hot_linear import set_trainable
 from core.training.start import open_start
 torch.manual_seed(0)
 dist.init_process_group("gloo")
-start = open_start(sys.argv[3], Experiment())
+start = open_start(sys.argv[3])
 ids = torch.arange(24).reshape(2, 12) + 5
 grads = []
 for sharded in (False, True):
-    model = start.load(True, 0.3)
+    model = start.load(0.3)
     set_trainable(model, "none")
     if sharded:
         for layer in model.model.layers:
@@ -205,7 +189,5 @@ def test_two_processes_share_the_answers_of_the_source(fused, tmp_path):
 
 
 def test_same_vocabulary_compares_ids_and_tokens():
-    from core.training.distill import same_vocabulary
-
     small, large = make_tokenizer(400, 1), make_tokenizer(500, 2)
     assert same_vocabulary(small, make_tokenizer(400, 1)) and not same_vocabulary(small, large)

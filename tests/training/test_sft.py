@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import family_model, make_tokenizer
+from conftest import make_tokenizer
+from family_models import family_model
 
 from core.data import Row
 from core.errors import UserError
-from core.training.sft import flattening_collator, pack, pad, sft_example, sft_examples
-from core.training.trainer import has_mrope
+from core.training.sft import flattening_collator, has_mrope, pack, padded_batch, sft_example, sft_examples
 
 CHAT = Row((("user", "plan"), ("assistant", "weight"), ("user", "cost"), ("assistant", " matrix ")))
 CHATML = (
@@ -118,7 +118,7 @@ def test_packed_examples_do_not_see_each_other(family):
     batch = flattening_collator(has_mrope(model))([examples[:2], examples[2:]])
     assert batch["input_ids"].shape == (1, 20) and "attention_mask" not in batch
     grads = []
-    for inputs in (batch, pad(examples)):
+    for inputs in (batch, padded_batch(examples)):
         model.zero_grad()
         loss = model(**inputs, num_items_in_batch=14, use_cache=False).loss
         loss.backward()

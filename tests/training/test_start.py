@@ -18,13 +18,13 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 def trained(models):
     """(the start, all weights of its loaded model after every one of them has moved)."""
     start = Start(open_checkpoint(str(models["target"])), None, [], 0.0, "interpolate")
-    state = start.load(False, 0.0).state_dict()
+    state = start.load(None).state_dict()
     return start, {name: value + 1 for name, value in state.items()}
 
 
 def written(start, folder, state):
     folder.mkdir()
-    save_folded(start, folder, state, False, 0.0, 10**9)
+    save_folded(start, folder, state, None, 10**9)
     return load_file(folder / "model.safetensors")
 
 
@@ -51,9 +51,9 @@ def test_a_trained_name_that_is_not_written_is_an_error_and_nothing_is_written(t
         name, state[HEAD] = HEAD, state[HEAD] + 1
     with pytest.raises(
         UserError, match=r"cannot be written: the names of the trained weights are not those of"
-    ) as told:
+    ) as raised:
         written(start, tmp_path / "a", state)
-    assert (name if change in ("lost", "untied") else "layers.1.mlp.") in str(told.value) or change == "renamed"
+    assert (name if change in ("lost", "untied") else "layers.1.mlp.") in str(raised.value) or change == "renamed"
     assert not list((tmp_path / "a").iterdir())
 
 
@@ -73,14 +73,14 @@ def test_of_tied_weights_that_are_stored_twice_one_is_enough(models, trained, tm
 
 def test_untied_embeddings_are_both_needed(models, tmp_path):
     start = Start(open_checkpoint(str(models["source"])), None, [], 0.0, "interpolate")
-    state = start.load(False, 0.0).state_dict()
+    state = start.load(None).state_dict()
     del state[HEAD]
     with pytest.raises(UserError, match=rf"{HEAD} \(1 in all\) cannot be written"):
         written(start, tmp_path / "a", state)
 
 
-def test_what_we_wrote_about_a_target_is_not_copied_from_it(models, tmp_path):
-    """The target is a checkpoint of ours with results, or one that another tool indexed in a format of its own."""
+def test_files_that_describe_a_target_are_not_copied_from_it(models, tmp_path):
+    """The target may be a checkpoint of ours with results, or have an index of weights in another format."""
     folder = shutil.copytree(models["target"], tmp_path / "ours")
     of_the_model = {path.name for path in folder.iterdir()} | {"vocab.json", "LICENSE", "special_tokens_map.json"}
     ours = [

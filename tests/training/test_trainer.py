@@ -42,7 +42,6 @@ def test_plain_training_ends_where_it_says(kind):
 
 
 def test_gradient_checkpointing_changes_nothing_but_the_passes(kind, tmp_path, monkeypatch):
-
     name, fused, plain = kind
     passes, forward = [], HotResidualLinear.forward
     monkeypatch.setattr(HotResidualLinear, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
@@ -89,11 +88,11 @@ def test_sharded_save_is_the_same_model(kind, tmp_path):
     assert torch.equal(logits(stock(out)), logits(stock(plain)))
 
 
-def test_wrong_model_type_is_told(kind, fails, tmp_path):
+def test_wrong_model_type_is_reported(kind, fails, tmp_path):
     name, fused, _ = kind
     other = "llama" if name != "llama" else "qwen2"
-    told = fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "a", "--model_type", other)
-    assert f"--model_type {other}, but" in told and "leave the flag out" in told
+    message = fails(stage3, "--model_dir", fused, "--output_dir", tmp_path / "a", "--model_type", other)
+    assert f"--model_type {other}, but" in message and "leave the flag out" in message
 
 
 @pytest.mark.parametrize("kind", ["llama"], indirect=True)

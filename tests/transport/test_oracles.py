@@ -10,6 +10,7 @@ from torch import nn
 
 from core.training.adapters import add_lora, merge_lora
 from core.training.hot_linear import HotResidualLinear, enable_hot_residual_for_model, set_trainable
+from core.training.settings import AdapterSettings
 from core.training.start import open_start, save_folded
 
 KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl": "qwen2vl", "llava": "tinyllava"}
@@ -17,10 +18,8 @@ KINDS = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl": "qwen2vl", "llava": "ti
 
 def unfolded(fused, hot=True, alpha=None):
     """The start of stage 3 in float64."""
-    from core.runs.settings import Experiment
-
-    start = open_start(str(fused), Experiment.of(training_scenario="hot"))
-    model = start.load(False, 0.0).double()
+    start = open_start(str(fused))
+    model = start.load(None).double()
     residuals = start.residuals
     if hot:
         residuals = [replace(r, weight=r.weight.double()) for r in residuals]
@@ -50,7 +49,7 @@ def test_alpha_zero_trains_as_the_target_alone(fused):
         weights.append({n: v for n, v in model.state_dict().items() if "hot_" not in n})
     worst = max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[1])
     assert weights[0].keys() == weights[1].keys() and worst <= 1e-12
-    assert not torch.equal(weights[1]["lm_head.weight"], start.load(False, 0.0).double().lm_head.weight)
+    assert not torch.equal(weights[1]["lm_head.weight"], start.load(None).double().lm_head.weight)
 
 
 @pytest.mark.parametrize("way", ["beside", "through W_eff"])
@@ -67,7 +66,7 @@ def test_interpolating_frozen_hot_is_training_from_the_folded_start(fused, kind,
     assert len(hot) == 12
     for module in hot.values():
         module.dense = way == "through W_eff"
-    folded = start.load(False, 0.0).double()
+    folded = start.load(None).double()
     with torch.no_grad():
         for name, module in hot.items():
             folded.get_submodule(name).weight.copy_(module.effective_weight())
@@ -97,7 +96,7 @@ def test_interpolating_frozen_hot_is_training_from_the_folded_start(fused, kind,
             else dict(model.named_parameters())[name]
         )
         assert float((value - parameter).detach().abs().max()) <= 1e-9, name
-    start_weights = start.load(False, 0.0).state_dict()
+    start_weights = start.load(None).state_dict()
     assert all((folded.state_dict()[n] - start_weights[n]).abs().max() > 1e-3 for n in fused_names)
 
 
@@ -106,7 +105,7 @@ def test_lora_is_merged_to_the_function_that_was_trained(fused):
     torch.manual_seed(0)
     _, model = unfolded(fused)
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    assert add_lora(model, "model", 3, 16.0, 0.0, "all-linear") == 3 * 7
+    assert add_lora(model, "model", AdapterSettings(lora_rank=3, lora_targets="all-linear")) == 3 * 7
     counts = set_trainable(model, "frozen_hot", lora=True)
     assert counts["base"][0] == counts["residual"][0] == counts["adapters"][1] == 0 < counts["adapters"][0]
     model.double()
@@ -129,9 +128,9 @@ def test_lora_is_merged_to_the_function_that_was_trained(fused):
 
 def test_fold_unfold_fold_is_stable_to_the_bit(fused, tmp_path):
     start, _ = unfolded(fused)
-    state = start.load(True, start.alpha).state_dict()
+    state = start.load(start.alpha).state_dict()
     (tmp_path / "again").mkdir()
-    save_folded(start, tmp_path / "again", state, True, start.alpha, 10**9)
+    save_folded(start, tmp_path / "again", state, start.alpha, 10**9)
     for name in ("model.safetensors", "hot_residual.safetensors"):
         a, b = (load_file(folder / name) for folder in (fused, tmp_path / "again"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

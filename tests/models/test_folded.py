@@ -33,12 +33,13 @@ def test_a_shard_is_full_or_holds_one_tensor_that_is_larger(models, tmp_path):
     assert index["weight_map"].keys() == checkpoint.sizes.keys()
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
-    totals = []
-    for file in files:
-        shard = load_file(tmp_path / file)
-        totals.append(sum(tensor.nbytes for tensor in shard.values()))
-        assert totals[-1] <= limit or len(shard) == 1
-        assert {index["weight_map"][name] for name in shard} == {file}
-        assert all(torch.equal(tensor, checkpoint.tensor(name) + 1) for name, tensor in shard.items())
-    small = [total for total in totals if total <= limit]
-    assert len(totals) - len(small) == 2 and all(a + b > limit for a, b in pairwise(small))
+    shards = [[name for name, where in index["weight_map"].items() if where == file] for file in files]
+    for file, names in zip(files, shards, strict=True):
+        written = load_file(tmp_path / file)
+        assert written.keys() == set(names)
+        assert all(torch.equal(tensor, checkpoint.tensor(name) + 1) for name, tensor in written.items())
+    totals = [sum(checkpoint.sizes[name] for name in names) for names in shards]
+    assert sum(len(names) == 1 and total > limit for names, total in zip(shards, totals, strict=True)) == 2
+    small = [(names, total) for names, total in zip(shards, totals, strict=True) if total <= limit]
+    assert len(small) == len(files) - 2
+    assert all(total + checkpoint.sizes[later[0]] > limit for (_, total), (later, _) in pairwise(small))

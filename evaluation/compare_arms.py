@@ -22,7 +22,7 @@ from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.settings import Experiment
 from evaluation.arms.models import Arms
 from evaluation.arms.results import Results
-from evaluation.arms.run import TRAINED, Run, training_folders
+from evaluation.arms.run import Run, folders_to_compare
 from evaluation.arms.texts import TextSet, text_sets
 from evaluation.arms.verdict import table, trial_notes
 
@@ -71,7 +71,7 @@ def plan_folder_of(command: Command) -> Path:
 
 def what_is_unfinished(run: Path, plans: Path) -> str | None:
     """What a dry run says while an earlier stage has not finished its folder; None when all of them have."""
-    trainings = [folder for arm in TRAINED for folder in training_folders(run, arm)]
+    trainings = [folder for folders in folders_to_compare(run).values() for folder in folders]
     stages = {plans: "plans", run / "fused": "fused", **dict.fromkeys(trainings, "adapted")}
     return next(filter(None, (unfinished(folder, stage) for folder, stage in stages.items())), None)
 

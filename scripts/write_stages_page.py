@@ -46,7 +46,7 @@ SETTINGS, OTHERS = "settings", "other commands"
 
 def main() -> None:
     write_text(PAGE, page())
-    print(f"{PAGE.relative_to(ROOT)} is up to date")
+    print(f"{PAGE.relative_to(ROOT)} is written")
 
 
 def page() -> str:

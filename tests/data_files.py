@@ -1,8 +1,32 @@
-"""What the tests of data share: files of rows, all rows of a data set, a hub that holds given rows."""
+"""Helpers for tests of data: files of rows, records with their messages, and a hub that holds given rows."""
 
 import json
 
 from core.data import DataSpec, divide
+
+# (record, its messages) for every set of columns that data sets use.
+ROLES = [
+    (
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+        (("system", "s"), ("user", "q"), ("assistant", "a")),
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        (("user", "q"), ("assistant", "a")),
+    ),
+    ({"instruction": "q", "input": "i", "output": "a", "text": "all of it"}, (("user", "q\n\ni"), ("assistant", "a"))),
+    ({"instruction": "q", "input": "", "output": "a"}, (("user", "q"), ("assistant", "a"))),
+    ({"instruction": "q", "output": "a", "system": "s"}, (("system", "s"), ("user", "q"), ("assistant", "a"))),
+    ({"system": "", "user": "q", "assistant": "a"}, (("user", "q"), ("assistant", "a"))),
+    ({"question": "q", "answer": "a"}, (("user", "q"), ("assistant", "a"))),
+    ({"text": "t", "label": "x"}, ((None, "t"),)),
+]
 
 
 def write(path, records):
@@ -16,9 +40,9 @@ def all_rows(*data):
 
 
 def fake_hub(monkeypatch, records, commit=None):
-    """`datasets.load_dataset` with a data set of these records; returns what was asked for.
+    """Make `datasets.load_dataset` give a data set of these records, and return the list of what it is asked for.
 
-    With a commit, the data set knows the addresses of the files it was made of, as one that was downloaded does.
+    With a commit, the data set records the addresses of its files, as a downloaded data set does.
     """
     import datasets
 

@@ -29,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from device_rules import CPU, DEVICE, NAME, PlacementError, aten, check, mark, named_device, of_kind, place_of, where
+from device_rules import CPU, DEVICE, NAME, PlacementError, aten, check, device_of, mark, named_device, of_kind, where
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +40,7 @@ READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.frombuffer}
 
 
 class _Calls(TorchFunctionMode):
-    """Keeps, for `_Operations`, the Python calls that are under way with the device that each asked for."""
+    """Keeps, for `_Operations`, the Python calls that have not returned yet, with the device that each asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,31 +64,31 @@ class _Calls(TorchFunctionMode):
         finally:
             self.under_way.pop()
         if func is _REAL["new_tensor"]:
-            return mark(result, asked or place_of(args[0]))
+            return mark(result, asked or device_of(args[0]))
         return result
 
     def asked(self) -> torch.device | None:
         """The device that the innermost call asked for by name."""
         return self.under_way[-1][0] if self.under_way else None
 
-    def generator_place(self) -> torch.device:
-        """That of the innermost call's generator; an operation gets it without its class."""
+    def generator_device(self) -> torch.device:
+        """The device of the innermost call's generator, which an operation receives without its Python class."""
         generators = of_kind(torch._C.Generator, self.under_way[-1:])
         return generators[0].device if generators else CPU
 
-    def place(self) -> torch.device:
-        """Where an operation without tensors puts its result: where the call asked for, or beside its tensors."""
+    def result_device(self) -> torch.device:
+        """The device of the result of an operation without tensors: what the call asked for, or that of its tensors."""
         if not self.under_way:
             return CPU
         asked, arguments = self.under_way[-1]
-        return asked or (DEVICE if any(place_of(t) == DEVICE for t in of_kind(Tensor, arguments)) else CPU)
+        return asked or (DEVICE if any(device_of(t) == DEVICE for t in of_kind(Tensor, arguments)) else CPU)
 
 
 class _Operations(TorchDispatchMode):
-    """Checks every operation, and marks what it returns.
+    """Checks every operation, and marks the tensors that it returns.
 
-    `products` counts matrix products by (type of device, file and function of the repository): what should have been
-    computed on the device and was not mixes nothing, so nothing else would tell.
+    `products` counts matrix products by (type of device, file and function of the repository). Where all tensors of a
+    computation have stayed on the CPU by mistake, no operation mixes devices, and only these counts show it.
     """
 
     def __init__(self, calls: _Calls):
@@ -98,88 +98,88 @@ class _Operations(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled, and to say so would take the import of torch's compiler
+        return False  # nothing here is compiled, and torch's own answer would import its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = of_kind(Tensor, (args, kwargs))
         if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False  # there is none to pin without a GPU
+            kwargs["pin_memory"] = False  # without a GPU torch has no pinned memory
         named = kwargs.get("device")
         if named is not None and torch.device(named).type == NAME:
-            place, kwargs["device"] = named_device(named), CPU
+            device, kwargs["device"] = named_device(named), CPU
         elif not tensors:
-            place = self.calls.place() if named in (None, CPU) else named
+            device = self.calls.result_device() if named in (None, CPU) else named
         else:
-            place = (self.calls.asked() if named is not None else None) or check(func, args, kwargs, tensors)
-        if kwargs.get("generator") is not None and (found := self.calls.generator_place()) != place:
-            raise PlacementError(f"Expected a '{place.type}' device type for generator but found '{found.type}'")
+            device = (self.calls.asked() if named is not None else None) or check(func, args, kwargs, tensors)
+        if kwargs.get("generator") is not None and (found := self.calls.generator_device()) != device:
+            raise PlacementError(f"Expected a '{device.type}' device type for generator but found '{found.type}'")
         if func.overloadpacket in PRODUCTS:
-            self.products[place.type, where("{file}, {function}")] += 1
+            self.products[device.type, where("{file}, {function}")] += 1
         result = func(*args, **kwargs)
-        if place == DEVICE:
+        if device == DEVICE:
             for tensor in of_kind(Tensor, result):
-                mark(tensor, place)
+                mark(tensor, device)
         return result
 
 
 class _Move(torch.autograd.Function):
-    """A copy on another device, whose gradient goes back to where the tensor was."""
+    """A copy on another device, whose gradient goes back to the device of the tensor."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, place: torch.device, options: dict[str, Any]) -> Tensor:
-        ctx.back = place_of(tensor)
-        return _moved(tensor, place, options)
+    def forward(ctx: Any, tensor: Tensor, device: torch.device, options: dict[str, Any]) -> Tensor:
+        ctx.back = device_of(tensor)
+        return _moved(tensor, device, options)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient.to(ctx.back), None, None
 
 
-def _moved(tensor: Tensor, place: torch.device, options: dict[str, Any]) -> Tensor:
+def _moved(tensor: Tensor, device: torch.device, options: dict[str, Any]) -> Tensor:
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         copy = _REAL["to"](tensor, **{"dtype": tensor.dtype, **options, "copy": True})
-    return mark(copy, place)
+    return mark(copy, device)
 
 
 def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Tensor.to: to a device, a dtype, both, or those of another tensor."""
     if args and isinstance(args[0], Tensor):
-        args = (place_of(args[0]), args[0].dtype, *args[1:])
+        args = (device_of(args[0]), args[0].dtype, *args[1:])
     names = ("device", "dtype", "non_blocking", "copy")
     by_name = dict(zip(names[1:] if args and isinstance(args[0], torch.dtype) else names, args, strict=False)) | kwargs
     options = {name: value for name, value in by_name.items() if value is not None}
     if (other := options.pop("other", None)) is not None:
-        options |= {"device": place_of(other), "dtype": other.dtype}
-    now = place_of(self)
-    place = named_device(options.pop("device", now))
-    if {place, now} == {CPU, DEVICE}:
+        options |= {"device": device_of(other), "dtype": other.dtype}
+    now = device_of(self)
+    device = named_device(options.pop("device", now))
+    if {device, now} == {CPU, DEVICE}:
         moves = self.requires_grad and torch.is_grad_enabled()
-        return _Move.apply(self, place, options) if moves else _moved(self.detach(), place, options)
-    if place not in (CPU, DEVICE):
-        options["device"] = place
+        return _Move.apply(self, device, options) if moves else _moved(self.detach(), device, options)
+    if device not in (CPU, DEVICE):
+        options["device"] = device
     with torch._C.DisableTorchFunction():
         return _REAL["to"](self, **{"dtype": self.dtype, **options})
 
 
 def _refuse_numpy(self: Tensor, *_: Any, **__: Any) -> Any:
-    reason = f"can't convert {place_of(self)} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host"
+    reason = f"can't convert {device_of(self)} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host"
     raise TypeError(f"{reason} memory first. ({where()})")
 
 
 def _on_cpu_only(name: str) -> Callable[..., Any]:
-    """A method that a tensor of the device does not have."""
-    return lambda self, *a, **k: (_REAL[name] if place_of(self) == CPU else _refuse_numpy)(self, *a, **k)
+    """A method that only tensors of the CPU have."""
+    return lambda self, *a, **k: (_REAL[name] if device_of(self) == CPU else _refuse_numpy)(self, *a, **k)
 
 
 def _pin_memory(self: Tensor, *_: Any, **__: Any) -> Tensor:
-    if place_of(self) != CPU:
+    if device_of(self) != CPU:
         raise PlacementError("cannot pin 'torch.cuda.FloatTensor': only dense CPU tensors can be pinned")
     return self.clone()
 
 
 def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Tensor:
-    return mark(_REAL["__deepcopy__"](self, memo), place_of(self))
+    return mark(_REAL["__deepcopy__"](self, memo), device_of(self))
 
 
 def _backward(
@@ -189,10 +189,10 @@ def _backward(
 
 
 METHODS: dict[str, Any] = {
-    "device": property(place_of),
-    "is_cuda": property(lambda self: place_of(self) == DEVICE),
-    "is_cpu": property(lambda self: place_of(self) == CPU),
-    "get_device": lambda self: 0 if place_of(self) == DEVICE else -1,
+    "device": property(device_of),
+    "is_cuda": property(lambda self: device_of(self) == DEVICE),
+    "is_cpu": property(lambda self: device_of(self) == CPU),
+    "get_device": lambda self: 0 if device_of(self) == DEVICE else -1,
     "to": _to,
     "cpu": lambda self, *_, **__: _to(self, "cpu"),
     "cuda": lambda self, device=None, *_, **__: _to(self, NAME if device is None else device),
@@ -207,14 +207,14 @@ _REAL: dict[str, Any] = {name: getattr(Tensor, name) for name in (*METHODS, "new
 
 
 class _Generator(torch.Generator):
-    """A generator of either device; the numbers are those of the CPU."""
+    """A generator of either device. Its numbers are those of the CPU."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         generator = super().__new__(cls, "cpu")
-        generator.place = named_device(device)
+        generator.placed_on = named_device(device)
         return generator
 
-    device = property(lambda self: self.place)
+    device = property(lambda self: self.placed_on)
 
 
 def _load(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +232,7 @@ def _load(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_cuda() -> dict[str, Callable[..., Any]]:
-    """What functions of torch.cuda say and do when one GPU is there."""
+    """Replacements of functions of torch.cuda, which answer as if there were one GPU."""
     silent = ["_lazy_init", "set_device", "synchronize", "empty_cache", "set_rng_state", "set_rng_state_all"]
     answers: dict[str, Any] = dict.fromkeys(silent)
     answers |= {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True}
@@ -243,8 +243,8 @@ def _of_cuda() -> dict[str, Callable[..., Any]]:
 
 @contextmanager
 def imaginary_device() -> Iterator[_Operations]:
-    """Inside, `cuda` is there. Yields what was computed, and where."""
-    import torch._dynamo  # optimizers import it, and it does not stand functions that are replaced
+    """Inside the block the device `cuda` exists. Yields the counts of matrix products by device and function."""
+    import torch._dynamo  # optimizers import it, and its import fails while functions of torch are replaced
 
     with ExitStack() as stack:
         of_cuda = _of_cuda()
@@ -253,7 +253,7 @@ def imaginary_device() -> Iterator[_Operations]:
             (torch, {"load": _load(torch.load), "Generator": _Generator}),
             (torch.cuda, of_cuda),
             (torch.cuda.random, {name: value for name, value in of_cuda.items() if "rng_state" in name}),
-            # A backward pass is no call like the others, below which hooks and autograd functions would not be seen.
+            # torch must not take a backward pass for one call: the hooks and functions inside would not be seen.
             (torch.autograd, {"has_torch_function": lambda _: False}),
         ):
             for name, value in attributes.items():

@@ -1,7 +1,7 @@
 """Every placement of the product (`.to(device)`, `.cpu()`, `device=...`), found in its source, and any one removed.
 
-A placement is removed from the code of the function that has it, in memory: whoever imported the function runs the
-changed code. The line numbers stay.
+A placement is removed by replacing the code of the function that contains it, in memory, so that every module that has
+imported the function runs the changed code. The line numbers stay the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from conftest import ROOT
 from device_rules import CPU
 from torch import Tensor
 
-# What `.to(...)` takes when it changes the dtype alone.
+# The first argument of a `.to(...)` that changes only the dtype.
 DTYPE = re.compile(r"dtype|torch\.(float|bfloat|int|long|half|double)|getattr\(torch,")
 MARK = "_placement_reached"
 
@@ -42,7 +42,7 @@ class Placement:
 
 
 class _Rewrite(ast.NodeTransformer):
-    """Collects the placements of one file. Removes one of them, or wraps all of them in a call that says so."""
+    """Collects the placements of one file, and removes one of them or wraps each in calls that report what it does."""
 
     def __init__(self, file: str, remove: Placement | None = None):
         self.file, self.remove, self.found, self.functions = file, remove, [], []
@@ -57,43 +57,43 @@ class _Rewrite(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         without = _without(node)
-        place = None if without is None else self._placement(node)
+        placement = None if without is None else self._placement(node)
         if not (isinstance(node.func, ast.Attribute) and node.func.attr == "to"):
             node.func = self.visit(node.func)
         else:
             node.func.value = self.visit(node.func.value)
         node.args = [self.visit(arg) for arg in node.args]
         node.keywords = [self.visit(keyword) for keyword in node.keywords]
-        return node if place is None else self._rewritten(place, node, _without(node))
+        return node if placement is None else self._rewritten(placement, node, _without(node))
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """`x.to` that is called by its name elsewhere."""
-        place = self._placement(node) if node.attr == "to" else None
+        """A method `x.to` that is handed on and called elsewhere."""
+        placement = self._placement(node) if node.attr == "to" else None
         self.generic_visit(node)
-        if place is None:
+        if placement is None:
             return node
         keeps = ast.parse("(lambda kept: lambda *_: kept)(0)", mode="eval").body
         keeps.args = [node.value]
-        return self._rewritten(place, node, keeps)
+        return self._rewritten(placement, node, keeps)
 
     def _placement(self, node: ast.expr) -> Placement:
-        place = Placement(self.file, node.lineno, node.col_offset, ".".join(self.functions), ast.unparse(node))
-        self.found.append(place)
-        return place
+        placement = Placement(self.file, node.lineno, node.col_offset, ".".join(self.functions), ast.unparse(node))
+        self.found.append(placement)
+        return placement
 
-    def _rewritten(self, place: Placement, node: ast.expr, without: ast.expr) -> ast.expr:
+    def _rewritten(self, placement: Placement, node: ast.expr, without: ast.expr) -> ast.expr:
         if self.remove is None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "cpu"):
-                node.func.value = self._told("before", place, node.func.value)
-            return self._told("after", place, node)
-        return without if place == self.remove else node
+                node.func.value = self._report("before", placement, node.func.value)
+            return self._report("after", placement, node)
+        return without if placement == self.remove else node
 
-    def _told(self, when: str, place: Placement, value: ast.expr) -> ast.expr:
-        return ast.Call(ast.Name(MARK, ast.Load()), [ast.Constant(when), ast.Constant(astuple(place)), value], [])
+    def _report(self, when: str, placement: Placement, value: ast.expr) -> ast.expr:
+        return ast.Call(ast.Name(MARK, ast.Load()), [ast.Constant(when), ast.Constant(astuple(placement)), value], [])
 
 
 def _without(node: ast.Call) -> ast.expr | None:
-    """The call without its placement; None where it has none."""
+    """The call without its placement, or None if it has none."""
     if isinstance(node.func, ast.Attribute) and node.func.attr == "cpu" and not node.args:
         return node.func.value
     if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
@@ -123,7 +123,7 @@ def files() -> tuple[str, ...]:
 
 
 def placements() -> list[Placement]:
-    return [place for file in files() for place in _rewrite(file)[0]]
+    return [placement for file in files() for placement in _rewrite(file)[0]]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -138,7 +138,7 @@ def _module(file: str) -> ModuleType:
 
 
 def _function(file: str, name: str) -> FunctionType:
-    """The function or method of that name, whatever wraps it."""
+    """The function or method of that name, without the decorators around it."""
     found: Any = _module(file)
     for part in name.split("."):
         found = inspect.getattr_static(found, part)
@@ -146,10 +146,10 @@ def _function(file: str, name: str) -> FunctionType:
     return inspect.unwrap(found)
 
 
-def _outermost(place: Placement) -> str:
-    """The function of a module, or the method of a class, that the placement is in."""
-    first, *rest = place.function.split(".")
-    return f"{first}.{rest[0]}" if inspect.isclass(getattr(_module(place.file), first)) else first
+def _outermost(placement: Placement) -> str:
+    """The function of the module, or the method of a class, that contains the placement."""
+    first, *rest = placement.function.split(".")
+    return f"{first}.{rest[0]}" if inspect.isclass(getattr(_module(placement.file), first)) else first
 
 
 @contextmanager
@@ -164,29 +164,29 @@ def _replaced(file: str, tree: ast.Module, names: set[str]) -> Iterator[None]:
 
 
 @contextmanager
-def removed(place: Placement) -> Iterator[None]:
-    """Inside, the product runs without one placement."""
-    with _replaced(place.file, _rewrite(place.file, place)[1], {_outermost(place)}):
+def removed(placement: Placement) -> Iterator[None]:
+    """Run the product without one placement inside the block."""
+    with _replaced(placement.file, _rewrite(placement.file, placement)[1], {_outermost(placement)}):
         yield
 
 
 @contextmanager
 def watched() -> Iterator[set[Placement]]:
-    """Yields the placements that move something inside, or make something on the device."""
+    """Yield a set that fills with the placements that move a tensor inside the block, or make one on the device."""
     moving: set[Placement] = set()
     before: dict[tuple, list[Any]] = {}
 
-    def tell(when: str, place: tuple, value: Any) -> Any:
+    def report(when: str, placement: tuple, value: Any) -> Any:
         where = value.device if isinstance(value, Tensor) else None
         if when == "before":
-            before.setdefault(place, []).append(where)
-        elif where is None or where != (before[place].pop() if place in before else CPU):
-            moving.add(Placement(*place))
+            before.setdefault(placement, []).append(where)
+        elif where is None or where != (before[placement].pop() if placement in before else CPU):
+            moving.add(Placement(*placement))
         return value
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch(f"builtins.{MARK}", tell, create=True))
+        stack.enter_context(mock.patch(f"builtins.{MARK}", report, create=True))
         for file in files():
             found, tree = _rewrite(file)
-            stack.enter_context(_replaced(file, tree, {_outermost(place) for place in found}))
+            stack.enter_context(_replaced(file, tree, {_outermost(placement) for placement in found}))
         yield moving

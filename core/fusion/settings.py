@@ -10,7 +10,8 @@ from core.fusion.residual import RESIDUAL_FORMS
 from core.options import AT_LEAST_ONE, POSITIVE, SHARE, Range, option
 
 _DEFAULT_P_TOPK = "".join(
-    f"{kind.default_p_topk} for {name}, else " for name, kind in FEATURE_MAPS.items() if kind.default_p_topk
+    f"{count} for {' and '.join(name for name, kind in FEATURE_MAPS.items() if kind.default_p_topk == count)}, else "
+    for count in sorted({kind.default_p_topk for kind in FEATURE_MAPS.values() if kind.default_p_topk})
 )
 _WITHOUT_FEATURE_PLANS = " or ".join(name for name, kind in FEATURE_MAPS.items() if not kind.reads_feature_plans)
 

@@ -17,9 +17,6 @@ from torch import nn
 from core.errors import UserError
 from core.fusion.projections import PROJECTIONS, SIDES
 
-# Model types of text decoders that have the projections, alone or as the language tower of a vision-language model.
-TOWERS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text"}
-
 
 @dataclass(frozen=True)
 class Family:
@@ -79,6 +76,9 @@ FAMILIES = {
         needs_code=True,
     ),
 }
+# Model types of text decoders that have the projections: the families that are nothing else, and decoders that are only
+# part of a vision-language model.
+TOWERS = {name for name, family in FAMILIES.items() if family.tower == "model"} | {"qwen2_vl_text", "qwen2_5_vl_text"}
 # `--model_type` of step 3 -> values of config.model_type
 SEED_MODEL_TYPES = {
     "llama": ("llama",),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from core.fusion.projections import SIDES
 from core.models.activations import row_bytes
-from core.runs.cost_timing import Workload, side_seconds, time_budget, token_seconds
+from core.runs.cost_timing import CALIBRATION_S, Workload, side_seconds, token_seconds
 from core.runs.model_size import ModelSize
 from core.runs.plan_solver import PROBE_ROWS
 from core.runs.settings import Experiment
@@ -130,8 +130,9 @@ def _side_costs(
     shapes = {side: (target.layout.size(side), source.layout.size(side)) for side in SIDES}
     seconds: dict[tuple[int, int], float] = {}
     if timed:
-        budget = time_budget(len(set(shapes.values())))
-        seconds = {shape: side_seconds(*shape, work, experiment, budget) for shape in set(shapes.values())}
+        distinct = set(shapes.values())
+        budget = CALIBRATION_S / len(distinct)
+        seconds = {shape: side_seconds(*shape, work, experiment, budget) for shape in distinct}
     costs = []
     for side, (n, m) in shapes.items():
         # The matrix product of C, and two matrix-vector products per iteration.

@@ -46,11 +46,6 @@ class Workload:
         return self.target_layers * self.source_layers
 
 
-def time_budget(shapes: int) -> float:
-    """Seconds for the measurements of one of so many shapes."""
-    return CALIBRATION_S / shapes
-
-
 def side_seconds(n: int, m: int, work: Workload, experiment: Experiment, budget: float) -> float:
     """Time of one side: all of its plans, standardising the rows, and what the summary measures on the plans.
 

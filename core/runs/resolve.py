@@ -44,8 +44,8 @@ FOLDERS = {
     "yue_benchmark_root": "clone of Yue-Benchmark (default WORKSPACE_ROOT/Yue-Benchmark)",
     "lm_eval_tasks": "folder with tasks of your own for lm-evaluation-harness",
 }
-# The flags that can also be given by variables. MAX_SAMPLES means calibration texts here, as it does in the authors'
-# script; in the stages' own commands --max-samples is an older name of --max-rows-read.
+# The flags that can also be given by variables. In this script MAX_SAMPLES and --max-samples mean calibration texts; in
+# the stages' own commands --max-samples is an older name of --max-rows-read.
 VARIABLES = (
     *("tasks", "steps", "seeds", "num_gpus", "dry_run", "data_dir", *FOLDERS),
     *("target_model", "source_model", "feature_map", "alpha", "max_samples", "max_tokens", "sft_samples"),
@@ -56,8 +56,8 @@ SET_BY_SCRIPT = ("training_scenario", "distill_weight", "distill_temperature")
 # What VARIANT chose in earlier versions, and the script that runs it now.
 VARIANTS = {"source_size": "scripts/table7.sh", "source_family": "scripts/figure4.sh", "alpha": "scripts/figure5.sh"}
 PATHS = ("data_dir", *FOLDERS, "data_file", "general_file", "benchmark_data")
-# What comes with a map that is fitted on rows, where an experiment has another one: token rows, all neurons, and the
-# strength that was best where we measured it.
+# What comes with a feature map that is fitted on rows, where the experiment's own map reads plans instead: token rows,
+# all neurons, and the strength that was best where we measured it.
 FITTED_MAPS = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
 
 # What the script itself reads of what is asked for; the rest are settings of its stages.
@@ -73,6 +73,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
 
 
 def main(argv: list[str]) -> None:
+    """Write one experiment file per run, and `settings.sh` with what the script itself reads."""
     parser = make_parser()
     given = read_flags(parser, argv, os.environ)
     started_in, work = given.pop("started_in"), given.pop("work_dir")
@@ -102,7 +103,7 @@ def make_parser() -> Parser:
     own = parser.add_argument_group("The script", "what is run, and where things are")
     experiments = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
     texts = {
-        "tasks": f"experiments, as in TASKS='malay thai', of {' '.join(experiments)} (default {' '.join(TASKS)})",
+        "tasks": f"files of scripts/experiments/, as in TASKS='malay thai' (default {' '.join(TASKS)})",
         "steps": "what is done: plans, fuse, train, eval, and general for the paper's Figure 6 (default all but that)",
         "seeds": "trainings to average, as in SEEDS='0 1 2' (default 0)",
         "num_gpus": "read and train on so many GPUs (default 0: on the CPU)",
@@ -128,6 +129,8 @@ def words(known: Sequence[str] | None) -> Callable[[str], tuple[str, ...]]:
 
     def read(text: str) -> tuple[str, ...]:
         found = tuple(text.split())
+        if not found:
+            raise argparse.ArgumentTypeError("it is empty")
         for word in found:
             if known is None and not word.isdecimal():
                 raise argparse.ArgumentTypeError(f"{word!r}; expected whole numbers")
@@ -216,7 +219,8 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
         asked.setdefault("data_file", str(folder if folder.exists() and not rows.exists() else rows))
     file_map = Experiment.of(**file).fusion.feature_map
     other_map = asked.get("feature_map", file_map) != file_map
-    fitted = other_map and not FEATURE_MAPS[asked["feature_map"]].reads_feature_plans
+    fitted_before = not FEATURE_MAPS[file_map].reads_feature_plans
+    fitted = other_map and not fitted_before and not FEATURE_MAPS[asked["feature_map"]].reads_feature_plans
     own = file | (FITTED_MAPS if fitted else {})
     before, after = Experiment.of(**own), Experiment.of(**own | asked)
     pair = base = f"{task}-quick" if quick else task

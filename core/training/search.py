@@ -1,7 +1,7 @@
 """The search of stage 3: one training for every strength and learning rate, of which the best is kept.
 
-What a strength means is defined by `core.fusion.residual.mix` (Eqs. 14-16). Here one is chosen: the trial with the
-lowest loss on the validation rows is kept. A training without a search is a search with one trial.
+What a strength means is defined by `core.fusion.residual.mix` (Eqs. 14-16, 18, 22). Here one is chosen: the trial with
+the lowest loss on the validation rows is kept. A training without a search is a search with one trial.
 """
 
 from __future__ import annotations

@@ -88,19 +88,28 @@ class Run:
                 )
 
 
-def trainings_of(run: Path) -> dict[str, list[Manifest]]:
-    """Arm -> manifests of its trainings in a run, in the order of the seeds' names.
+def folders_to_compare(run: Path) -> dict[str, list[Path]]:
+    """Arm -> folders of its trainings in a run, in the order of the seeds' names, whether or not they are there.
 
     All arms need the same seeds, because each seed is compared with the same seed of another arm. Only distillation may
     be missing as a whole. The result is empty when nothing was trained.
-
-    Raises:
-        UserError: a training is missing or not finished.
     """
     seeds = {arm: {folder.name for folder in training_folders(run, arm)} for arm in TRAINED}
     names = sorted(set().union(*seeds.values()))
     return {
-        arm: [Manifest.read(run / subfolder / name, "adapted") for name in names]
+        arm: [run / subfolder / name for name in names]
         for arm, subfolder in TRAINED.items()
         if names and (seeds[arm] or arm != "distill")
+    }
+
+
+def trainings_of(run: Path) -> dict[str, list[Manifest]]:
+    """Arm -> manifests of its trainings in a run (`folders_to_compare`).
+
+    Raises:
+        UserError: a training is missing or not finished.
+    """
+    return {
+        arm: [Manifest.read(folder, "adapted") for folder in folders]
+        for arm, folders in folders_to_compare(run).items()
     }

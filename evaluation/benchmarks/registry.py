@@ -32,7 +32,10 @@ def task_benchmarks(task: str) -> tuple[str, ...]:
     benchmarks = load_experiment(found[task])["benchmarks"] if task in found else ()
     if not benchmarks:
         names = [name for name, path in found.items() if load_experiment(path)["benchmarks"]]
-        raise UserError(f"task {task!r}; expected general or an experiment with benchmarks: {', '.join(names)}")
+        raise UserError(
+            f"task {task!r}; expected general or an experiment with benchmarks: {', '.join(names)}; give it a list "
+            f"`benchmarks:` in {EXPERIMENTS.name}/{task}.yaml, or leave eval out of STEPS"
+        )
     return benchmarks
 
 

@@ -1,4 +1,4 @@
-"""The imaginary device allows and refuses what CUDA does; values, gradients and what is put back afterwards."""
+"""The imaginary device allows what CUDA allows and refuses what CUDA refuses, and leaves torch as it was."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def test_other_refusals(device):
     for read in (lambda x: x.numpy(), np.asarray, lambda x: np.exp(x)):
         with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
             read(a(3))
-    for generator, place in (("cpu", "cuda"), ("cuda", "cpu")):
-        with pytest.raises(PlacementError, match=f"Expected a '{place}' device type for generator"):
-            torch.randperm(4, generator=torch.Generator(generator), device=place)
+    for generator, name in (("cpu", "cuda"), ("cuda", "cpu")):
+        with pytest.raises(PlacementError, match=f"Expected a '{name}' device type for generator"):
+            torch.randperm(4, generator=torch.Generator(generator), device=name)
     with pytest.raises(PlacementError, match="Expected a 'cuda' device type for generator"):
         a(3).normal_(generator=torch.Generator())
     with pytest.raises(PlacementError, match="invalid device ordinal 1"):
@@ -192,15 +192,15 @@ def test_files(device, tmp_path):
     assert load_file(tmp_path / "x.safetensors", device="cuda")["x"].device == DEVICE
     buffer = io.BytesIO()
     torch.save({"x": [a(3)]}, buffer)
-    for place, expected in (("cuda", DEVICE), ("cpu", CPU)):
+    for name, expected in (("cuda", DEVICE), ("cpu", CPU)):
         buffer.seek(0)
-        loaded = torch.load(buffer, map_location=place)["x"][0]
+        loaded = torch.load(buffer, map_location=name)["x"][0]
         assert loaded.device == expected and loaded.tolist() == [1, 2, 3]
 
 
 def test_products_are_counted_by_place(device):
-    def product(place: str) -> torch.Tensor:
-        return a(2, 2, device=place) @ a(2, 2, device=place)
+    def product(name: str) -> torch.Tensor:
+        return a(2, 2, device=name) @ a(2, 2, device=name)
 
     assert product("cuda").tolist() == product("cpu").tolist() == [[7, 10], [15, 22]]
     where = "tests/devices/test_imaginary_device.py, product"
@@ -232,7 +232,7 @@ def _device_generator():
 
 
 def test_the_device_exists_only_inside():
-    """No hook in the product: it asks torch, which answers yes inside alone."""
+    """The product has no hook for it: the product asks torch, which says yes only inside the block."""
     from core.errors import UserError
     from core.runs.settings import Experiment
 

@@ -1,4 +1,8 @@
-"""All four stages on an imaginary GPU: the CPU's results, nothing mixed, and a placement that is removed is caught."""
+"""All four stages on an imaginary GPU.
+
+They give the results of the CPU, no operation mixes devices, and when a placement (`.to(device)`, `device=...`) is
+removed from the code, the run notices it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ from core.hot_transport import compute_Q_and_layer_costs
 from core.training.start import open_start
 from evaluation import compare_arms, run_task
 
-# How many placements are removed from each stage, chosen by SEED; None: all that move something in it.
+# How many placements are removed from each stage, chosen by SEED; None removes all that move something, one by one.
 REMOVED, SEED = 1, 14
 # Pooling of stage 1 -> (target, source). The second target has biases, the first one's source.
 PAIRS = {"token": ("target", "source"), "text": ("source", "target")}
@@ -49,18 +53,20 @@ TRAININGS = {
     "packed": ("coupling", "--freeze-strategy", "none", "--packing", "--gradient-checkpointing"),
     "lora": ("biased", "--use-lora", "--save-untrained-folded"),
 }
-# Placements that may go without harm -> why: what a device refuses does not depend on them.
+# Placements without which a real device would compute the same -> why.
 HARMLESS = {
     "core/models/activations.py mask.to(device)": "transformers moves a mask to its model",
     "core/batching.py mask.to(device)": "transformers moves a mask to its model",
-    "evaluation/benchmarks/option_scores.py torch.tensor(owners": "indices of a tensor of the device may be on the CPU",
+    "evaluation/benchmarks/option_scores.py torch.tensor(owners": "a tensor of the CPU may index one of the device",
+    "evaluation/benchmarks/option_scores.py last[list(letters)].cpu(": "tolist moves what it reads",
+    "evaluation/benchmarks/option_scores.py rows.float().log_softmax": "the device sums in float64 as well",
     "core/training/trainer.py value.to('cpu')": "what writes the file moves it as well",
     "core/transport/batch.py torch.ones(count, 1": "replaced before it is used",
     "core/transport/log_domain.py torch.zeros(n, ": "replaced before it is used",
     "core/train_hot_residual_sft.py value.to('cpu')": "what writes the file moves it as well",
     "core/files.py t.detach().cpu()": "safetensors moves what it writes",
 }
-# Where matrix products belong on the CPU: the fit of the reconstruction, from the parts on disk.
+# The only matrix products that belong on the CPU: the fit of the reconstruction, which is read from the layers' files.
 CPU_PRODUCTS = {("cpu", "core/hot_transport.py, reconstruction_fit")}
 
 
@@ -68,7 +74,7 @@ def run_stage1(case: Any, out: Path, device: str) -> None:
     for pooling, pair in PAIRS.items():
         flags = ("--pooling", pooling, "--max-tokens", 24, "--out-dir", out / pooling, "--device", device)
         run_main(stage1, *case.of_pair(pair), *flags)
-    # An epsilon beyond a float's range, and a plan from rows that are on the device.
+    # An epsilon so small that exp(-C/epsilon) is beyond the range of a float, and rows of a plan, chosen on the device.
     x, y = (torch.randn(20, n, generator=torch.Generator().manual_seed(n)).to(device) for n in (6, 9))
     ((result,),), costs = compute_Q_and_layer_costs([x], [y], 0.001, n_iters=40)
     rows = result.plan_at(torch.tensor([0, 3], device=device))
@@ -88,14 +94,14 @@ def run_stage3(case: Any, out: Path, device: str) -> None:
         train(case.made[2] / start, out / name, *shared, *flags)
     teacher = ("--training-scenario", "distill", "--source-model", case.models["other"], "--data-file", case.texts)
     train(case.models["target"], out / "by_token", *shared, *teacher)
-    # The Trainer moves a model as a whole; others who attach residuals do not.
+    # The Trainer moves a whole model to the device; other callers of `load` have to get it there.
     start = open_start(str(case.made[2] / "biased"), device=device)
     logits = start.load(0.3)(torch.arange(40, device=device).reshape(2, 20)).logits
     save_file({"logits": logits.detach()}, out / "logits.safetensors")
 
 
 def run_stage4(case: Any, out: Path, device: str) -> None:
-    """The arms of a run with its trainings and of two without; a generated benchmark and two by likelihood."""
+    """The arms of a run with trainings and of two runs without, one benchmark that generates, two that score."""
     for name in ("regression", "calibrated", "biased"):
         plans, run = FUSIONS[name][0], out / name
         shutil.copytree(case.made[2] / name, run / "fused")
@@ -113,7 +119,7 @@ RUNS: dict[int, Callable[[Any, Path, str], None]] = dict(enumerate((run_stage1, 
 
 
 def forget_devices() -> None:
-    """Accelerate and transformers keep for good which devices they found."""
+    """Make accelerate and transformers look again for devices, which they look for once per process."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.utils import import_utils
 
@@ -126,7 +132,7 @@ def forget_devices() -> None:
 
 @contextmanager
 def nothing_remembered() -> Iterator[None]:
-    """Inside, libraries look for devices anew, and so they do afterwards."""
+    """Libraries look for devices again at the beginning and at the end of the block."""
     forget_devices()
     try:
         yield
@@ -136,7 +142,7 @@ def nothing_remembered() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def case(models, texts, benchmark_data, tmp_path_factory):
-    """What the stages read, and in `made` what each wrote on the CPU."""
+    """What the stages read; `made` holds the folder that each stage wrote on the CPU."""
     folder = tmp_path_factory.mktemp("placement")
     shutil.copytree(benchmark_data, folder / "benchmarks")
     (folder / "benchmarks/malay_mmlu").mkdir()
@@ -152,14 +158,18 @@ def case(models, texts, benchmark_data, tmp_path_factory):
 
 
 def on_device(case: Any, stage: int, name: str, change: Any = nullcontext) -> tuple[Counter, Any]:
-    """Run a stage on the imaginary device, inside of `change`: (its matrix products by place, what `change` yields)."""
+    """Run a stage on the imaginary device, inside the context `change`.
+
+    Returns:
+        (number of its matrix products by device and function, what `change` yields).
+    """
     with nothing_remembered(), imaginary_device() as operations, change() as yielded:
         RUNS[stage](case, case.folder / name, "cuda")
     return operations.products, yielded
 
 
 def seen(case: Any, stage: int) -> tuple[Counter, set[Placement]]:
-    """The stage as it is: (matrix products by place, placements that move something)."""
+    """The unchanged stage: (number of matrix products by device and function, the placements that move something)."""
     if stage not in case.seen:
         case.seen[stage] = on_device(case, stage, f"cuda{stage}", watched)
     return case.seen[stage]
@@ -167,11 +177,11 @@ def seen(case: Any, stage: int) -> tuple[Counter, set[Placement]]:
 
 @pytest.mark.parametrize("stage", RUNS)
 def test_a_stage_on_the_device_gives_what_the_cpu_gives(case, stage):
-    """Real results: only the rounding of the batched solver, which stops at every tenth sweep, may differ."""
+    """Up to the rounding of the batched solver, which looks only at every tenth sweep whether it has converged."""
     products, _ = seen(case, stage)
     where = case.folder / f"cuda{stage}"
     assert {key for key in products if key[0] == "cpu"} <= CPU_PRODUCTS
-    assert sum(count for (place, _), count in products.items() if place == "cuda") > 100
+    assert sum(count for (device, _), count in products.items() if device == "cuda") > 100
     for path in sorted(where.rglob("*.safetensors")):
         expected = load_file(case.made[stage] / path.relative_to(where))
         for key, value in load_file(path).items():
@@ -187,37 +197,36 @@ def test_a_stage_on_the_device_gives_what_the_cpu_gives(case, stage):
 
 
 def test_every_harmless_placement_is_one_of_the_product():
-    """A key that no placement has exempts nothing, and hides that the code it was written for has moved."""
-    there = [f"{place.file} {place.code}" for place in placements()]
-    assert [key for key in HARMLESS if not any(code.startswith(key) for code in there)] == []
+    """A key without a placement means that the code it was written for has moved."""
+    found = [f"{placement.file} {placement.code}" for placement in placements()]
+    assert [key for key in HARMLESS if not any(code.startswith(key) for code in found)] == []
 
 
-def chosen(places: set[Placement]) -> list[Placement]:
-    """REMOVED of the placements that matter, in an order that other placements do not change."""
-    places = {place for place in places if not f"{place.file} {place.code}".startswith(tuple(HARMLESS))}
-    order = sorted(places, key=lambda p: hashlib.sha256(f"{SEED} {p.file} {p.function} {p.code}".encode()).digest())
+def chosen(moving: set[Placement]) -> list[Placement]:
+    """REMOVED of the placements that matter, in an order that does not change when others are added."""
+    matter = {one for one in moving if not f"{one.file} {one.code}".startswith(tuple(HARMLESS))}
+    order = sorted(matter, key=lambda p: hashlib.sha256(f"{SEED} {p.file} {p.function} {p.code}".encode()).digest())
     return order[:REMOVED]
 
 
 @pytest.mark.parametrize("stage", RUNS)
 def test_a_removed_placement_is_caught(case, stage, capsys):
-    """It stops the stage with the line, or its matrix products move to the CPU."""
+    """The stage stops with an error that names the line, or some of its matrix products are computed on the CPU."""
     products, moving = seen(case, stage)
-    told = {}
-    for number, place in enumerate(chosen(moving)):
+    noticed: dict[Placement, bool] = {}
+    for number, one in enumerate(chosen(moving)):
         try:
-            found, _ = on_device(case, stage, f"{stage}without{number}", lambda place=place: removed(place))
-            told[place] = "products on the CPU" if found != products else None
+            found, _ = on_device(case, stage, f"{stage}without{number}", lambda one=one: removed(one))
+            noticed[one] = found != products
         except (PlacementError, TypeError, UserError) as error:
-            told[place] = str(error)
-            assert "device" in told[place], told[place]
-    escaped = [str(place) for place, how in told.items() if how is None]
+            noticed[one] = "device" in str(error)
+            assert noticed[one], error
     with capsys.disabled():
-        count = f"{len(told) - len(escaped)} of {len(told)} removed placements are caught"
+        count = f"{sum(noticed.values())} of {len(noticed)} removed placements are caught"
         print(f"\nstage {stage}: {count} ({len(moving)} move something)")
-    assert not escaped
+    assert [str(one) for one, caught in noticed.items() if not caught] == []
 
 
-def test_a_device_that_is_not_there_is_refused_by_benchmarks(fails, models, tmp_path):
+def test_benchmarks_refuse_a_device_that_the_machine_does_not_have(fails, models, tmp_path):
     flags = ("--model", models["target"], "--task", "malay", "--output-dir", tmp_path / "out", "--device", "cuda")
     assert "device 'cuda' is not available here; use cpu" in fails(run_task, *flags)

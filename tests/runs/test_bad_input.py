@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, llama, make_tokenizer, run_main, save, sentences
+from conftest import ROOT, llama, make_tokenizer, save, sentences
 from safetensors.torch import load_file
-from stages import digests, train
+from stages import data_flags, digests, pair_flags, plan, train
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
@@ -46,7 +46,7 @@ def test_stage1_bad_input(fails, models, texts, tmp_path, flags, message):
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in few))
     (tmp_path / "blank.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*few, " "]))
     (tmp_path / "bad.yaml").write_text("learning: fast")
-    places = {
+    paths = {
         "EMPTY": "empty",
         "BERT": "bert",
         "CONFIG": "config",
@@ -62,24 +62,15 @@ def test_stage1_bad_input(fails, models, texts, tmp_path, flags, message):
         "--data-file": texts,
         "--out-dir": tmp_path / "out",
     }
-    given |= {flag: tmp_path / places[value] if value in places else value for flag, value in flags.items()}
+    given |= {flag: tmp_path / paths[value] if value in paths else value for flag, value in flags.items()}
     assert message in fails(stage1, *(part for pair in given.items() for part in pair))
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "others").iterdir())) == 1
 
 
 def test_stage2_bad_input(fails, models, plans, tmp_path):
     def failure(*flags, target="target", source="source", hot_dir=plans["token"]):
-        given = [
-            "--hot_dir",
-            hot_dir,
-            "--modelA_id",
-            models[target],
-            "--modelB_id",
-            models[source],
-            "--output_dir",
-            tmp_path / "out",
-            *flags,
-        ]
+        pair = ["--modelA_id", models[target], "--modelB_id", models[source]]
+        given = ["--hot_dir", hot_dir, *pair, "--output_dir", tmp_path / "out", *flags]
         line = fails(stage2, *given)
         assert not (tmp_path / "out").exists()
         return line
@@ -99,56 +90,34 @@ def test_stage2_bad_input(fails, models, plans, tmp_path):
 
 def test_stage3_bad_input(fails, fused, models, plans, tmp_path):
     out = tmp_path / "out"
-    assert "--model_type qwen2, but" in fails(
-        stage3, "--model_dir", fused, "--output_dir", out, "--model_type", "qwen2"
-    )
-    assert "hot_residual.safetensors" in fails(stage3, "--model_dir", models["target"], "--output_dir", out)
-    assert "invalid choice: 'mamba'" in fails(
-        stage3, "--model_dir", fused, "--output_dir", out, "--model_type", "mamba"
-    )
+
+    def failure(*flags, model=fused, folder=out):
+        return fails(stage3, "--model_dir", model, "--output_dir", folder, *flags)
+
+    assert "--model_type qwen2, but" in failure("--model_type", "qwen2")
+    assert "hot_residual.safetensors" in failure(model=models["target"])
+    assert "invalid choice: 'mamba'" in failure("--model_type", "mamba")
     assert "--output_dir is missing" in fails(stage3, "--model_dir", fused)
-    assert "holds the output of stage 'plans'" in fails(stage3, "--model_dir", fused, "--output_dir", plans["text"])
-    assert "leaves nothing to train" in fails(
-        stage3, "--model_dir", fused, "--output_dir", out, "--alpha", 0, "--freeze-strategy", "frozen_base"
-    )
+    assert "holds the output of stage 'plans'" in failure(folder=plans["text"])
+    assert "leaves nothing to train" in failure("--alpha", 0, "--freeze-strategy", "frozen_base")
     assert not out.exists()
 
 
 def test_an_output_folder_is_never_an_input(fails, fused, models, plans, tmp_path):
-    """Writing there would empty it first."""
+    """The folder is emptied before a stage writes into it."""
     trained = train(fused, tmp_path / "a")
     before = digests(trained)
     assert "holds the input" in fails(stage3, "--model_dir", trained, "--output_dir", trained)
-    again = ["--target-model", trained, "--source-model", models["source"], "--data-subset", "python_reference"]
+    again = [*pair_flags({**models, "target": trained}), "--data-subset", "python_reference"]
     assert "holds the input" in fails(stage1, *again, "--out-dir", trained)
-    assert "holds the input" in fails(
-        stage2,
-        "--hot_dir",
-        plans["token"],
-        "--modelA_id",
-        models["target"],
-        "--modelB_id",
-        models["source"],
-        "--output_dir",
-        plans["token"],
-    )
+    flags = ["--hot_dir", plans["token"], *pair_flags(models), "--output_dir", plans["token"]]
+    assert "holds the input" in fails(stage2, *flags)
     assert digests(trained) == before
 
 
 def test_another_split_of_the_same_data_is_refused(fails, fused, texts, tmp_path):
-    line = fails(
-        stage3,
-        "--model_dir",
-        fused,
-        "--output_dir",
-        tmp_path / "a",
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--split-seed",
-        1,
-    )
+    flags = ["--model_dir", fused, "--output_dir", tmp_path / "a", *data_flags(texts), "--split-seed", 1]
+    line = fails(stage3, *flags)
     assert "split_seed is 1, but the plans were made with 0" in line
 
 
@@ -167,19 +136,7 @@ def test_nan_activations_are_named(models, texts, tmp_path):
         broken.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
     folder = save(broken, make_tokenizer(400, 1), tmp_path / "broken")
     with pytest.raises(UserError, match="target layer 1, side k: activations contain NaN"):
-        run_main(
-            stage1,
-            "--target-model",
-            folder,
-            "--source-model",
-            models["source"],
-            "--data-subset",
-            "file",
-            "--data-file",
-            texts,
-            "--out-dir",
-            tmp_path / "p",
-        )
+        plan({**models, "target": folder}, texts, tmp_path / "p")
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,8 @@ def test_cards_name_models_licence_and_the_whole_experiment(plans, licensed, tmp
     report = json.loads((fused / "fusion_report.json").read_text())
     assert f"| {report['mean']['q']['explained_variance']:.3g} |" in card and "| v1.5 |" in card
     assert "| plans | pooling | token |" in card and "| fusion | ridge | 0.02 |" in card
-    assert (
-        "of `texts.jsonl`" in card and "/texts.jsonl" not in card
-    )  # the folders of a local path are nobody else's business
+    # Of a local path only the name is given: its folders are nobody else's business.
+    assert "of `texts.jsonl`" in card and "/texts.jsonl" not in card
 
     for scenario, bases in (("hot", both), ("no_hot", both[:1])):
         out = tmp_path / scenario

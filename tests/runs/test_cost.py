@@ -11,7 +11,7 @@ from stages import data_flags, pair_flags
 import run_activs_and_hot as stage1
 from core.models.activations import row_bytes
 from core.models.settings import ComputeSettings
-from core.runs import cost, cost_timing
+from core.runs import cost
 from core.runs.model_size import ModelSize, read_model_size
 from core.runs.plan_directory import PlanDirectory
 from core.runs.settings import Experiment
@@ -82,7 +82,7 @@ def test_plan_only_counts_what_stage_1_will_write(configs, sizes, plans, capsys)
 
 
 def test_rows_beyond_the_budget_take_no_memory(sizes, monkeypatch):
-    monkeypatch.setattr(cost_timing, "CALIBRATION_S", 0.1)
+    monkeypatch.setattr(cost, "CALIBRATION_S", 0.1)
     rows = 4 * 4000 * 4 * (2 * 16 + 4 * 32)  # of the source: 4000 rows, 4 layers, sides k, v and the four others
     few = {"calibration_samples": 4000, "pairs_budget_mb": 1}
     memory = [

@@ -1,4 +1,4 @@
-"""Output folders: whole files, one writer at a time, what a manifest says of another format."""
+"""Output folders: complete files, manifests and their formats, and one writer at a time."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from stages import digests, fuse
+from stages import digests, fuse, pair_flags
 
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
@@ -68,7 +68,7 @@ def test_a_kill_while_a_folder_begins_or_is_emptied_leaves_it_ours(tmp_path):
 
 
 def test_a_folder_that_is_being_emptied_is_finished_for_nobody(tmp_path, monkeypatch):
-    """Nor does a kill at that moment let the same or the earlier command take what is left for its own."""
+    """When a run is killed at that moment, neither the same command nor the earlier one continues from what is left."""
     folder = tmp_path / "x"
     Manifest.begin(folder, "plans", {"a": 1}).finish()
     (folder / "plans").mkdir()
@@ -99,7 +99,7 @@ def test_manifest_refuses_a_folder_of_another_stage(tmp_path):
 
 
 def test_an_output_inside_another_output_is_refused(tmp_path):
-    """Stage 1 made anew would remove it."""
+    """It would be removed when stage 1 runs again with other settings."""
     Manifest.begin(tmp_path / "out", "plans", {"a": 1})
     with pytest.raises(UserError, match=f"is inside {tmp_path / 'out'}, which is an output itself; give another"):
         Manifest.begin(tmp_path / "out/below/fused", "fused", {"a": 1})
@@ -111,21 +111,21 @@ def test_a_folder_with_a_lock_or_a_manifest_of_its_own_is_left_alone_by_the_one_
     out = tmp_path / "out"
     Manifest.begin(out, "plans", {"a": 1})
     kept = [out / "fused/.tmp-transport-merge-x", out / "deep/locked/.tmp-transport-merge-x"]
-    for place in kept:  # of the stages that run there
-        place.mkdir(parents=True)
+    for path in kept:  # half-written files of stages that are running in these folders
+        path.mkdir(parents=True)
     (out / "fused" / MANIFEST).write_text("{}")
     hold(out / "deep/other")
     (out / "deep/locked/.tmp-transport-merge-lock").touch()
     (out / "deep/left.txt").write_text("of the first")
     for settings in ({"a": 1}, {"a": 2}):
         Manifest.begin(out, "plans", settings)
-        assert all(place.is_dir() for place in kept)
+        assert all(path.is_dir() for path in kept)
     assert (out / "deep/other/.tmp-transport-merge-lock").is_file() and not (out / "deep/left.txt").exists()
     assert names(out) == ["deep", "fused", MANIFEST] and names(out / "deep") == ["locked", "other"]
 
 
 def test_what_others_name_temporary_is_not_removed_with_our_leftovers(tmp_path):
-    """A user's own files, and a clone that download_assets.py is fetching."""
+    """Such as a user's own files, and a repository that download_assets.py is cloning."""
     (tmp_path / ".tmp-MalayMMLU").mkdir()
     (tmp_path / ".tmp-notes.txt").touch()
     (tmp_path / ".tmp-transport-merge-all.md-x").mkdir()
@@ -134,7 +134,7 @@ def test_what_others_name_temporary_is_not_removed_with_our_leftovers(tmp_path):
 
 
 def older(folder: Path, copy: Path) -> Path:
-    """A copy of a folder, as format 2 has it."""
+    """A copy of an output folder that says that it has format 2."""
     shutil.copytree(folder, copy)
     manifest = json.loads((copy / MANIFEST).read_text()) | {"format": 2, "fingerprint": "of it"}
     (copy / MANIFEST).write_text(json.dumps(manifest))
@@ -143,15 +143,15 @@ def older(folder: Path, copy: Path) -> Path:
 
 def test_an_input_of_an_older_format_names_the_command_that_makes_it_again(fails, plans, fused, models, tmp_path):
     old_plans, old_fused = older(plans["token"], tmp_path / "run/plans"), older(fused, tmp_path / "run/fused")
-    pair = ["--target-model", models["target"], "--source-model", models["source"]]
+    pair = pair_flags(models)
     for command, flags, folder, again in (
         (stage2, ["--hot_dir", old_plans, "--output_dir", tmp_path / "f"], old_plans, "run_activs_and_hot.py"),
         (stage3, ["--model_dir", old_fused, "--output_dir", tmp_path / "a"], old_fused, "core/generate_hot_residual"),
         (compare_arms, ["--run-dir", tmp_path / "run", *pair], old_plans, "run_activs_and_hot.py"),
     ):
-        told = fails(command, *flags)
-        assert f"{folder} has format 2 and this version reads format {FORMAT_VERSION}" in told
-        assert f"; run python {again}" in told and "makes it anew" in told
+        error = fails(command, *flags)
+        assert f"{folder} has format 2 and this version reads format {FORMAT_VERSION}" in error
+        assert f"; run python {again}" in error and "makes it anew" in error
     assert names(tmp_path) == ["run"]
 
 
@@ -165,7 +165,7 @@ def test_tables_leave_out_a_run_of_an_older_format_and_say_why(tmp_path, caplog)
     assert "run python core/generate_hot_residual.py again" in caplog.text
 
 
-def test_an_output_of_an_older_format_is_made_anew_and_the_log_says_why(fused, plans, models, tmp_path, caplog):
+def test_an_output_of_an_older_format_is_made_again_and_the_log_says_why(fused, plans, models, tmp_path, caplog):
     out = older(fused, tmp_path / "f")
     (out / "left.txt").write_text("of the older format")
     fuse(plans["token"], models, out, "--feature-map", "regression", "--alpha", "0.3", "--top-k", "0")
@@ -190,7 +190,7 @@ with outputs_held():
 
 
 def started(code: str, *arguments: object) -> subprocess.Popen:
-    """A second process that runs `code`, once it has printed a line."""
+    """Start a second process that runs `code`, and return when it has printed `held`."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
@@ -206,11 +206,11 @@ def started(code: str, *arguments: object) -> subprocess.Popen:
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     folder = tmp_path / "x/y"
     holder = started(HOLDER, folder)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         hold(folder)
     host = os.uname().nodename
-    assert f"{folder} is being written by process {holder.pid} on host {host} (command -c " in str(told.value)
-    assert "wait for it or give another output folder" in str(told.value)
+    assert f"{folder} is being written by process {holder.pid} on host {host} (command -c " in str(refused.value)
+    assert "wait for it or give another output folder" in str(refused.value)
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     assert (folder / ".tmp-transport-merge-lock").is_file() and (folder / ".tmp-transport-merge-all.md-x").is_dir()
@@ -234,7 +234,7 @@ def test_writers_of_the_tables_wait_for_each_other(tmp_path, caplog, monkeypatch
     holder = started(HOLDER, tables)
     caplog.set_level("INFO")
 
-    def goes_on(*_):  # once this process has said that it waits
+    def goes_on(*_):  # this process has logged that it waits, so the other one may end
         assert not (tables / "all.md").exists()
         holder.stdin.write("\n")
         holder.stdin.flush()
@@ -261,27 +261,14 @@ def test_the_same_command_started_twice_is_refused_and_the_first_ends_with_the_r
     fails, fused, plans, models, tmp_path
 ):
     out = tmp_path / "f"
-    flags = [
-        "--hot_dir",
-        plans["token"],
-        "--modelA_id",
-        models["target"],
-        "--modelB_id",
-        models["source"],
-        "--output_dir",
-        out,
-        "--feature-map",
-        "regression",
-        "--alpha",
-        "0.3",
-        "--top-k",
-        "0",
-    ]
+    fusion = ["--feature-map", "regression", "--alpha", "0.3", "--top-k", "0"]
+    flags = [*pair_flags(models), "--hot_dir", plans["token"], "--output_dir", out, *fusion]
     first = started(STAGE, *flags)
-    (out / ".tmp-transport-merge-half-written").mkdir()  # of the first, which the second must leave alone
-    told = fails(stage2, *flags)
-    assert f"{out} is being written by process {first.pid} on host" in told
-    assert f"{out} is being written by" in fails(stage2, *flags, "--ridge", "0.1")  # nor is the folder emptied
+    (out / ".tmp-transport-merge-half-written").mkdir()  # of the first process; the second must leave it alone
+    error = fails(stage2, *flags)
+    assert f"{out} is being written by process {first.pid} on host" in error
+    # Other settings do not empty the folder.
+    assert f"{out} is being written by" in fails(stage2, *flags, "--ridge", "0.1")
     assert (out / ".tmp-transport-merge-half-written").is_dir()
     (out / ".tmp-transport-merge-half-written").rmdir()
     _, error = first.communicate("\n")

@@ -97,7 +97,7 @@ def test_stage3_dry_run_says_what_would_be_trained(no_weights, fused, texts, tmp
 
 
 def test_a_dry_run_waits_for_the_stage_before(tmp_path, monkeypatch, capsys):
-    """A folder of the run that is not there, or not finished, is no failure."""
+    """A folder of the run that is missing or not finished is no failure."""
     monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(tmp_path))
     config = tmp_path / "x.yaml"
     config.write_text("plans_from: y")
@@ -111,8 +111,8 @@ def test_a_dry_run_waits_for_the_stage_before(tmp_path, monkeypatch, capsys):
                 (tmp_path / folder).mkdir(parents=True, exist_ok=True)
                 (tmp_path / folder / "manifest.json").write_text('{"status": "incomplete"}')
             run_main(stage, "--config", config, "--dry-run")
-            told = f"{tmp_path}/{folder} is not finished yet; what depends on it can be checked after {command}\n"
-            assert capsys.readouterr().out == told
+            expected = f"{tmp_path}/{folder} is not finished yet; what depends on it can be checked after {command}\n"
+            assert capsys.readouterr().out == expected
 
 
 def damage(folder, **changes):
@@ -209,3 +209,22 @@ def test_tokenizers_of_other_files_pass(models, pair, texts, tmp_path, capsys):
     assert len(tokenizer) > 300
     run_main(stage1, *plan_flags(pair, texts, tmp_path / "p"), "--dry-run")
     assert "nothing is missing" in capsys.readouterr().out
+
+
+def test_stage4_dry_run_waits_for_every_training_that_it_would_compare(tmp_path):
+    """Also for one that has not begun, where the other arm has a training of this seed."""
+
+    def finish(folder):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text('{"status": "complete"}')
+
+    run, plans = tmp_path / "run", tmp_path / "plans"
+    for folder in (plans, run / "fused"):
+        assert str(folder) in stage4.what_is_unfinished(run, plans)
+        finish(folder)
+    assert stage4.what_is_unfinished(run, plans) is None  # nothing was trained
+    finish(run / "adapted/no_hot/seed0")
+    told = f"{run}/adapted/hot/seed0 is not finished yet; what depends on it can be checked after core/train_hot"
+    assert stage4.what_is_unfinished(run, plans).startswith(told)
+    finish(run / "adapted/hot/seed0")
+    assert stage4.what_is_unfinished(run, plans) is None

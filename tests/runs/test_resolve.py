@@ -175,6 +175,7 @@ def test_every_flag_of_every_stage_works_but_those_that_the_script_sets(resolved
         ({"NUM_GPUS": "1"}, "device 'cuda' is not available here"),
         ({"SEEDS": "0 a"}, "SEEDS=0 a: .*'a'; expected whole numbers"),
         ({"TASKS": "thai nothing"}, "TASKS=thai nothing: .*'nothing'; expected one of: cantonese .* thai"),
+        ({"TASKS": " "}, "TASKS= : .*it is empty"),
         ({"ALPHA": "2"}, "alpha is 2.0; expected a number from 0 to 1"),
         ({"MAX_SAMPLES": "few"}, "MAX_SAMPLES=few: .*invalid int value"),
         ({"MAX_SAMPLES": "3"}, "calibration_samples is 3; plans need at least 16 texts"),

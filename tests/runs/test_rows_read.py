@@ -1,4 +1,4 @@
-"""Rows that a stage read are known to the later ones, which refuse to hold them out."""
+"""Later stages know which rows an earlier stage read, and refuse to hold them out."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ LONG = "A passage that is long enough to be told apart from a phrase that texts 
 
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
-    """Plans, fused model and two trainings of the pico pair on a file of texts with two passages to be joined later."""
+    """Plans, a fused model and two trainings of the pico pair on a file of texts, each with a passage of its own."""
     folder = tmp_path_factory.mktemp("seen")
     data = write(folder / "texts.jsonl", [{"text": f"{text}\n{text} {LONG}"} for text in sentences(150, 11)])
     pair = ["--target-model", models["target"], "--source-model", models["source"]]
@@ -34,8 +34,10 @@ def run(models, tmp_path_factory):
 
 
 def joined(data: Path, folder: Path, *readers: str) -> Path:
-    """The file with one row more, which shares a passage with a held-out row and with the rows that `readers` read, so
-    that their groups become one, and that one is held out."""
+    """The file with one more row, which shares a passage with a held-out row and with rows of the parts `readers`.
+
+    It joins their groups to one, and that group is held out.
+    """
     records = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
     parts = divide(DataSpec("file", str(data))).parts
     held_out = sorted(parts["held_out"], key=lambda row: row.group)
@@ -61,20 +63,20 @@ def test_every_folder_records_the_rows_it_was_made_with(run):
 
 
 def test_held_out_rows_that_a_stage_read_are_refused_by_count(run, fails, tmp_path):
-    """One row more in the file joins groups of two parts; without the record of the rows nothing would tell."""
+    """One more row in the file joins groups of two parts. Only the record of the rows that were read shows it."""
     folder, data, pair = run
     out = tmp_path / "adapted"
     for part in ("calibration", "validation"):
         (tmp_path / part).mkdir()
         grown = joined(data, tmp_path / part, part)
-        # The fourth is the new row, which shares passages with the three that were read.
-        told = f"4 held-out rows of {grown} were read by an earlier stage ({part} 4), or share"
+        # The fourth of them is the new row, which shares passages with the three that were read.
+        error = f"4 held-out rows of {grown} were read by an earlier stage ({part} 4), or share"
         given = ["--data-subset", "file", "--data-file", grown]
-        assert told in fails(compare_arms, "--run-dir", folder, *pair, *given)
+        assert error in fails(compare_arms, "--run-dir", folder, *pair, *given)
         assert not (folder / "results.json").exists()
-        assert told in fails(compare_arms, "--run-dir", folder, *pair, *given[:-1], data, "--general-file", grown)
+        assert error in fails(compare_arms, "--run-dir", folder, *pair, *given[:-1], data, "--general-file", grown)
         if part == "calibration":
-            assert told in fails(stage3, "--model_dir", folder / "fused", "--output_dir", out, *given)
+            assert error in fails(stage3, "--model_dir", folder / "fused", "--output_dir", out, *given)
             assert not out.exists()
 
 
@@ -111,7 +113,7 @@ def test_only_a_row_that_was_read_counts_whatever_its_case_and_system_prompt(tmp
 
 @pytest.mark.parametrize("asked", [12, 25])
 def test_rows_of_a_passage_that_was_read_are_refused_when_its_group_falls_apart(tmp_path, asked):
-    """A passage with ten questions makes a group; with more, among so few rows, it counts as a prompt."""
+    """A passage with ten questions makes a group. With more questions, among so few rows, it counts as a prompt."""
     records = [{"instruction": f"Question {n}?", "input": LONG, "output": "a"} for n in range(10)]
     before = divide(DataSpec("file", write(tmp_path / "few.jsonl", records)))
     (rows,) = filter(None, before.parts.values())
@@ -123,7 +125,7 @@ def test_rows_of_a_passage_that_was_read_are_refused_when_its_group_falls_apart(
     count = len(after.parts["held_out"])
     with pytest.raises(UserError, match=rf"{count} held-out rows .* \(calibration {count}\), or share a passage"):
         check_held_out(after, [tmp_path])
-    # What was a prompt already when it was read says nothing, nor do texts whose groups a column names.
+    # A passage that counted as a prompt when it was read is no mark. Where a column names the groups, no passage is.
     write_rows_read(tmp_path, {"calibration": after.marks(after.parts["calibration"])})
     check_held_out(after, [tmp_path])
     named = [{**record, "group": str(n)} for n, record in enumerate(records + more)]
@@ -133,7 +135,7 @@ def test_rows_of_a_passage_that_was_read_are_refused_when_its_group_falls_apart(
 
 
 def test_what_a_target_or_start_of_ours_was_made_with_is_recorded_and_refused(run, models, fails, tmp_path):
-    """Of a checkpoint without a residual, too: nothing else says that it was trained on rows of this data."""
+    """Also of a checkpoint without a residual, for which nothing else says that it was trained on rows of this data."""
     folder, data, pair = run
     trained = folder / "adapted/no_hot/seed0"
     given = ["--data-subset", "file", "--data-file", data]
@@ -142,8 +144,8 @@ def test_what_a_target_or_start_of_ours_was_made_with_is_recorded_and_refused(ru
     train(trained, tmp_path / "again", *given, "--training-scenario", "no_hot", "--save-untrained-folded")
     assert rows_read([tmp_path / "again"]) == rows_read([trained]) == rows_read([tmp_path / "again-untrained"])
     other = ["--split-seed", 1, "--output_dir", tmp_path / "other"]
-    told = fails(stage3, "--model_dir", trained, *given, *other, "--training-scenario", "no_hot")
-    assert "were read by an earlier stage (" in told and not (tmp_path / "other").exists()
+    error = fails(stage3, "--model_dir", trained, *given, *other, "--training-scenario", "no_hot")
+    assert "were read by an earlier stage (" in error and not (tmp_path / "other").exists()
 
 
 def test_another_split_of_the_same_data_is_refused_whatever_its_spelling(tmp_path, monkeypatch):
@@ -152,12 +154,12 @@ def test_another_split_of_the_same_data_is_refused_whatever_its_spelling(tmp_pat
     monkeypatch.chdir(tmp_path)
     check_same_split(made_from, DataSpec("", "t.jsonl"), None)
     check_same_split(made_from, DataSpec("gsm8k", None, 1), None)
-    for changed, told in (
+    for changed, error in (
         (DataSpec("", "t.jsonl", 1), "split_seed is 1, but the plans were made with 0"),
         (DataSpec("", "t.jsonl", 0, 200), "max_rows_read is 200, but the plans were made with 40000"),
         (DataSpec("", "t.jsonl", group_column="doc"), "group_column is doc, but the plans were made with None"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=error):
             check_same_split(made_from, changed, None)
     hub = {**made_from, "subset": "medical", "file": None, "revision": "a" * 40}
     for same in (None, "a" * 40):

@@ -76,7 +76,7 @@ def test_every_task_is_one_command_per_stage_and_the_tables_come_last(recipe):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("printf 'a bar\\rerror: no such rows' >&2; exit 2", "error: no such rows (exit code 2)"),
+        ("printf 'a bar\\rerror: no such rows\\nbye' >&2; exit 2", "error: no such rows (exit code 2)"),
         ("printf 'Traceback\\nValueError: what\\n' >&2; exit 1", "ValueError: what (exit code 1)"),
         ("printf '1 of 3\\r2 of 3' >&2; kill -9 $$", "2 of 3 (exit code 137)"),
     ],
@@ -95,9 +95,8 @@ def test_what_was_set_wrongly_ends_the_script(recipe):
 
 
 def test_ctrl_c_ends_everything(recipe, tmp_path):
-    running = recipe(
-        BREAKS="run_activs", HOW=f"trap 'exit 130' INT; touch {tmp_path}/begun; while :; do sleep 0.05; done"
-    )
+    how = f"trap 'exit 130' INT; touch {tmp_path}/begun; for _ in {{1..100}}; do sleep 0.05; done"
+    running = recipe(BREAKS="run_activs", HOW=how)
     while not (tmp_path / "begun").exists():
         assert running.poll() is None
         time.sleep(0.02)

@@ -1,20 +1,18 @@
-"""Texts by name, the split, and that datasets/ never shadows the installed package."""
+"""Reading data: the folder datasets/ and the package of that name, the Python reference, files and their columns."""
 
 import difflib
 import inspect
-import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from itertools import combinations
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHARED_DATA
-from data_files import all_rows, fake_hub, write
+from data_files import ROLES, all_rows, fake_hub, write
 
-from core.data import SOURCES, DataSpec, divide, load_rows
+from core.data import DataSpec, divide, load_rows
 from core.errors import UserError
 
 SHOWN = "import core.data, datasets; print(datasets.__file__)"
@@ -86,7 +84,7 @@ def test_python_reference_texts_that_share_a_paragraph_stay_together(reference):
     assert {group[p] for p in paragraphs if p in group} == {"module difflib"}
 
 
-def test_a_python_without_its_sources_is_told(monkeypatch, tmp_path):
+def test_a_python_without_its_sources_is_an_error(monkeypatch, tmp_path):
     import dataset_general_texts
 
     monkeypatch.setattr(dataset_general_texts.sysconfig, "get_path", lambda _: str(tmp_path))
@@ -125,43 +123,6 @@ def test_missing_and_unknown_data(tmp_path):
         divide(DataSpec("gsm9k"))
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
-def test_without_a_hub_every_source_says_what_to_do(name, monkeypatch, tmp_path):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(
-        UserError,
-        match=rf"{name} \({SOURCES[name].hub_id}\) cannot be read: .*hf auth login.*"
-        r"--data-file",
-    ):
-        divide(DataSpec(name))
-
-
-ROLES = [
-    (
-        {
-            "messages": [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": "q"},
-                {"role": "assistant", "content": "a"},
-            ]
-        },
-        (("system", "s"), ("user", "q"), ("assistant", "a")),
-    ),
-    (
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        (("user", "q"), ("assistant", "a")),
-    ),
-    ({"instruction": "q", "input": "i", "output": "a", "text": "all of it"}, (("user", "q\n\ni"), ("assistant", "a"))),
-    ({"instruction": "q", "input": "", "output": "a"}, (("user", "q"), ("assistant", "a"))),
-    ({"instruction": "q", "output": "a", "system": "s"}, (("system", "s"), ("user", "q"), ("assistant", "a"))),
-    ({"system": "", "user": "q", "assistant": "a"}, (("user", "q"), ("assistant", "a"))),
-    ({"question": "q", "answer": "a"}, (("user", "q"), ("assistant", "a"))),
-    ({"text": "t", "label": "x"}, ((None, "t"),)),
-]
-
-
 @pytest.mark.parametrize(("record", "messages"), ROLES)
 def test_columns_become_messages(tmp_path, record, messages):
     path = write(tmp_path / "r.jsonl", [record])
@@ -177,7 +138,7 @@ def test_unknown_roles_are_refused_in_a_file_and_left_out_of_a_hub_data_set(tmp_
     assert len(all_rows("indonesian")) == 20
 
 
-def test_files_may_mix_columns_and_odd_turns_are_told(tmp_path):
+def test_files_may_mix_columns_and_unknown_turns_are_an_error(tmp_path):
     records = []
     for n in range(20):
         records += [
@@ -190,7 +151,7 @@ def test_files_may_mix_columns_and_odd_turns_are_told(tmp_path):
     found = [row.messages for row in rows]
     expected = {((None, f"t{n}"),) for n in range(20)} | {(("user", f"c{n}"),) for n in range(20)}
     assert set(found) == expected | {(("user", f"q{n}"), ("assistant", "a")) for n in range(20)} and len(found) == 60
-    assert len({row.group for row in rows}) == 60  # no group is no group in common
+    assert len({row.group for row in rows}) == 60  # an empty group is not a group that rows have in common
     path = write(tmp_path / "s.jsonl", [{"conversations": ["hi", "there"]}])
     with pytest.raises(UserError, match="row 1 has the columns conversations; expected messages"):
         divide(DataSpec("file", path))
@@ -230,72 +191,6 @@ def test_at_most_so_many_rows_are_read_in_a_seeded_order(tmp_path, caplog):
     assert "20 of " in caplog.text and "characters on average" in caplog.text and caplog.text.count("  e.g. text ") == 3
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
-def test_every_source_reads_its_own_schema(name, monkeypatch, caplog):
-    schemas = {
-        "medical": ROLES[2][0],
-        "finance": ROLES[5][0],
-        "cantonese": ROLES[4][0],
-        "indonesian": ROLES[0][0],
-        "malay": ROLES[0][0],
-        "gsm8k": {"question": "a", "answer": "1 + 1\n#### 2"},
-        "alpaca": ROLES[2][0],
-    }
-    record = schemas.get(name, {"text": "t"})
-    asked = fake_hub(
-        monkeypatch,
-        [json.loads(json.dumps(record).replace('"a"', f'"a {n}"').replace('"t"', f'"t {n}"')) for n in range(60)],
-    )
-    rows = all_rows(name, None, 0, 40)
-    source = SOURCES[name]
-    assert len(rows) == 40 and asked == [
-        (source.hub_id, source.config, source.split, source.revision, source.streaming)
-    ]
-    assert rows[0].has_roles == ("text" not in record or len(record) > 2)
-
-
-def test_the_revision_of_a_hub_data_set_is_recorded(monkeypatch):
-    """The one that the table pins, else the one that was read, else None."""
-    pinned = SOURCES["gsm8k"].revision
-    records = [{"question": f"q {n}", "answer": "#### 1", "instruction": f"q {n}", "output": "a"} for n in range(60)]
-    fake_hub(monkeypatch, records, commit="c" * 40)
-    assert [divide(DataSpec(name)).identity([])["revision"] for name in ("gsm8k", "medical")] == [pinned, "c" * 40]
-    fake_hub(monkeypatch, records)
-    assert divide(DataSpec("medical")).identity([])["revision"] is None
-    assert len(pinned) == 40
-
-
-def test_a_stream_is_read_at_the_hubs_newest_commit_and_says_so(monkeypatch):
-    """A stream itself does not say what it was read from."""
-    import huggingface_hub
-
-    newest = SimpleNamespace(sha="d" * 40)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: newest)
-    asked = fake_hub(monkeypatch, [{"text": f"t {n}"} for n in range(60)])
-    assert divide(DataSpec("thai")).identity([])["revision"] == "d" * 40 == asked[0][3]
-
-    def unreachable(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    assert divide(DataSpec("thai")).revision is None and asked[1][3] is None
-
-
-def test_wikitext_has_no_headings_and_hub_rows_without_text_are_left_out(monkeypatch, caplog):
-    caplog.set_level("INFO")
-    fake_hub(monkeypatch, [{"text": t} for t in (" = Heading = ", "", *(f" line {n} " for n in range(20)))])
-    assert {row.plain for row in all_rows("wikitext")} == {f"line {n}" for n in range(20)}
-    fake_hub(monkeypatch, [{"question": f"q {n}", "answer": f"{n}\n#### {n}" if n else " "} for n in range(21)])
-    assert len(all_rows("gsm8k")) == 20
-    assert "1 rows without a text" in caplog.text
-
-
-def test_an_answer_of_gsm8k_without_its_number_is_left_out(monkeypatch):
-    fake_hub(monkeypatch, [{"question": f"q {n}", "answer": f"{n}\n#### {n}" if n % 2 else "so"} for n in range(20)])
-    rows = all_rows("gsm8k")
-    assert len(rows) == 10 and all("####" in row.messages[1][1] for row in rows)
-
-
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")
 def test_real_files_are_read():
     gsm8k = load_rows(DataSpec("gsm8k", str(SHARED_DATA / "text/gsm8k/test.jsonl")), "calibration", 10)
@@ -306,7 +201,7 @@ def test_real_files_are_read():
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data folder is not on this machine")
 def test_no_passage_of_tatqa_is_in_two_parts():
-    """Many questions are asked about each passage, and no column says which rows share one."""
+    """Many questions are asked about each passage, and no column says which rows share a passage."""
     division = divide(DataSpec("file", str(SHARED_DATA / "text/finance/tatqa.jsonl")))
     passages = {
         part: {row.messages[0][1].partition("\n\n")[2] for row in rows} for part, rows in division.parts.items()

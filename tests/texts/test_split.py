@@ -1,4 +1,4 @@
-"""The split: parts that never move, groups by what texts share, near duplicates across parts."""
+"""The split: parts that do not change, groups of rows that share texts, near duplicates across parts."""
 
 import json
 import random
@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import WORDS, sentences
-from data_files import all_rows, write
+from data_files import all_rows, fake_hub, write
 
-from core.data import DataSpec, divide, load_rows
+from core.data import DataSpec, divide, export_rows, load_rows
 from core.errors import UserError
 from core.texts.near_duplicates import near_duplicates
 from core.texts.rows import Row
@@ -39,7 +39,7 @@ def parts_of(path, seed=0):
 
 
 def test_a_part_follows_from_seed_and_group_alone():
-    """Known values: they must never change, or texts of earlier runs change their parts."""
+    """The known values must never change, or the texts of earlier runs would change their parts."""
     expected = ["calibration", "calibration", "held_out", "calibration", "validation", "sft"]
     assert [part_of(name, 0) for name in "abcdef"] == expected
     counts = Counter(part_of(f"group {n}", 3) for n in range(20_000))
@@ -82,14 +82,18 @@ def test_fewer_rows_are_the_first_of_more(tmp_path):
 
 
 def test_texts_questions_and_passages_make_groups():
-    same = ("The  Cat\tsat", "the cat SAT", "the \uff43\uff41\uff54 sat")  # but for case, space, full width
+    same = (
+        "The  Cat\tsat",
+        "the cat SAT",
+        "the \uff43\uff41\uff54 sat",
+    )  # equal up to case, white space and full width
     assert groups(*(Row(((None, text),)) for text in (*same, "the cat ran"))) == [[0, 1, 2], [3]]
     assert groups(asked("Who?", "she"), asked("who?", "he"), asked("Whom?", "she")) == [[0, 1], [2]]
     for passage in (LONG, LONG.replace(" ", "\n", 9).replace("\n", " \n")):
         before, after = asked(f"Why?\n\n{passage}"), asked(f"{passage}\nWhen was it?")
         plain = Row(((None, f"A heading\n\n{passage}\n\nand an end"),))
         assert groups(before, after, asked("Why?\n\nanother"), plain) == [[0, 1, 3], [2]]
-    lines = "\n".join(f"short line {n}" for n in range(30))  # as a table is: no line is long
+    lines = "\n".join(f"short line {n}" for n in range(30))  # like a table, in which no line is long
     assert groups(asked(f"How many?\n\n{lines}"), asked(f"How few?\n\n{lines}")) == [[0, 1]]
     assert groups(asked("one"), asked(f"two {LONG}"), asked("three")) == [[0], [1], [2]]
 
@@ -152,14 +156,14 @@ def test_of_two_groups_of_one_row_the_smallest_name_stays_whatever_the_order(tmp
         assert row.group == "a"
 
 
-def test_small_and_empty_parts_are_told(tmp_path, caplog):
+def test_small_and_empty_parts_are_reported(tmp_path, caplog):
     path = write(tmp_path / "one.jsonl", [{"text": f"text {n}", "group": "b"} for n in range(30)])
     division = divide(DataSpec("file", path))
-    there = part_of("b", 0)
-    assert len(division.rows(there, 99)) == 30
-    for part in SHARES.keys() - {there}:
-        told = f"30 texts in 1 groups, none of them in the {part} part; take another --split-seed, more texts,"
-        with pytest.raises(UserError, match=rf"{told} or finer groups \(--group-column\), and run all stages again"):
+    only = part_of("b", 0)
+    assert len(division.rows(only, 99)) == 30
+    for part in SHARES.keys() - {only}:
+        error = f"30 texts in 1 groups, none of them in the {part} part; take another --split-seed, more texts,"
+        with pytest.raises(UserError, match=rf"{error} or finer groups \(--group-column\), and run all stages again"):
             division.rows(part, 1)
     small = next(f"name {n}" for n in range(99) if part_of(f"name {n}", 0) == "validation")
     rows = [{"text": f"text {n}", "group": "b" if n else small} for n in range(30)]
@@ -168,7 +172,7 @@ def test_small_and_empty_parts_are_told(tmp_path, caplog):
 
 
 def test_near_duplicates_are_not_taken_for_a_small_part(tmp_path, caplog):
-    """Another seed would help nothing: the texts share what no column names."""
+    """The error must not propose another seed, which would not help: the texts share what no column names."""
     text = " ".join(random.Random(0).choices(WORDS, k=200))
     rows = [{"text": f"{text} {n}", "group": "c" if n < 4 else "a"} for n in range(9)]
     division = divide(DataSpec("file", write(tmp_path / "t.jsonl", rows)))
@@ -201,7 +205,7 @@ def test_a_template_makes_no_near_duplicates():
     assert near_duplicates([*rows[:20], again], rows[20:]) == [again]
 
 
-def test_near_duplicates_are_left_out_of_the_held_out_part_and_told(tmp_path, caplog):
+def test_near_duplicates_are_left_out_of_the_held_out_part_and_logged(tmp_path, caplog):
     texts = [" ".join([*text.split(), *WORDS[n % 9 :: 2]]) for n, text in enumerate(sentences(200, 7))]
     division = divide(DataSpec("file", write(tmp_path / "a.jsonl", [{"text": text} for text in texts])))
     assert division.near_duplicates["left_out"] == 0
@@ -218,10 +222,6 @@ def test_near_duplicates_are_left_out_of_the_held_out_part_and_told(tmp_path, ca
 
 
 def test_an_export_has_the_groups_of_the_data_set(tmp_path, monkeypatch):
-    from data_files import fake_hub
-
-    from core.data import export_rows
-
     records = [{"instruction": f"q {n}", "input": f"{n // 4}{LONG}", "output": "a", "doc": n // 8} for n in range(160)]
     fake_hub(monkeypatch, records)
     for column, count in ((None, 40), ("doc", 20)):
@@ -229,7 +229,6 @@ def test_an_export_has_the_groups_of_the_data_set(tmp_path, monkeypatch):
         assert export_rows(spec, tmp_path / "t.jsonl") == 160
         lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
         assert len({line["group"] for line in lines}) == count
-        there, local = divide(spec), divide(DataSpec("alpaca", str(tmp_path / "t.jsonl"), group_column=column))
-        assert {part: set(rows) for part, rows in there.parts.items()} == {
-            part: set(rows) for part, rows in local.parts.items()
-        }
+        local = DataSpec("alpaca", str(tmp_path / "t.jsonl"), group_column=column)
+        of_hub, of_file = ({part: set(rows) for part, rows in divide(one).parts.items()} for one in (spec, local))
+        assert of_hub == of_file

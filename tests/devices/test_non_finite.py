@@ -1,4 +1,4 @@
-"""NaN and infinite values: refused where they enter, and never chosen, converged or better."""
+"""NaN and infinite values are refused where they enter, and never count as chosen, converged or better."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from core.training import search, trainer
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_settings_that_are_no_numbers_are_refused(value, fails, tmp_path):
-    """Also those of an experiment file, which can hold .nan and .inf."""
+def test_non_finite_settings_are_refused(value, fails, tmp_path):
+    """An experiment file can hold .nan and .inf."""
     settings = [setting for setting in all_settings().values() if float in (setting.kind, setting.entry)]
     assert len(settings) > 15
     for setting in settings:
@@ -34,8 +34,8 @@ def test_settings_that_are_no_numbers_are_refused(value, fails, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["first", "second", "both"])
-def test_a_loss_that_is_no_number_is_never_the_best(broken, models, texts, fails, tmp_path, monkeypatch):
-    """Whichever trial has it."""
+def test_a_trial_with_a_non_finite_loss_is_never_chosen(broken, models, texts, fails, tmp_path, monkeypatch):
+    """Whichever trial has it; when all have it, training fails."""
     once, done = search.train_once, []
 
     def train_once(*arguments):
@@ -48,15 +48,15 @@ def test_a_loss_that_is_no_number_is_never_the_best(broken, models, texts, fails
     monkeypatch.setattr(search, "train_once", train_once)
     flags = ("--training-scenario", "no_hot", "--data-subset", "file", "--data-file", texts, "--lr-search", "1e-3,1e-2")
     if broken == "both":
-        place = ("--model_dir", models["target"], "--output_dir", tmp_path / "a", "--sft-samples", 8)
-        assert "every trial diverged; the first: the validation loss is nan" in fails(stage3, *place, *flags)
+        folders = ("--model_dir", models["target"], "--output_dir", tmp_path / "a", "--sft-samples", 8)
+        assert "every trial diverged; the first: the validation loss is nan" in fails(stage3, *folders, *flags)
     else:
         out = train(models["target"], tmp_path / "a", *flags)
         assert json.loads((out / "results.json").read_text())["chosen"] == (broken == "first")
 
 
-def test_weights_that_are_lost_in_the_last_update_are_told(models, texts, fails, tmp_path, monkeypatch):
-    """The loss of an update is that before it, so that the last one tells nothing of the weights that are written."""
+def test_non_finite_weights_after_the_last_update_are_an_error(models, texts, fails, tmp_path, monkeypatch):
+    """The loss of an update is computed before it, so the last loss says nothing about the weights that are written."""
     from torch.optim import AdamW
 
     step = AdamW.step
@@ -67,13 +67,13 @@ def test_weights_that_are_lost_in_the_last_update_are_told(models, texts, fails,
             optimizer.param_groups[0]["params"][0].view(-1)[3] = math.nan
 
     monkeypatch.setattr(AdamW, "step", lose)
-    place = ("--model_dir", models["target"], "--output_dir", tmp_path / "a", "--training-scenario", "no_hot")
+    folders = ("--model_dir", models["target"], "--output_dir", tmp_path / "a", "--training-scenario", "no_hot")
     data = ("--data-subset", "file", "--data-file", texts, "--sft-samples", 8, "--validation-samples", 0)
-    told = fails(stage3, *place, *data, "--gradient-accumulation", 8)
-    assert "has NaN or infinite weights after the last update; lower the learning rate" in told
+    error = fails(stage3, *folders, *data, "--gradient-accumulation", 8)
+    assert "has NaN or infinite weights after the last update; lower the learning rate" in error
 
 
-def test_the_trainers_losses_must_be_numbers():
+def test_the_trainer_stops_at_a_non_finite_loss():
     for name in ("loss", "eval_loss"):
         for value in (math.nan, math.inf):
             with pytest.raises(trainer.Diverged, match=f"the {name} is {value}"):
@@ -86,7 +86,7 @@ class SimpleTrainer:
 
 
 @pytest.mark.parametrize("model", ["target", "source"])
-def test_a_model_with_weights_that_are_no_numbers_is_not_fused(model, models, plans, fails, tmp_path, monkeypatch):
+def test_a_model_with_non_finite_weights_is_not_fused(model, models, plans, fails, tmp_path, monkeypatch):
     damaged = tmp_path / "damaged"
     shutil.copytree(models[model], damaged)
     tensors = load_file(damaged / "model.safetensors")
@@ -96,12 +96,12 @@ def test_a_model_with_weights_that_are_no_numbers_is_not_fused(model, models, pl
     monkeypatch.setattr(stage2.PlanDirectory, "check_models", lambda *_: None)
     pair = {**models, model: damaged}
     flags = ("--hot_dir", plans["text"], "--output_dir", tmp_path / "f", "--top-k", 0)
-    told = fails(stage2, *flags, "--modelA_id", pair["target"], "--modelB_id", pair["source"])
-    assert "layer 0, projection v: the" in told and "has NaN or infinite entries" in told
+    error = fails(stage2, *flags, "--modelA_id", pair["target"], "--modelB_id", pair["source"])
+    assert "layer 0, projection v: the" in error and "has NaN or infinite entries" in error
 
 
 def test_the_ratio_of_norms_warns_where_there_is_none(plans, models, tmp_path, monkeypatch, caplog):
-    """A ratio that is no number is no sign of transport."""
+    """A NaN is no sign of transport."""
     nothing = dict.fromkeys(("norm_ratio", "cosine", "explained_variance"), math.nan)
     monkeypatch.setattr(stage2, "means_by_projection", lambda lines: dict.fromkeys(PROJECTIONS, nothing))
     fuse(plans["text"], models, tmp_path / "f", "--feature-map", "regression")

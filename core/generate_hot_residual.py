@@ -30,7 +30,8 @@ from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 from core.hub import push_folder
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
-from core.models.checkpoints import Checkpoint, open_pair, write_folded
+from core.models.checkpoints import Checkpoint, open_pair
+from core.models.folded import write_folded
 from core.runs import preflight as checks
 from core.runs.card import CARD, fused_card
 from core.runs.command_line import Command, parse_command, save_resolved

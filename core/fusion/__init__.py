@@ -1,4 +1,4 @@
-"""Fusion: transported weights, the rows on which they replace the target's, and what a gain must beat."""
+"""Fusion: the source's weights transported to the target, mixed with the target's own on its strongest neurons."""
 
 from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 

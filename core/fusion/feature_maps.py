@@ -4,15 +4,18 @@ For target layer l and projection c, with m running over the source layers:
 
     W~ = sum over m of  p[m] * Out[m] @ W_source[m] @ In[m]      [n, n'] = [n, m] @ [m, m'] @ [m', n']
 
-| name        | p[m]              | Out [n, m]                           | In [m', n']                            |
-| ----------- | ----------------- | ------------------------------------ | -------------------------------------- |
-| coupling    | P_eff[l, m]       | Q_out                                | Q_in^T                                 |
-| barycentric | P_eff row / sum   | n Q_out                              | m' Q_in^T                              |
-| calibrated  | as barycentric    | diag(s_t) n Q_out diag(1 / s_s)      | diag(s_s) m' Q_in^T diag(1 / s_t)      |
-| regression  | the largest one   | source outputs -> target outputs     | target inputs -> source inputs         |
+| name        | p[m]                    | Out [n, m]                       | In [m', n']                       |
+| ----------- | ----------------------- | -------------------------------- | --------------------------------- |
+| coupling    | P_eff[l, m]             | Q_out                            | Q_in^T                            |
+| barycentric | P_eff[l, m] / row's sum | n Q_out                          | m' Q_in^T                         |
+| calibrated  | as barycentric          | diag(s_t) n Q_out diag(1 / s_s)  | diag(s_s) m' Q_in^T diag(1 / s_t) |
+| regression  | as barycentric, largest | source outputs -> target outputs | target inputs -> source inputs    |
 
-To add a feature map, derive a class from `FeatureMap` (or from one of the four) and add it to `FEATURE_MAPS`. Settings,
-`--help`, fusion and the controls read all they need from the class.
+Here n Q and m' Q^T have rows that sum to 1, s_t and s_s are the standard deviations of the target's and the source's
+neurons, and `largest` means that by default only the largest entry of the row takes part.
+
+To add a feature map, derive a class from `FeatureMap` or from one of the four and add it to `FEATURE_MAPS` at the end.
+Settings, `--help`, fusion and the controls read all they need from the class.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The projections that fusion knows, each with the sides it lies between, in one table.
+"""The projections that are fused, in one table that all stages read.
 
-A side is a place in a decoder layer where activations are recorded and matched. The output side of a projection has the
-projection's name; q, k and v share the input side `attn_in`.
+A side is a point of a decoder layer at which activations are recorded and matched. Every projection lies between two:
+its output side has the projection's own name, and several projections may share an input side, as q, k and v share
+`attn_in`. Fusing another projection is another row of PROJECTIONS, whose widths the model's layout
+(`core.models.families.AttentionLayout`) must have.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ ROWS, COLUMNS = 0, 1
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear layer of a decoder layer, W [out, in].
+    """One linear layer of a decoder layer, with a weight W [out, in].
 
     Attributes:
-        name: of the projection and of its output side.
-        input_side: the side it reads.
-        axis: what fusion selects and replaces: ROWS of W, by the strength of the outputs, or COLUMNS, by that of the
-            inputs.
-        path: its module below a decoder layer.
-        input_width, output_width: what the model's layout calls the number of neurons on either side.
+        name: the name of the projection and of its output side.
+        input_side: the name of the side that it reads.
+        axis: what fusion selects and replaces: ROWS of W by the strength of the output neurons, or COLUMNS of W by the
+            strength of the input neurons (section 4.2).
+        path: its module, relative to the decoder layer.
+        input_width, output_width: the attributes of a model's layout that hold the numbers of neurons of its two sides.
     """
 
     name: str
@@ -38,12 +40,12 @@ class Projection:
 
     @property
     def whole_side(self) -> str:
-        """The other side, all of whose neurons take part."""
+        """The other side, of which all neurons take part."""
         return self.input_side if self.axis == ROWS else self.name
 
 
-# In the order of the forward pass. `o` and `hidden` belong to the residual stream, where a neuron of the output has no
-# meaning of its own; so for o the columns are selected, which are the outputs of the heads.
+# Projection by name, in the order of the forward pass. The outputs of o are added to the residual stream, where a
+# single neuron has no meaning of its own, so for o the inputs are selected, which are the outputs of the heads.
 PROJECTIONS = {
     projection.name: projection
     for projection in (
@@ -53,13 +55,13 @@ PROJECTIONS = {
         Projection("o", "o_in", COLUMNS, "self_attn.o_proj", "query_width", "hidden"),
     )
 }
-# Input side -> the first projection that reads it, at which it is recorded.
-READ_BY = {projection.input_side: name for name, projection in reversed(PROJECTIONS.items())}
-# Side -> what a layout calls its number of neurons. Output sides come first: this is the order of files on disk.
+# Input side -> the first projection that reads it, at whose module the side is recorded.
+FIRST_READER = {projection.input_side: name for name, projection in reversed(PROJECTIONS.items())}
+# Side -> the attribute of a layout that holds its number of neurons. Plans are made and listed in this order.
 SIDES = {projection.name: projection.output_width for projection in PROJECTIONS.values()} | {
     projection.input_side: projection.input_width for projection in PROJECTIONS.values()
 }
-# The order in which a forward pass reaches the sides.
+# The sides in the order in which a forward pass reaches them.
 FORWARD_ORDER = tuple(
     dict.fromkeys(side for projection in PROJECTIONS.values() for side in (projection.input_side, projection.name))
 )

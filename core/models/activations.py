@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from core.batching import pad_with_mask
 from core.errors import UserError
-from core.fusion.projections import PROJECTIONS, READ_BY, SIDES
+from core.fusion.projections import FIRST_READER, PROJECTIONS, SIDES
 from core.models.families import AttentionLayout
 from core.models.reading import Reading
 
@@ -141,7 +141,7 @@ class _Recorder:
         def record(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._keep((projection, layer), self.pool(output))
             side = PROJECTIONS[projection].input_side
-            if READ_BY[side] == projection:
+            if FIRST_READER[side] == projection:
                 self._keep((side, layer), self.pool(args[0]))
 
         return record

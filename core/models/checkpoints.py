@@ -1,13 +1,9 @@
-"""Model checkpoints: opened by name, single tensors read when they are asked for, folded weights written atomically."""
+"""Model checkpoints: opened by name, their configs and headers read at once and single tensors when asked for."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import re
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -16,24 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.errors import UserError, first_line
-from core.files import MANIFEST, atomic_file, read_json, write_json, write_safetensors
-from core.models.convert import NOT_COPIED
+from core.files import MANIFEST, read_json
 from core.models.families import AttentionLayout, attention_layout, projection_in_tower
 from core.models.locate import INDEX_FILE, SINGLE_FILE, model_folder, weight_map
 from core.models.settings import ModelSettings
 from core.models.weight_digest import sample_digest
 
-log = logging.getLogger(__name__)
-
-# The terms of a model, which go with every copy of it.
-LICENCE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
 # Bytes per number of the dtypes that safetensors headers name; all others take one.
 DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -249,32 +238,3 @@ def open_pair(models: ModelSettings, device: str) -> tuple[Checkpoint, Checkpoin
         open_checkpoint(models.target_model, models.target_revision, code, device),
         open_checkpoint(models.source_model, models.source_revision, code, device),
     )
-
-
-def write_folded(
-    checkpoint: Checkpoint, folder: Path, fold: Callable[[str, Tensor], Tensor], max_shard_bytes: int
-) -> None:
-    """Write a copy of `checkpoint` into `folder`, with every tensor passed through `fold(name, tensor)`.
-
-    Names and dtypes of the tensors stay the same, and tokenizer, chat template and configs are copied. A shard holds at
-    most `max_shard_bytes`, unless a single tensor is larger. One shard at a time is in memory; each is written
-    atomically, and the index of all comes last.
-    """
-    for file in sorted(checkpoint.folder.iterdir()):
-        known = file.suffix in (".json", ".jinja", ".txt", ".model", ".py") or LICENCE_FILE.match(file.name)
-        if file.is_file() and known and not NOT_COPIED.fullmatch(file.name):
-            with atomic_file(folder / file.name) as temporary:
-                shutil.copyfile(file, temporary)
-    split = split_state_dict_into_shards_factory(
-        checkpoint.sizes,  # sizes in place of tensors, none of which has to be in memory
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_bytes,
-    )
-    shards = split.filename_to_tensors
-    for file_name, names in tqdm(shards.items(), desc="writing shards", unit="shard", disable=len(shards) < 2):
-        tensors = {name: fold(name, checkpoint.tensor(name)) for name in names}
-        write_safetensors(folder / file_name, tensors, {"format": "pt"})
-        del tensors  # before the next shard is filled
-    if split.is_sharded:
-        write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

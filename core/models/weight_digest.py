@@ -16,8 +16,9 @@ from typing import BinaryIO
 
 from core.models.gguf_header import read_gguf_header
 
-# Read of every tensor at its beginning, in its middle and at its end.
+# So many bytes are read at the beginning of every tensor, in its middle and at its end.
 SAMPLE_BYTES = 4096
+# Where tensors begin and end in a file, in bytes.
 Spans = list[tuple[int, int]]
 
 

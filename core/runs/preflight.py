@@ -85,7 +85,7 @@ def describe(role: str, model: Checkpoint) -> str:
     return (
         f"{role} {model.name}: {layout.model_type}, {layout.n_layers} layers, hidden {layout.hidden}, "
         f"{layout.n_heads} heads of {layout.head_dim}, {layout.n_kv_heads} kv heads, biases "
-        f"{''.join(biased) or 'none'}, {sum(model.sizes.values()) / GIB:.2f} GiB of {'/'.join(dtypes)} in "
+        f"{' '.join(biased) or 'none'}, {sum(model.sizes.values()) / GIB:.2f} GiB of {'/'.join(dtypes)} in "
         f"{n_files} file{'s' if n_files > 1 else ''}"
     )
 

@@ -15,8 +15,8 @@ from core.fusion.residual import Residual, mix, mix_at
 from core.models.families import linear_at
 from core.training.settings import FREEZE_STRATEGIES
 
-# A forward pass goes through W_eff from this many tokens * k / n on, because from there making W_eff twice (in the
-# backward pass again) costs less than k / n of two more matmuls.
+# A forward pass goes through W_eff when its tokens * k / n reach this number. To make W_eff, which the backward pass
+# does again, then costs less than k / n of an extra matmul in each of the two passes.
 FOLD_FROM = {"cpu": 24, "accelerator": 1024}
 
 

@@ -14,8 +14,9 @@ from core.errors import UserError
 from core.fusion.residual import Residual, fold_bias, fold_weight
 from core.fusion.residual_file import RESIDUAL_FILE, load_residuals, save_residuals
 from core.manifest import Manifest
-from core.models.checkpoints import Checkpoint, open_checkpoint, write_folded
+from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.models.families import SEED_MODEL_TYPES
+from core.models.folded import write_folded
 from core.models.settings import ModelSettings
 from core.training.hot_linear import enable_hot_residual_for_model, restore_base, trained_residuals
 from core.training.settings import TrainingSettings

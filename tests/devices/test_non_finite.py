@@ -13,6 +13,7 @@ from stages import fuse, train
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
+from core.fusion.projections import PROJECTIONS
 from core.hot_transport import reconstruction_fit
 from core.runs.settings import all_settings
 from core.training import search, trainer
@@ -102,7 +103,7 @@ def test_a_model_with_non_finite_weights_is_not_fused(model, models, plans, fail
 def test_the_ratio_of_norms_warns_where_there_is_none(plans, models, tmp_path, monkeypatch, caplog):
     """A NaN is no sign of transport."""
     nothing = dict.fromkeys(("norm_ratio", "cosine", "explained_variance"), math.nan)
-    monkeypatch.setattr(stage2, "means_by_projection", lambda lines: dict.fromkeys("qkvo", nothing))
+    monkeypatch.setattr(stage2, "means_by_projection", lambda lines: dict.fromkeys(PROJECTIONS, nothing))
     fuse(plans["text"], models, tmp_path / "f", "--feature-map", "regression")
     assert "fusion only damps the target" in caplog.text
 

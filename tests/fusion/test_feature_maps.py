@@ -50,16 +50,16 @@ def dense(plans, source, feature_map, layer, projection):
 @pytest.mark.parametrize("feature_map", ["coupling", "barycentric", "calibrated"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("top_k", [0, 2])
-@pytest.mark.parametrize("o_bias", [False, True])
-def test_transported_weight_equals_the_formula(world, feature_map, projection, top_k, o_bias):
-    plans, target, source = random_pair(source_biases=tuple(PROJECTIONS)) if o_bias else world
+@pytest.mark.parametrize("biases", [("q", "k", "v"), tuple(PROJECTIONS)])
+def test_transported_weight_equals_the_formula(feature_map, projection, top_k, biases):
+    plans, target, source = random_pair(source_biases=biases)
     transport = Transport(plans, source, FusionSettings(feature_map))
     W_tilde, b_tilde = dense(plans, source, feature_map, 1, projection)
     residual = empty_residual(plans, target, 1, projection, top_k)
     weight, bias = transport.transported(1, {projection: residual.index})[projection]
     assert residual.axis == (COLUMNS if projection == "o" else ROWS)
     assert_close(weight, W_tilde.index_select(residual.axis, residual.index), atol=1e-6, rtol=1e-5)
-    if residual.axis == COLUMNS and not o_bias:
+    if projection not in biases:
         assert bias is None
     elif residual.axis == COLUMNS:
         assert_close(bias, b_tilde, atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from core.errors import UserError
 from core.files import TEMPORARY
-from core.fusion.projections import SIDES
+from core.fusion.projections import PROJECTIONS, SIDES
 from core.models.activations import extract
 from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
@@ -33,13 +33,13 @@ def inputs_and_outputs(model, ids: list[int]) -> dict[tuple[str, int], torch.Ten
     seen = {}
     handles = []
     for layer, block in enumerate(model.model.layers):
-        for c in "qkvo":
+        for name, projection in PROJECTIONS.items():
 
-            def hook(_module, args, output, c=c, layer=layer):
-                seen[c, layer] = output[0]
-                seen["o_in" if c == "o" else "attn_in", layer] = args[0][0]
+            def hook(_module, args, output, name=name, side=projection.input_side, layer=layer):
+                seen[name, layer] = output[0]
+                seen[side, layer] = args[0][0]
 
-            handles.append(getattr(block.self_attn, f"{c}_proj").register_forward_hook(hook))
+            handles.append(block.get_submodule(projection.path).register_forward_hook(hook))
     with torch.inference_mode():
         model(torch.tensor([ids]))
     for handle in handles:

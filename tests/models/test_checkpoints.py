@@ -1,4 +1,4 @@
-"""Opening, identity, damaged files, and copies with folded weights."""
+"""Opening, identity, and damaged files."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.errors import UserError
-from core.models.checkpoints import open_checkpoint, write_folded
+from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
 
 
@@ -68,20 +68,6 @@ def test_config_without_head_dim_or_kv_heads():
         {"model_type": "llama", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}, "x"
     )
     assert (layout.head_dim, layout.n_kv_heads, layout.size("k")) == (8, 3, 24)
-
-
-def test_folding_with_nothing_copies_bit_for_bit(models, tmp_path):
-    write_folded(open_checkpoint(str(models["source"])), tmp_path, lambda _, tensor: tensor, 10**9)
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / name).read_bytes() == (models["source"] / name).read_bytes()
-    before, after = load_file(models["source"] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_files_get_ordinary_permissions(models, tmp_path):
-    write_folded(open_checkpoint(str(models["target"])), tmp_path, lambda _, tensor: tensor, 10**9)
-    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1
 
 
 def test_tokenizer_that_is_not_there_is_noticed(models, tmp_path):

@@ -40,7 +40,7 @@ def test_stage1_dry_run_says_what_it_would_do(no_weights, models, texts, tmp_pat
     run_main(stage1, *plan_flags(models, texts, tmp_path / "p"), "--dry-run")
     printed = capsys.readouterr().out
     assert "llama, 3 layers, hidden 24, 3 heads of 12, 1 kv heads, biases none" in printed
-    assert "qwen2, 4 layers, hidden 32, 4 heads of 8, 2 kv heads, biases qkv" in printed
+    assert "qwen2, 4 layers, hidden 32, 4 heads of 8, 2 kv heads, biases q k v" in printed
     assert "36 x 32" in printed and "45 texts; nothing is missing" in printed
     assert not (tmp_path / "p").exists()
 

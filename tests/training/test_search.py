@@ -8,7 +8,8 @@ from stages import digests, logits, train
 
 from core import train_hot_residual_sft as stage3
 from core.fusion.residual_file import load_residuals
-from core.models.checkpoints import open_checkpoint, write_folded
+from core.models.checkpoints import open_checkpoint
+from core.models.folded import write_folded
 from core.training import search
 
 

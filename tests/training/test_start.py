@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
 from core.files import TEMPORARY
-from core.models.checkpoints import open_checkpoint, write_folded
+from core.models.checkpoints import open_checkpoint
+from core.models.folded import write_folded
 from core.training.start import Start, save_folded
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"

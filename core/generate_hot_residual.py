@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +218,10 @@ def transport_layers(job: Job) -> list[dict[str, Any]]:
     settings = job.experiment.fusion
     missing = [layer for layer, path in enumerate(job.parts) if not path.is_file()]
     fused = fuse_attention_only_from_hot_dir(job.plans, job.target, job.source, settings, missing)
-    found = iter(tqdm(fused, total=len(missing) * len(PROJECTIONS), desc="fusing", unit="projection"))
+    found = tqdm(fused, total=len(missing) * len(PROJECTIONS), desc="fusing", unit="projection")
     try:
-        for layer in missing:
-            residuals, lines = zip(*islice(found, len(PROJECTIONS)), strict=True)
+        for layer, of_layer in groupby(found, key=lambda one: one[0].layer):
+            residuals, lines = zip(*of_layer, strict=True)
             write_json(job.part(layer).with_suffix(".json"), {"lines": lines})
             # The residuals are written last: a layer with this file is done.
             save_residuals(job.part(layer), residuals, settings.alpha, settings.residual_form)

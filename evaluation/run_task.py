@@ -32,7 +32,6 @@ log = logging.getLogger("run_task")
 ABSENT, DAMAGED = "absent", "damaged"
 
 
-@outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
     default = "runs/benchmarks/TASK/MODEL, MODEL the path with - for /; with --config in the folder of the run"
@@ -69,7 +68,9 @@ def main(argv: list[str]) -> None:
         dry_run(task, benchmarks, data_dir)
         return
     for model, folder in models.items():
-        score_model({**given, "task": task, "model": model, "output_dir": folder}, benchmarks, data_dir)
+        revision = experiment.models.target_revision if experiment and model == experiment.models.target_model else None
+        one = {"task": task, "model": model, "revision": revision, "output_dir": folder}
+        score_model({**given, **one}, benchmarks, data_dir)
 
 
 def what_to_score(given: Mapping[str, Any], experiment: Experiment | None) -> tuple[str, dict[str, Path]]:
@@ -89,11 +90,14 @@ def what_to_score(given: Mapping[str, Any], experiment: Experiment | None) -> tu
         return task, {given["model"]: given["output_dir"] or default}
     if experiment is None:
         raise UserError("--model is missing (or give --config FILE.yaml, the experiment file of a run)")
+    if given["output_dir"]:
+        raise UserError("--output-dir is the folder of one model; give --model as well, or leave it out")
     return task, models_of_run(experiment, task)
 
 
+@outputs_held()
 def score_model(given: Mapping[str, Any], benchmarks: Mapping[str, Benchmark], data_dir: Path | None) -> None:
-    """Score one model, record what was scored in its folder, and print the table.
+    """Score one model, record what was scored in its folder, and print the table. The folder is locked until then.
 
     Raises:
         UserError: no benchmark could be scored.

@@ -60,7 +60,7 @@ class Scoring:
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Scoring:
-        """Read what `runner_flags` parsed, and open the model.
+        """Read what `runner_flags` parsed, and open the model, at `revision` where there is one.
 
         Raises:
             UserError: a number below 1, a device that this machine does not have, or as `open_checkpoint` does.
@@ -69,7 +69,7 @@ class Scoring:
             if given[name] is not None and given[name] < 1:
                 raise UserError(f"{name} is {given[name]}; expected at least 1")
         check_device(given["device"])
-        checkpoint = open_checkpoint(given["model"], None, given["trust_remote_code"], given["device"])
+        checkpoint = open_checkpoint(given["model"], given.get("revision"), given["trust_remote_code"], given["device"])
         model = EvaluatedModel(checkpoint, given["dtype"])
         return cls(model, given["output_dir"], given["limit"], given["tokens_per_batch"])
 

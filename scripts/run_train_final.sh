@@ -6,6 +6,9 @@
 # A task is a file scripts/experiments/TASK.yaml; --help lists what can be set. The same command goes on after a kill.
 # Times below: models of 1B and 8B on one GPU (estimated) / the demo pair with 160 texts on two CPU cores.
 set -euo pipefail
+# Table 7, Figure 4 and Figure 5 are scripts beside this one; VARIANT calls them as well.
+case ${VARIANT:-} in source_size) variant=table7 ;; source_family) variant=figure4 ;; alpha) variant=figure5 ;; esac
+[[ -z ${variant:-} ]] || exec env -u VARIANT bash "$(dirname "$0")/$variant.sh" "$@"
 started_in=$PWD
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
@@ -13,6 +16,7 @@ cd "$(dirname "$0")/.."
 
 # What is set, in one YAML per task (CONFIGS) and in TASKS, STEPS, SEEDS, LAUNCH, DRY_RUN. Wrong values end it here.
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+trap 'trap - INT && kill -INT $$' INT # Ctrl-C ends everything, whatever exit code the stage makes of it
 python core/runs/resolve.py --started-in "$started_in" --work-dir "$work" "$@"
 [[ -f $work/settings.sh ]] || exit 0 # --help was all that was asked for
 # shellcheck source=/dev/null
@@ -23,14 +27,13 @@ step() { # NAME COMMAND...: run a command when STEPS has NAME. The first one tha
   local name=$1 status error
   [[ -z $stopped && " ${STEPS[*]} " == *" $name "* ]] || return 0
   shift
-  printf '\n$%s\n' "$(printf ' %q' "${@/#"$work"/"$TRANSPORT_RESULTS_ROOT"}")" # a dry run's YAML is in $work
+  printf '\n$%s\n' "$(printf ' %q' "${@/#"$work"/"$TRANSPORT_RESULTS_ROOT"}")" # the copy that stays
   if ((${#DRY_RUN[@]})); then # the stage itself says what is missing; it needs no launcher for that
     while [[ $1 != *.py ]]; do shift; done
     set -- python "$@" "${DRY_RUN[@]}"
   fi
   { "$@" 2>&1 >&3 | tee -i "$work/errors" >&2; } 3>&1 && return # errors to the screen and to a file
   status=$?
-  ((status != 130)) || kill -INT $$ # Ctrl-C ends everything
   error=$(grep -ao 'error: .*' "$work/errors" | tail -n 1) || error=$(tr -s '\r\n' '\n' < "$work/errors" | tail -n 1)
   failed+=("$run, $name: $error (exit code $status)")
   ((${#DRY_RUN[@]})) || stopped=yes

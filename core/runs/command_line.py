@@ -84,12 +84,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_with_config(self, argv: Sequence[str]) -> tuple[dict[str, Any], Experiment | None]:
         """The values of all flags, and the experiment of `--config`, whose settings are the defaults of the flags that
-        have their names."""
+        have their names. Raises UserError for a value of the file that its setting may not have."""
         given = self.parse(argv)
         if given["config"] is None:
             return given, None
         experiment = Experiment.of(**load_experiment(given["config"]))
         values = {name: experiment.value(setting) for name, setting in all_settings().items() if name in given}
+        for name, value in values.items():
+            all_settings()[name].check(value)
         self.set_defaults(**{name: value for name, value in values.items() if value is not None})
         return self.parse(argv), experiment
 

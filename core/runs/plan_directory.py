@@ -52,10 +52,6 @@ class PlanDirectory:
             raise UserError(f"target and source are swapped: {made}, {got}")
         raise UserError(f"the plans belong to other models: {made}, {got}; run run_activs_and_hot.py for this pair")
 
-    def side_plan(self, side: str) -> Tensor:
-        """P [L, M] of one side; its rows sum to 1/L."""
-        return self._layer_plan(side)
-
     def layer_plan(self, projection: str) -> Tensor:
         """P_eff [L, M] of a projection (Eq. 13)."""
         return effective_layer_plan(self._layer_plan(PROJECTIONS[projection].input_side), self._layer_plan(projection))

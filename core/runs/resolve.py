@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 import yaml
 
 from core.errors import UserError
-from core.files import write_text
+from core.files import MANIFEST, read_json, write_text
 from core.fusion.feature_maps import FEATURE_MAPS
 from core.runs.command_line import EXPERIMENTS, RUN_FILE, Parser, add_settings, load_experiment
 from core.runs.process import run_command
@@ -51,10 +51,11 @@ VARIABLES = (
     *("target_model", "source_model", "feature_map", "alpha", "max_samples", "max_tokens", "sft_samples"),
     *("held_out_samples", "limit", "prompt", "benchmark_data"),
 )
-# Settings that the script decides itself: it trains with and without the residual, and never distils.
-SET_BY_SCRIPT = ("training_scenario", "distill_weight", "distill_temperature")
-# What VARIANT chose in earlier versions, and the script that runs it now.
-VARIANTS = {"source_size": "scripts/table7.sh", "source_family": "scripts/figure4.sh", "alpha": "scripts/figure5.sh"}
+# Settings that the script decides itself. It trains with and without the residual, and never distils. It pushes nothing
+# to the hub, because all tasks and seeds would go to one repository.
+SET_BY_SCRIPT = ("training_scenario", "distill_weight", "distill_temperature", "push_to_hub")
+# What run_train_final.sh hands to a script of its own before it comes here.
+VARIANTS = ("source_size", "source_family", "alpha")
 PATHS = ("data_dir", *FOLDERS, "data_file", "general_file", "benchmark_data")
 # What comes with a feature map that is fitted on rows, where the experiment's own map reads plans instead: token rows,
 # all neurons, and the strength that was best where we measured it.
@@ -87,10 +88,13 @@ def main(argv: list[str]) -> None:
     runs = [resolve_task(task, given, recipe["data_dir"], recipe["quick"]) for task in recipe["tasks"]]
     for run in runs:  # all of them before the first file is written
         check(run, results, recipe["dry_run"])
-    configs = [(work if recipe["dry_run"] else results) / run["name"] / RUN_FILE for run in runs]
+    # The stages read files of this start alone, so that another start of the same run cannot change what this one does.
+    # The file in the run folder is for people: it says what the last start asked for.
+    configs = [work / run["name"] / RUN_FILE for run in runs]
     for config, run in zip(configs, runs, strict=True):
-        config.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config, as_yaml(run))
+        for path in (config,) if recipe["dry_run"] else (config, results / run["name"] / RUN_FILE):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, as_yaml(run))
     write_text(work / "settings.sh", shell_settings(recipe, configs, folders))
 
 
@@ -167,8 +171,7 @@ def read_flags(parser: Parser, argv: Sequence[str], environment: Mapping[str, st
             raise UserError(f"{name}={value}: {error}") from None
         found |= {key: value for key, value in said.items() if value is not None}
     if variant := environment.get("VARIANT"):
-        scripts = VARIANTS.get(variant) or "one of " + ", ".join(f"{s} ({name})" for name, s in VARIANTS.items())
-        raise UserError(f"VARIANT={variant}: each variant is a script of its own; unset VARIANT and run {scripts}")
+        raise UserError(f"VARIANT={variant}: expected one of: {' '.join(VARIANTS)}")
     return found | {key: value for key, value in given.items() if value is not None}
 
 
@@ -227,9 +230,8 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
     if pair_of(after) != pair_of(before):
         pair += f"-{Path(after.models.target_model).name}-from-{Path(after.models.source_model).name}"
     same_target = pair_of(after)[:2] == pair_of(before)[:2]
-    strength = f"-alpha{after.fusion.alpha:g}" if after.fusion.alpha != before.fusion.alpha else ""
     names = {
-        "name": pair + strength + (f"-{after.fusion.feature_map}" if other_map else ""),
+        "name": pair + strengths_in_name(before, after) + (f"-{after.fusion.feature_map}" if other_map else ""),
         "task": task,
         "plans_from": f"{pair}-{after.fusion.feature_map}" if fitted else pair,
         "base_from": base if same_target else pair,
@@ -244,6 +246,22 @@ def strengths(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"train_alpha": given["alpha"]} if "alpha" in given else {}
 
 
+def strengths_in_name(before: Experiment, after: Experiment) -> str:
+    """What the name of a run says of its strengths; nothing where they are those of the experiment.
+
+    The strength in training is named where it is not that of fusion.
+    """
+
+    def both(experiment: Experiment) -> tuple[float, tuple[float, ...]]:
+        training, alpha = experiment.training, experiment.fusion.alpha
+        return alpha, training.alpha_search or (alpha if training.train_alpha is None else training.train_alpha,)
+
+    alpha, in_training = both(after)
+    if (alpha, in_training) == both(before):
+        return ""
+    return f"-alpha{alpha:g}" + ("" if in_training == (alpha,) else f"-train{'+'.join(f'{a:g}' for a in in_training)}")
+
+
 def pair_of(experiment: Experiment) -> tuple[Any, ...]:
     """What says which two models a run is of."""
     models = experiment.models
@@ -251,20 +269,27 @@ def pair_of(experiment: Experiment) -> tuple[Any, ...]:
 
 
 def check(run: Mapping[str, Any], results: Path, dry_run: bool) -> None:
-    """Refuse (UserError) settings that no stage would take, and a folder that holds a run of another pair.
+    """Refuse (UserError) settings that no stage would take, and folders that hold a run or plans of another pair.
 
     A dry run may be made on a machine without the device of the run.
     """
     experiment = Experiment.of(**run)
     (experiment.changed(device="cpu") if dry_run else experiment).check()
+    target, source = experiment.models.target_model, experiment.models.source_model
+    found = {}  # folder -> the pair that it is of
     earlier = results / experiment.name / RUN_FILE
     if earlier.is_file():
-        before = Experiment.of(**load_experiment(earlier))
-        if pair_of(before) != pair_of(experiment):
+        models = Experiment.of(**load_experiment(earlier)).models
+        found[earlier.parent] = models.target_model, models.source_model
+    plans = results / experiment.shared.plans_from / "plans" / MANIFEST
+    if plans.is_file():
+        inputs = read_json(plans)["inputs"]
+        found[plans.parent] = inputs["target"]["id"], inputs["source"]["id"]
+    for folder, pair in found.items():
+        if pair != (target, source):
             raise UserError(
-                f"{earlier.parent} is a run of {before.models.target_model} and {before.models.source_model}, and "
-                f"would be emptied for {experiment.models.target_model} and {experiment.models.source_model}; rename "
-                "it, or give another folder for results (TRANSPORT_RESULTS_ROOT)"
+                f"{folder} is of {' and '.join(pair)}, and would be emptied for {target} and {source}; rename it, or "
+                "give another folder for results (TRANSPORT_RESULTS_ROOT)"
             )
 
 

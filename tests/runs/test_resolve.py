@@ -1,5 +1,6 @@
 """What the main script was asked for: what wins over what, how runs are named, what is refused before anything runs."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -123,6 +124,33 @@ def test_the_regression_map_comes_with_its_own_settings_unless_others_are_asked_
     assert (run["name"], run["alpha"]) == ("demo", 0.07)
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--alpha 0.01", "cantonese-alpha0.01"),  # its own in fusion, but trained with 0.1
+        ("--alpha 0.1", "cantonese-alpha0.1"),
+        ("--alpha 0.01 --train-alpha 0.1", "cantonese"),
+        ("--train-alpha 0.2", "cantonese-alpha0.01-train0.2"),
+        ("--alpha-search 0.03,0.1", "cantonese-alpha0.01-train0.03+0.1"),
+    ],
+)
+def test_a_run_is_named_after_both_strengths(resolved, flags, name):
+    """The experiment fuses with 0.01 and trains with 0.1: another training must not take the place of its own."""
+    assert list(resolved("--tasks", "cantonese", *flags.split())[0]) == [name]
+
+
+def test_two_starts_of_one_run_do_not_share_what_its_stages_read(resolved, tmp_path):
+    """The second start changes the copy in the run folder, and not the file that the first one hands to its stages."""
+    resolved("--tasks", "malay", "--sft-samples", 8)
+    first = tmp_path / "work/malay/experiment.yaml"
+    assert yaml.safe_load(first.read_text()) == yaml.safe_load((tmp_path / "results/malay/experiment.yaml").read_text())
+    (tmp_path / "work").rename(tmp_path / "first")
+    _, script = resolved("--tasks", "malay", "--sft-samples", 4)
+    assert script["CONFIGS"] == [f"{tmp_path}/work/malay/experiment.yaml"]
+    read = [tmp_path / f"{folder}/malay/experiment.yaml" for folder in ("first", "work", "results")]
+    assert [yaml.safe_load(path.read_text())["sft_samples"] for path in read] == [8, 4, 4]
+
+
 def test_strengths_to_search_take_the_place_of_the_one_in_training(resolved):
     (run,) = resolved("--alpha-search", "0.03,0.1", TASKS="malay", ALPHA="0.2")[0].values()
     assert (run["alpha"], run["train_alpha"], run["alpha_search"]) == (0.2, None, [0.03, 0.1])
@@ -130,9 +158,20 @@ def test_strengths_to_search_take_the_place_of_the_one_in_training(resolved):
 
 def test_a_folder_of_another_pair_with_the_same_name_is_not_emptied(resolved, tmp_path):
     resolved("--tasks", "malay", "--target-model", "one/T")
-    with pytest.raises(UserError, match=r"is a run of one/T and .* and would be emptied for two/T"):
+    with pytest.raises(UserError, match=r"is of one/T and .* and would be emptied for two/T"):
         resolved("--tasks", "malay", "--target-model", "two/T")
     resolved("--tasks", "malay", "--target-model", "one/T")
+
+
+def test_plans_of_another_pair_are_not_emptied_by_another_strength(resolved, tmp_path):
+    """Whose run has a name of its own, but uses the same plans."""
+    plans = tmp_path / f"results/malay-T-from-{OWN_SOURCE}/plans"
+    plans.mkdir(parents=True)
+    pair = {"target": {"id": "one/T"}, "source": {"id": f"unsloth/{OWN_SOURCE}"}}
+    (plans / "manifest.json").write_text(json.dumps({"inputs": pair}))
+    with pytest.raises(UserError, match=r"plans is of one/T and .* and would be emptied for two/T"):
+        resolved("--tasks", "malay", "--target-model", "two/T", "--alpha", 0.3)
+    resolved("--tasks", "malay", "--target-model", "one/T", "--alpha", 0.3)
 
 
 def test_relative_paths_are_meant_from_where_the_script_is_started(resolved, tmp_path):
@@ -180,8 +219,7 @@ def test_every_flag_of_every_stage_works_but_those_that_the_script_sets(resolved
         ({"MAX_SAMPLES": "few"}, "MAX_SAMPLES=few: .*invalid int value"),
         ({"MAX_SAMPLES": "3"}, "calibration_samples is 3; plans need at least 16 texts"),
         ({"LM_EVAL_REPO": "here"}, "LM_EVAL_REPO=.*/here is no clone of lm-evaluation-harness"),
-        ({"VARIANT": "alpha"}, "VARIANT=alpha: .* run scripts/figure5.sh$"),
-        ({"VARIANT": "size"}, r"VARIANT=size: .* one of scripts/table7.sh \(source_size\), scripts/figure4.sh"),
+        ({"VARIANT": "size"}, "VARIANT=size: expected one of: source_size source_family alpha"),
     ],
 )
 def test_a_wrong_variable_is_refused_before_anything_runs(resolved, tmp_path, variables, message, monkeypatch):

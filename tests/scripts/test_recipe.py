@@ -94,8 +94,9 @@ def test_what_was_set_wrongly_ends_the_script(recipe):
     assert running.returncode == 2 and not commands(output) and errors == "error: refused\n"
 
 
-def test_ctrl_c_ends_everything(recipe, tmp_path):
-    how = f"trap 'exit 130' INT; touch {tmp_path}/begun; for _ in {{1..100}}; do sleep 0.05; done"
+@pytest.mark.parametrize("code", [130, 1])  # torchrun ends with 1
+def test_ctrl_c_ends_everything(recipe, tmp_path, code):
+    how = f"trap 'exit {code}' INT; touch {tmp_path}/begun; for _ in {{1..100}}; do sleep 0.05; done"
     running = recipe(BREAKS="run_activs", HOW=how)
     while not (tmp_path / "begun").exists():
         assert running.poll() is None
@@ -103,6 +104,16 @@ def test_ctrl_c_ends_everything(recipe, tmp_path):
     os.killpg(running.pid, signal.SIGINT)
     output, _ = running.communicate()
     assert running.returncode == -signal.SIGINT and commands(output) == STAGES[:1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "flag"), [("source_size", "--source-model"), ("source_family", "--source-model"), ("alpha", "--alpha")]
+)
+def test_the_variable_variant_calls_the_script_of_the_variant(recipe, variant, flag):
+    output, _ = (running := recipe("--limit", "5", VARIANT=variant)).communicate()
+    called = [line for line in output.splitlines() if line.startswith("resolved ")]
+    assert running.returncode == 0 and len(called) >= 3
+    assert all(line.startswith(f"resolved {flag} ") and line.endswith(" --limit 5 TASKS=malay") for line in called)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from malay_rows import rows, write
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
-from core.files import digest_of
+from core.files import LOCK, digest_of
 from core.models.checkpoints import open_checkpoint
 from core.runs.command_line import load_experiment
 from evaluation import run_task
 from evaluation.benchmarks.registry import GENERAL, STAND_INS, task_benchmarks
 from evaluation.evaluated_model import EvaluatedModel
+from evaluation.runner import Scoring
 
 
 @pytest.fixture
@@ -159,3 +160,52 @@ def test_benchmarks_are_a_list_of_names(tmp_path):
         load_experiment(path)
     path.write_text("benchmarks: [arc_id, xcopa_id]")
     assert load_experiment(path)["benchmarks"] == ("arc_id", "xcopa_id")
+
+
+@pytest.fixture
+def run_of_two(models, benchmarks, tmp_path, monkeypatch):
+    """The experiment file of a run whose target and fused model are there, with one item per benchmark file."""
+    monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(tmp_path / "results"))
+    shutil.copytree(models["other"], tmp_path / "results/two/fused")
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        f"target_model: {models['target']}\ntarget_revision: abc\nlimit: 1\nbenchmarks: [xcopa_id]\n"
+        f"benchmark_data: {benchmarks}\n"
+    )
+    return path
+
+
+def test_the_models_of_a_run_are_scored_one_after_the_other_and_let_go(run_of_two, models, tmp_path, monkeypatch):
+    """The folder of a model that was scored is free for others while the next one is scored; a base at its revision."""
+    scored, from_flags = [], Scoring.from_flags.__func__
+
+    def record(cls, given):
+        for folder in scored:
+            assert not (folder / LOCK).exists()
+        scored.append(given["output_dir"])
+        assert given["revision"] == ("abc" if given["model"] == str(models["target"]) else None)
+        return from_flags(cls, {**given, "revision": None})
+
+    monkeypatch.setattr(Scoring, "from_flags", classmethod(record))
+    run_main(run_task, "--config", run_of_two)
+    assert scored == [tmp_path / f"results/two/benchmarks/two/{arm}" for arm in ("base", "fused")]
+    assert all(json.loads((folder / "task.json").read_text())["limit"] == 1 for folder in scored)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("prompt: foo", "prompt is 'foo'; expected one of chat, plain"),
+        ("dtype: weird", "dtype is 'weird'; expected one of auto, float32"),
+        ("llama_name: bar", "llama_name is 'bar'; expected one of yes, no, auto"),
+        ("limit: 0", "limit is 0; expected at least 1"),
+    ],
+)
+def test_wrong_values_in_the_file_of_a_run_are_refused(run_of_two, fails, line, message):
+    run_of_two.write_text(run_of_two.read_text().replace("limit: 1\n", "") + line)
+    assert message in fails(run_task, "--config", run_of_two, "--dry-run")
+
+
+def test_an_output_folder_is_of_one_model(run_of_two, tmp_path, fails):
+    line = fails(run_task, "--config", run_of_two, "--output-dir", tmp_path / "x")
+    assert "--output-dir is the folder of one model" in line and not (tmp_path / "x").exists()

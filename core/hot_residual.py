@@ -1,4 +1,4 @@
-"""The module from which the seed's code imports the residual layers, which are in core/training/hot_linear.py."""
+"""The module from which the authors' code imports the residual layers, which are in core/training/hot_linear.py."""
 
 from core.training.hot_linear import enable_hot_residual_for_model
 

@@ -45,6 +45,7 @@ SETTINGS, OTHERS = "settings", "other commands"
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     write_text(PAGE, page())
     print(f"{PAGE.relative_to(ROOT)} is written")
 

@@ -81,20 +81,22 @@ def make_tokenizer(vocab_size: int, seed: int) -> Any:
     return fast
 
 
+# The widths and depth of a pico text model.
+PICO = dict(
+    vocab_size=400,
+    hidden_size=24,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+)
+
+
 def llama(**changes: Any) -> Any:
     """A random pico LLaMA: tied embeddings, no biases, head_dim that is not hidden / heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = dict(
-        vocab_size=400,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=12,
-        tie_word_embeddings=True,
-    )
+    settings = {**PICO, "head_dim": 12, "tie_word_embeddings": True}
     return randomized(LlamaForCausalLM(LlamaConfig(**{**settings, **changes})))
 
 

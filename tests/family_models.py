@@ -7,21 +7,13 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import llama, make_tokenizer, qwen2, randomized, save
+from conftest import PICO, llama, make_tokenizer, qwen2, randomized, save
 from safetensors.torch import save_file
 from stages import fuse, plan
 
 from core.models.families import FAMILIES
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
-TEXT = dict(
-    vocab_size=400,
-    hidden_size=24,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-)
 CLIP = dict(
     model_type="clip_vision_model",
     hidden_size=16,
@@ -78,41 +70,41 @@ MAKERS: dict[str, Callable[[], Any]] = {
             "original_max_position_embeddings": 64,
         },
     ),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT, head_dim=12)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**PICO, head_dim=12)),
     "qwen2": qwen2,
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, head_dim=12)),
-    "gemma3_text": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT, head_dim=12)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**PICO, head_dim=12)),
+    "gemma3_text": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**PICO, head_dim=12)),
     "gemma3": lambda: transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(
-            text_config=dict(**TEXT, head_dim=12), vision_config=dict(**VISION, patch_size=4), mm_tokens_per_image=4
+            text_config=dict(**PICO, head_dim=12), vision_config=dict(**VISION, patch_size=4), mm_tokens_per_image=4
         )
     ),
     "qwen2_vl": lambda: transformers.Qwen2VLForConditionalGeneration(
         transformers.Qwen2VLConfig(
-            text_config=dict(**TEXT, rope_parameters=MROPE),
+            text_config=dict(**PICO, rope_parameters=MROPE),
             vision_config=dict(depth=1, embed_dim=32, num_heads=2, hidden_size=24, patch_size=4),
         )
     ),
     "qwen2_5_vl": lambda: transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(
-            text_config=dict(**TEXT, rope_parameters=MROPE),
+            text_config=dict(**PICO, rope_parameters=MROPE),
             vision_config=dict(
                 depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=24, patch_size=4
             ),
         )
     ),
     "llava": lambda: transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(text_config=dict(model_type="qwen2", **TEXT), vision_config=CLIP)
+        transformers.LlavaConfig(text_config=dict(model_type="qwen2", **PICO), vision_config=CLIP)
     ),
     "llava_llama": lambda: transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(text_config=dict(model_type="llama", **TEXT), vision_config=CLIP)
+        transformers.LlavaConfig(text_config=dict(model_type="llama", **PICO), vision_config=CLIP)
     ),
     "llava_next": lambda: transformers.LlavaNextForConditionalGeneration(
-        transformers.LlavaNextConfig(text_config=dict(model_type="mistral", **TEXT), vision_config=CLIP)
+        transformers.LlavaNextConfig(text_config=dict(model_type="mistral", **PICO), vision_config=CLIP)
     ),
     "llava_onevision": lambda: transformers.LlavaOnevisionForConditionalGeneration(
         transformers.LlavaOnevisionConfig(
-            text_config=dict(model_type="qwen2", **TEXT),
+            text_config=dict(model_type="qwen2", **PICO),
             vision_config=dict(model_type="siglip_vision_model", **VISION, patch_size=4),
         )
     ),
@@ -126,7 +118,7 @@ def family_model(name: str) -> Any:
 
 def save_tinyllava(folder: Path) -> Path:
     """A pico TinyLLaVA: the tensors of a Qwen2 tower and of a connector, and its classes as code in the same folder."""
-    tower = randomized(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT)))
+    tower = randomized(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**PICO)))
     folder.mkdir()
     tensors = {f"language_model.{name}": value.contiguous() for name, value in tower.state_dict().items()}
     save_file(

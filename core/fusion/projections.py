@@ -23,7 +23,8 @@ class Projection:
         axis: what fusion selects and replaces: ROWS of W by the strength of the output neurons, or COLUMNS of W by the
             strength of the input neurons (section 4.2).
         path: its module, relative to the decoder layer.
-        input_width, output_width: the attributes of a model's layout that hold the numbers of neurons of its two sides.
+        input_width, output_width: the attributes of a model's layout that hold the numbers of neurons of its two sides;
+            `hidden` is the width of the residual stream.
     """
 
     name: str
@@ -55,7 +56,8 @@ PROJECTIONS = {
         Projection("o", "o_in", COLUMNS, "self_attn.o_proj", "query_width", "hidden"),
     )
 }
-# Input side -> the first projection that reads it, at whose module the side is recorded.
+# Input side -> the first projection that reads it, at whose module the side is recorded. The table is read backwards
+# because of several readers the last one that is seen stays.
 FIRST_READER = {projection.input_side: name for name, projection in reversed(PROJECTIONS.items())}
 # Side -> the attribute of a layout that holds its number of neurons. Plans are made and listed in this order.
 SIDES = {projection.name: projection.output_width for projection in PROJECTIONS.values()} | {

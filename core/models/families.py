@@ -85,7 +85,7 @@ TOWERS = {name for name, family in FAMILIES.items() if family.tower == "model"} 
 # another name in a config.json.
 EVEN_HEADS = {"llama", "mistral", "qwen2"}
 GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}
-# `--model_type` of step 3 -> values of config.model_type
+# `--model_type` of stage 3 -> values of config.model_type
 SEED_MODEL_TYPES = {
     "llama": ("llama",),
     "qwen2": ("qwen2",),

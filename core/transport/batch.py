@@ -120,7 +120,7 @@ class KernelBatch:
         return [row if exact else max(row, column) for (row, column), exact in pairs]
 
     def _read_out(self, number: int, u: Tensor, v: Tensor, sweeps: int, error: float) -> None:
-        """Keep what was found for a finished problem; its K is lost, and its cost stays on the device for now."""
+        """Keep what was found for a finished problem, and overwrite K. Its cost waits on the device for `results`."""
         K, problem = self.K[number], self.slots[number].problem
         probed = None if self.probes is None else u[:, None] * (K @ (v[:, None] * self.probes[problem]))
         self.log_costs[problem] = u @ (torch.xlogy(K, K, out=K) @ v)

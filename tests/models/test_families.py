@@ -122,20 +122,15 @@ def test_disk_names_of_both_conventions_are_found(tmp_path):
         assert text and all(checkpoint.name_in_model(name) in in_model for name in text)
 
 
+def plan_flags(target, source, texts, plans):
+    """The flags of stage 1 for two models and a file of texts."""
+    models = ("--target-model", target, "--source-model", source)
+    return [*models, "--data-subset", "file", "--data-file", texts, "--out-dir", plans]
+
+
 def test_tinyllava_only_on_request(models, texts, tmp_path, fails, monkeypatch):
     own = make("tinyllava", tmp_path / "own")
-    flags = [
-        "--target-model",
-        own,
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--out-dir",
-        tmp_path / "p",
-    ]
+    flags = plan_flags(own, models["source"], texts, tmp_path / "p")
     assert "allow it with --trust-remote-code" in fails(stage1, *flags)
     _, out = fuse_pair(own, models["source"], texts, tmp_path / "ok", "--trust-remote-code")
     check_fused(own, out, trust=True)
@@ -151,19 +146,7 @@ def test_towers_without_the_projections_are_refused(tmp_path, fails, models, tex
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["model_type"] = "gpt2"
     (folder / "config.json").write_text(json.dumps(config))
-    told = fails(
-        stage1,
-        "--target-model",
-        folder,
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--out-dir",
-        tmp_path / "p",
-    )
+    told = fails(stage1, *plan_flags(folder, models["source"], texts, tmp_path / "p"))
     assert "the language tower is a gpt2 model; supported towers: gemma3_text, llama" in told
 
 

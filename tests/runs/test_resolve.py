@@ -9,8 +9,9 @@ import yaml
 from conftest import run_main
 
 from core.errors import UserError
-from core.runs import resolve
+from core.runs import recipe_flags, resolve
 from core.runs.command_line import EXPERIMENTS, load_experiment, parse_command
+from core.runs.settings import all_settings
 
 OWN_SOURCE = "Llama-3.1-8B-Instruct"
 NAMES = ("name", "task", "plans_from", "base_from")
@@ -21,7 +22,7 @@ def resolved(monkeypatch, tmp_path):
     """Resolve flags and variables: (name of the run -> its settings, variable of the script -> its words)."""
 
     def run(*flags, **variables):
-        for name in (*resolve.VARIABLES, "VARIANT"):
+        for name in (*recipe_flags.VARIABLES, "VARIANT"):
             monkeypatch.delenv(name.upper(), raising=False)
         for name, value in {"TRANSPORT_RESULTS_ROOT": "results", **variables}.items():
             monkeypatch.setenv(name, value)
@@ -198,10 +199,11 @@ def test_gpus_launch_stages_1_and_3_and_a_dry_run_writes_no_run(resolved, tmp_pa
 
 
 def test_every_flag_of_every_stage_works_but_those_that_the_script_sets(resolved):
-    parser = resolve.make_parser()
+    parser = recipe_flags.make_parser("")
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    for name, setting in resolve.all_settings().items():
-        assert (f"--{name.replace('_', '-')}" in flags) == bool(setting.stages and name not in resolve.SET_BY_SCRIPT)
+    for name, setting in all_settings().items():
+        flag = f"--{name.replace('_', '-')}"
+        assert (flag in flags) == bool(setting.stages and name not in recipe_flags.SET_BY_SCRIPT)
 
 
 @pytest.mark.parametrize(

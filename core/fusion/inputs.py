@@ -42,6 +42,16 @@ class Plans(Protocol):
         """Activations [T, n], centred: those that regressions are fitted on (`fit`), or those kept aside (`aside`)."""
         ...
 
+    unaligned_weight: float  # how many positions without a partner one recorded one stands for
+
+    def unaligned(self, side: str, layer: int) -> Tensor:
+        """The target's activations [U, n] at positions without a partner, relative to `fit_mean`."""
+        ...
+
+    def fit_mean(self, side: str, layer: int) -> Tensor:
+        """The target's mean activation [n] over the rows that regressions are fitted on."""
+        ...
+
     def mean(self, model: str, side: str, layer: int) -> Tensor:
         """The mean activation [n] of every neuron."""
         ...

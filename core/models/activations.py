@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from core.batching import pad_with_mask
 from core.errors import UserError
-from core.fusion.projections import PROJECTIONS, READ_BY, SIDES
+from core.fusion.projections import PROJECTIONS, first_reader
 from core.models.families import AttentionLayout
 from core.models.reading import Reading
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from core.errors import UserError
-from core.fusion.projections import PROJECTIONS, SIDES
+from core.fusion.projections import PROJECTIONS, WIDTHS
 
 # Model types of a vision-language model's language tower that have the projections of this file.
 TOWERS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text"}
@@ -96,6 +96,7 @@ class AttentionLayout:
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    inner_width: int
 
     @property
     def query_width(self) -> int:
@@ -114,7 +115,7 @@ class AttentionLayout:
 
     def size(self, side: str) -> int:
         """Number of neurons of `side`."""
-        return getattr(self, SIDES[side])
+        return getattr(self, WIDTHS[side])
 
     def name(self, layer: int, projection: str) -> str:
         """Dotted name of one projection in the loaded model, e.g. `model.layers.3.self_attn.q_proj`."""
@@ -182,6 +183,7 @@ def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
         n_heads=heads,
         n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        inner_width=text.intermediate_size,
     )
 
 

@@ -3,54 +3,100 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.data import Row, divide
 from core.errors import UserError
-from core.files import MANIFEST, TEMPORARY, read_json
-from core.fusion.projections import SIDES
-from core.hot_transport import (
-    SinkhornResult,
-    compute_P,
-    correlation_cost_rows,
-    reconstruction_fit,
-    reconstruction_overlaps,
-    solve_layer,
-    standardize_layer,
-)
+from core.files import MANIFEST, read_json
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
-from core.models.activations import extract, row_bytes
 from core.models.checkpoints import Checkpoint, open_pair
 from core.models.locate import missing_step
-from core.models.reading import Reading, is_aside, read_aligned, read_texts, text_batches
-from core.runs import cost, plan_directory
+from core.models.reading import Reading, is_aside, read_aligned, read_texts
 from core.runs import preflight as checks
-from core.runs.command_line import parse_command, save_resolved
+from core.runs.command_line import Command, parse_command, save_resolved
+from core.runs.cost import stage1_cost
+from core.runs.cost_table import estimate
+from core.runs.model_size import checkpoint_size
+from core.runs.plan_files import STAGE
+from core.runs.plan_solver import make_plans
 from core.runs.process import log_to_file, process_state, run_command, setup_logging
+from core.runs.row_recorder import RowRecorder
 from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import MIN_TEXTS, Experiment
-from core.transport.sinkhorn import no_cost
+from core.texts.division import Division
 
 log = logging.getLogger("stage1")
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one run of this command reads, and the folder that it writes."""
+
+    experiment: Experiment
+    target: Checkpoint
+    source: Checkpoint
+    folder: Path
+
+    @property
+    def pair(self) -> dict[str, Checkpoint]:
+        """Role -> model."""
+        return {"target": self.target, "source": self.source}
+
+
 @outputs_held()
 def main(argv: list[str]) -> None:
+    """Parse the command line, open the models, make the plans unless the folder is finished, and print a summary."""
     setup_logging()
-    command = parse_command(
+    command = parse(argv)
+    # The settings in the manifest hold the epsilon that is used, also where it is the default of the data set.
+    experiment = command.experiment.changed(epsilon=command.experiment.epsilon)
+    if "plan_only" in command.modes:
+        print(estimate(experiment))
+        return
+    dry_run = "dry_run" in command.modes
+    if dry_run and (missing := models_not_here(experiment)):
+        print(estimate(experiment, timed=False))
+        print(f"{'; '.join(missing)}: its tensors, tokenizer and the disk are checked after that")
+        return
+    target, source = open_pair(experiment.models, experiment.compute.device)
+    job = Job(experiment, target, source, command.path("out_dir", "plans"))
+    check_output_folder(job.folder, target.folder, source.folder)
+    preflight(job, report=dry_run)
+    division = divide(experiment.data.spec)
+    rows = calibration_rows(division, experiment)
+    if dry_run:
+        for model in job.pair.values():
+            model.check_tokenizer()
+        print(f"{len(rows)} texts; nothing is missing")
+        return
+    # Reading comes before the manifest is begun, so that texts that cannot be read leave no folder behind.
+    readings, aside = read_both(target, source, rows, experiment)
+    state = process_state(experiment.compute.device)
+    manifest = begin(job, division.identity(rows), state)
+    log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
+    if manifest.complete:
+        log.info("%s is finished already", job.folder)
+    else:
+        if state.is_main_process:
+            save_resolved(experiment, "1", job.folder)
+            write_rows_read(job.folder, {"calibration": division.marks(rows)}, recorded(target, source))
+        write_plan_directory(job, manifest, readings, aside, state)
+    if state.is_main_process:
+        print(summary(manifest.record))
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command line of stage 1."""
+    return parse_command(
         argv,
         "1",
         __doc__ or "",
@@ -61,297 +107,105 @@ def main(argv: list[str]) -> None:
             "dry_run": "check everything that can be checked without loading a model, print it, and stop",
         },
     )
-    experiment = command.experiment.changed(epsilon=command.experiment.epsilon)
-    if "plan_only" in command.modes:
-        print(cost.estimate(experiment))
-        return
-    dry_run = "dry_run" in command.modes
-    if dry_run and (waiting := models_to_fetch(experiment)):
-        print(cost.estimate(experiment, timed=False))
-        print(f"{'; '.join(waiting)}: its tensors, tokenizer and the disk are checked after that")
-        return
-    folder = command.path("out_dir", "plans")
-    target, source = open_pair(experiment.models, experiment.compute.device)
-    check_output_folder(folder, target.folder, source.folder)
-    preflight(target, source, folder, experiment, dry_run)
-    division = divide(experiment.data.spec)
-    for part in ("sft", "validation", "held_out"):  # later stages need them, when it is too late to split anew
+
+
+def models_not_here(experiment: Experiment) -> list[str]:
+    """The models of which only the config can be read now, each with what has to be done first."""
+    models = experiment.models
+    pair = {
+        "target": (models.target_model, models.target_revision),
+        "source": (models.source_model, models.source_revision),
+    }
+    steps = {role: (name, missing_step(name, revision)) for role, (name, revision) in pair.items() if name}
+    return [f"{role} {name} waits for {step}" for role, (name, step) in steps.items() if step]
+
+
+def preflight(job: Job, report: bool) -> None:
+    """Check models, disk and memory from configs and headers; with `report` also print them.
+
+    The memory that is needed is an estimate, so too little of it stops a dry run but only warns before a real one.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    compute = job.experiment.compute
+    sizes = checkpoint_size(job.target, compute), checkpoint_size(job.source, compute)
+    cost = stage1_cost(*sizes, job.experiment, timed=False)
+    if report:
+        print(checks.stage1_report(job.target, job.source, cost))
+    problems = [problem for role, model in job.pair.items() for problem in checks.model_problems(role, model)]
+    problems += checks.disk_problems(job.folder, cost.disk)
+    too_little_memory = checks.memory_problems(cost.memory, compute.device)
+    if report:
+        problems += too_little_memory
+    else:
+        for problem in too_little_memory:
+            log.warning(problem)
+    checks.refuse(problems)
+
+
+def calibration_rows(division: Division, experiment: Experiment) -> list[Row]:
+    """The texts that both models read. Raises UserError when they are too few for plans."""
+    # Parts that later stages need are reported now: with another split, this stage would have to run again.
+    for part in ("sft", "validation", "held_out"):
         division.warn_if_small(part)
     rows = division.rows("calibration", experiment.reading.calibration_samples)
     if len(rows) < MIN_TEXTS:
         raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
-    if dry_run:
-        target.check_tokenizer()
-        source.check_tokenizer()
-        print(f"{len(rows)} texts; nothing is missing")
-        return
-    readings, aside = read_both(target, source, rows, experiment)
-    settings = experiment.deciding("1")
-    data = division.identity(rows)
-    state = process_state(experiment.compute.device)
-    inputs = {"target": target.identity, "source": source.identity, "data": data, "settings": settings}
-    if state.is_main_process:
-        Manifest.begin(folder, plan_directory.STAGE, inputs)
-    state.wait_for_everyone()
-    manifest = Manifest(folder, read_json(folder / MANIFEST))
-    log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
-    if manifest.complete:
-        log.info("%s is finished already", folder)
-    else:
-        if state.is_main_process:
-            save_resolved(experiment, "1", folder)
-            write_rows_read(folder, {"calibration": division.marks(rows)}, recorded(target, source))
-        record_activations(folder, {"target": target, "source": source}, readings, aside, experiment, state)
-        state.wait_for_everyone()
-        make_plans(folder, manifest, (target.layout.n_layers, source.layout.n_layers), experiment, state)
-        if state.is_main_process:
-            shutil.rmtree(folder / "plans" / "parts", ignore_errors=True)
-            for name in readings:  # of a run that was killed before it removed them
-                plan_directory.remove_shares(folder, name)
-            shapes = {name: vars(c.layout) for name, c in (("target", target), ("source", source))}
-            manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
-            log.info("%s is finished", folder)
-    if state.is_main_process:
-        print(summary(manifest.record))
-
-
-def models_to_fetch(experiment: Experiment) -> list[str]:
-    """The models of which only the config can be read now, with what they wait for."""
-    pair = {
-        "target": (experiment.models.target_model, experiment.models.target_revision),
-        "source": (experiment.models.source_model, experiment.models.source_revision),
-    }
-    found = {role: (name, missing_step(name, revision)) for role, (name, revision) in pair.items() if name}
-    return [f"{role} {name} waits for {what}" for role, (name, what) in found.items() if what]
-
-
-def preflight(target: Checkpoint, source: Checkpoint, folder: Path, experiment: Experiment, report: bool) -> None:
-    """Check models, disk and memory from configs and headers; print them when `report`. Raises UserError."""
-    small, large = (cost.opened_model(model, experiment.compute.dtype) for model in (target, source))
-    estimate = cost.stage1_cost(small, large, experiment, timed=False)
-    if report:
-        print(checks.stage1_report(target, source, estimate))
-    problems = [
-        *checks.model_problems("target", target),
-        *checks.model_problems("source", source),
-        *checks.disk_problems(folder, estimate.disk),
-    ]
-    short = checks.memory_problems(estimate.memory, experiment.compute.device)
-    if report:
-        problems += short
-    elif short:
-        log.warning(short[0])  # an estimate alone stops nobody
-    checks.refuse(problems)
+    return rows
 
 
 def read_both(
     target: Checkpoint, source: Checkpoint, rows: list[Row], experiment: Experiment
 ) -> tuple[dict[str, Reading], Tensor]:
-    """Token ids and row positions of both models, and which rows are kept aside."""
+    """What each model reads of the texts, and which rows of activations are kept out of regressions ([T] bool)."""
     tokenizers = target.load_tokenizer(), source.load_tokenizer()
-    if experiment.reading.pooling == "token":
-        to_target, to_source, aside = read_aligned(
-            rows, *tokenizers, experiment.reading.max_tokens, experiment.reading.max_rows, experiment.compute.seed
-        )
+    reading = experiment.reading
+    if reading.pooling == "token":
+        seed = experiment.compute.seed
+        to_target, to_source, aside = read_aligned(rows, *tokenizers, reading.max_tokens, reading.max_rows, seed)
     else:
-        to_target, to_source = (read_texts(rows, tokenizer, experiment.reading.max_tokens) for tokenizer in tokenizers)
+        to_target, to_source = (read_texts(rows, tokenizer, reading.max_tokens) for tokenizer in tokenizers)
         aside = torch.tensor([is_aside(number) for number in range(len(rows))])
     return {"target": to_target, "source": to_source}, aside
 
 
-def record_activations(
-    folder: Path,
-    models: dict[str, Checkpoint],
-    readings: dict[str, Reading],
-    aside: Tensor,
-    experiment: Experiment,
-    state: Any,
-) -> None:
-    """Extract and write the rows of one model after the other; what is on disk already is kept.
+def begin(job: Job, data: dict[str, Any], state: Any) -> Manifest:
+    """The manifest of the plan directory, which the first process of a launch begins and all read.
 
-    Several processes share the batches, which are those of a single one, and hand their rows to the first by files.
+    Args:
+        data: `Division.identity` of the calibration texts.
     """
-    selected = (folder / "selection.safetensors").is_file()
-    there = {name: plan_directory.activations_file(folder, name).is_file() for name in models}
-    budget = experiment.reading.activations_budget_mb * 2**20
-    for name in [name for name in models if not (there[name] and (name == "source" or selected))]:
-        checkpoint, reading = models[name], readings[name]
-        if state.num_processes > 1:
-            read_share(folder, name, checkpoint, reading, experiment, state)
-            state.wait_for_everyone()
-        if not state.is_main_process:
-            continue
-        with plan_directory.row_memory(folder, row_bytes(checkpoint.layout, reading.n_rows), budget) as allocate:
-            if state.num_processes > 1:
-                rows = plan_directory.join_shares(folder, name, state.num_processes, checkpoint.layout, allocate)
-            else:
-                batches = text_batches(reading, experiment.compute.tokens_per_batch)
-                rows = read_rows(folder, name, checkpoint, reading, batches, experiment, allocate)
-            strengths = plan_directory.write_activations(
-                folder, name, rows, aside, half=experiment.reading.pooling == "token"
-            )
-        if name == "target":
-            plan_directory.write_selection(folder, strengths)
-        plan_directory.remove_shares(folder, name)
+    if state.is_main_process:
+        identities = {role: model.identity for role, model in job.pair.items()}
+        Manifest.begin(job.folder, STAGE, {**identities, "data": data, "settings": job.experiment.deciding("1")})
+    state.wait_for_everyone()
+    return Manifest(job.folder, read_json(job.folder / MANIFEST))
 
 
-def read_share(
-    folder: Path, name: str, checkpoint: Checkpoint, reading: Reading, experiment: Experiment, state: Any
-) -> None:
-    """Read and write this process's share of the batches of one model, unless an earlier run has done so."""
-    path = plan_directory.share_file(folder, name, state.process_index, state.num_processes)
-    if path.is_file():
-        return
-    batches = text_batches(reading, experiment.compute.tokens_per_batch)[state.process_index :: state.num_processes]
-    numbers = reading.row_numbers(n for batch in batches for n in batch)
-    needed = row_bytes(checkpoint.layout, len(numbers))
-    with plan_directory.row_memory(folder, needed, experiment.reading.activations_budget_mb * 2**20) as allocate:
-        plan_directory.write_share(
-            path, read_rows(folder, name, checkpoint, reading, batches, experiment, allocate), numbers
-        )
+def write_plan_directory(job: Job, manifest: Manifest, readings: dict[str, Reading], aside: Tensor, state: Any) -> None:
+    """Record the activations of both models, solve the plans, and mark the directory complete.
 
-
-def read_rows(
-    folder: Path,
-    name: str,
-    checkpoint: Checkpoint,
-    reading: Reading,
-    batches: list[list[int]],
-    experiment: Experiment,
-    allocate: Callable[[int, int], Tensor],
-) -> dict[tuple[str, int], Tensor]:
-    """Load a model, read batches of texts with it, and let it go. What it offloads goes to a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY + "offload-", dir=folder) as offload:
-        model = checkpoint.load_model(experiment.compute.dtype, experiment.reading.device_map, Path(offload))
-        rows = extract(model, checkpoint.layout, reading, batches, f"{name} activations", allocate)
-        del model
-        gc.collect()
-    return rows
-
-
-def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experiment: Experiment, state: Any) -> None:
-    """Solve what is not on disk yet: all L x M feature plans of every side, then its layer plan.
-
-    Target layers are shared by the processes; each layer's plans are on disk before the next one begins.
+    What an earlier run has finished is not done again.
     """
-    L, M = shape
-    sides = manifest.record.setdefault("sides", {})
-    with tqdm(total=len(SIDES) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
-        for side in SIDES:
-            todo = side not in sides or not plan_directory.plans_file(folder, side).is_file()
-            if todo:
-                solve_side(folder, side, shape, experiment, state, bar)
-                state.wait_for_everyone()
-            if todo and state.is_main_process:
-                tensors, measured = plan_directory.join_parts(
-                    folder,
-                    side,
-                    L,
-                    lambda costs: compute_P(costs, experiment.transport.eta, experiment.transport.layer_cost_scale),
-                )
-                sides[side] = describe(tensors, measured)
-                manifest.save()
-            state.wait_for_everyone()
-            bar.n = (list(SIDES).index(side) + 1) * L * M
-            bar.refresh()
-    missed = {side: record["not_converged"] for side, record in sides.items() if record["not_converged"]}
-    if missed and experiment.transport.sinkhorn_mode == "auto":
-        pairs = "; ".join(
-            f"{side} {len(found)}, e.g. (target, source) layers {found[:3]}" for side, found in missed.items()
-        )
-        log.warning(
-            "plans that did not reach the tolerance %.0e: %s; raise --sinkhorn-iters or --epsilon",
-            experiment.transport.sinkhorn_tol,
-            pairs,
-        )
-
-
-def solve_side(folder: Path, side: str, shape: tuple[int, int], experiment: Experiment, state: Any, bar: tqdm) -> None:
-    """This process's share of one side's target layers."""
-
-    def standardized(model: str, layer: int) -> Tensor:
-        return standardize_layer(
-            plan_directory.read_layer(folder, model, side, layer, experiment.compute.device), model, layer
-        )
-
-    L, M = shape
-    T, m = plan_directory.read_layer(folder, "source", side, 0).shape
-    budget, rows = experiment.transport.pairs_budget_mb * 2**20, 4 * M * T * m
-    fits = rows <= budget  # a part of the layers would be of no use: each would be dropped before it is read again
-    source = lru_cache(M if fits else 0)(lambda k: standardized("source", k))
-    e = experiment
-    problem = (e.epsilon, e.transport.sinkhorn_iters, e.transport.sinkhorn_tol, e.transport.sinkhorn_mode)
-    probe = torch.linspace(0, T - 1, min(T, cost.PROBE_ROWS)).round().long()
-    for layer in range(state.process_index, L, state.num_processes):
-        if plan_directory.part_file(folder, side, layer).is_file():
-            continue
-        target = standardized("target", layer)
-        found = solve_layer(target, map(source, range(M)), *problem, probe, budget - fits * rows)
-        results, probed = keep_potentials(found, M, lambda: bar.update(state.num_processes))
-        overlaps = reconstruction_overlaps(target[probe], probed)
-        k = round(layer * (M - 1) / max(1, L - 1))
-        cost_rows = correlation_cost_rows(target, source(k))
-        largest = dataclasses.replace(results[k], cost_rows=cost_rows).top_mass(max(target.shape[1], m))
-        del cost_rows  # which holds a layer of rows
-        plan_directory.write_part(folder, side, layer, results, {**overlaps, "top_mass": torch.tensor(largest)})
-
-
-def keep_potentials(
-    found: Iterable[SinkhornResult], count: int, advance: Callable[[], object]
-) -> tuple[list[SinkhornResult], Tensor]:
-    """What is written of the plans of one target layer: (results without their cost, what was probed [M, n, r]).
-
-    A result with its cost holds the rows of its source layer, so that M of them would hold those of all. The potentials
-    go to memory that the first result takes for all: small tensors that come one by one would settle in what a layer of
-    rows leaves behind, and the next layer, which then does not fit there, would take more memory.
-    """
-    places: list[Tensor] = []
-
-    def keep(result: SinkhornResult, k: int) -> SinkhornResult:
-        values = [value for value in (result.f, result.g, result.probed) if value is not None]
-        if not places:
-            places.extend(value.new_empty(count, *value.shape) for value in values)
-        for place, value in zip(places, values, strict=True):
-            place[k] = value
-        advance()
-        return dataclasses.replace(result, f=places[0][k], g=places[1][k], probed=None, cost_rows=no_cost)
-
-    # A loop's variable would hold a layer while the next one is read. `found` goes first, so that it comes to its end.
-    results = list(map(keep, found, range(count)))
-    return results, places[2]
-
-
-def describe(tensors: dict[str, Tensor], measured: dict[str, Tensor]) -> dict[str, Any]:
-    """Iterations, errors, layer match and fit of one side.
-
-    `depth_spearman`: how the most similar source layer (arg max of P) follows target depth, the first sign that plans
-    mean something. `r2`: share of the target's z-scored activations that the source's explain through P and Q (Eqs.
-    31-34), mean over layers, on up to 64 rows; `permuted`: the same with the neurons of every plan shuffled.
-    `top_mass`: share of a plan's mass in its max(n, m) largest entries, with the source layer of the same depth.
-    """
-    from scipy.stats import spearmanr
-
-    matched = tensors["P"].argmax(1)
-    rank = float(spearmanr(range(len(matched)), matched.tolist()).statistic) if len(matched.unique()) > 1 else None
-    fits = {
-        name: reconstruction_fit(tensors["P"], measured[key], measured["gram"], measured["power"])
-        for name, key in (("plans", "overlap"), ("permuted", "overlap_permuted"))
-    }
-    return {
-        "iterations_median": int(tensors["n_iters"].flatten().median()),
-        "iterations_max": int(tensors["n_iters"].max()),
-        "error_max": float(tensors["error"].max()),
-        "not_converged": (~tensors["converged"]).nonzero().tolist(),
-        "depth_spearman": rank,
-        "matched_layers": matched.tolist(),
-        "r2": {name: float(r2.mean()) for name, (r2, _) in fits.items()},
-        "correlation": {name: float(r.mean()) for name, (_, r) in fits.items()},
-        "top_mass": float(measured["top_mass"].mean()),
-    }
+    recorder = RowRecorder(job.folder, job.experiment, state)
+    for role, model in job.pair.items():
+        recorder.record(role, model, readings[role], aside)
+    state.wait_for_everyone()
+    shape = (job.target.layout.n_layers, job.source.layout.n_layers)
+    make_plans(job.folder, manifest, shape, job.experiment, state)
+    if state.is_main_process:
+        # A run that was killed while it cleaned up may have left these.
+        shutil.rmtree(job.folder / "plans" / "parts", ignore_errors=True)
+        for role in job.pair:
+            recorder.remove_shares(role)
+        shapes = {role: vars(model.layout) for role, model in job.pair.items()}
+        manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
+        log.info("%s is finished", job.folder)
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The table that ends stage 1."""
+    """The table that ends stage 1, from the record of the manifest (see `core.runs.plan_solver.side_record`)."""
     lines = [
         f"{record['rows']} rows per layer and side",
         f"{'':8}{'iterations':>14}{'marginal':>10}{'Spearman of layer':>19}"

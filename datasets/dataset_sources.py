@@ -1,7 +1,7 @@
-"""The data sets of the paper's tasks and of general text, by name: where each is, and how its rows become messages."""
+"""The data sets of the paper's tasks and of general text: where each is on the hub, and how its rows are read."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 import dataset_gsm8k
 from core.hub import HUB_TIMEOUT_S
 
-# Rows held while a stream is shuffled.
+# A stream is shuffled in a buffer of so many rows.
 SHUFFLE_BUFFER = 10_000
-# The paper's entropic regularisation of Q (section 5), where a data set has none of its own.
+# The paper's entropic regularisation of Q (section 5), unless a data set has one of its own.
 EPSILON = 0.1
 COMMIT = re.compile("hf://datasets/[^@]+@([0-9a-f]{40})/")
 
@@ -21,13 +21,13 @@ class Source:
     """One data set on the hub.
 
     Attributes:
-        hub_id, config, split, revision: as `datasets.load_dataset` takes them. Where the revision, a commit of the
-            data set's repository, is None, the newest state is read.
-        licence: as its page states it; None where this table does not know: see the page.
-        streaming: too large to download; the first rows of a seeded shuffle buffer are read.
-        columns: column of the data set -> role column of `core.data`, where the names differ.
-        rows: what else is peculiar: record -> record, or None to leave it out.
-        epsilon: the paper's entropic regularisation of Q for it.
+        hub_id, config, split: as `datasets.load_dataset` takes them.
+        revision: commit of the data set's repository; None for its newest state.
+        licence: as the page of the data set states it; None where this table does not say.
+        streaming: the data set is too large to download, so the first rows of a seeded shuffle buffer are read.
+        rows: function record -> record for what is peculiar to the data set. A record for which it returns None is left
+            out.
+        epsilon: the paper's entropic regularisation of Q for this data set.
     """
 
     hub_id: str
@@ -36,13 +36,12 @@ class Source:
     revision: str | None = None
     licence: str | None = None
     streaming: bool = False
-    columns: tuple[tuple[str, str], ...] = ()
-    rows: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    rows: Callable[[dict[str, Any]], dict[str, Any] | None] = dict
     epsilon: float = EPSILON
 
 
 def _wikitext(record: dict[str, Any]) -> dict[str, Any] | None:
-    """WikiText has one row per line: headings and blank lines are no texts."""
+    """A line of WikiText, which has one row per line; None for a heading or a blank line, which are no texts."""
     text = record["text"].strip()
     return None if not text or text.startswith("=") else {"text": text}
 
@@ -82,48 +81,42 @@ SOURCES = {
 
 
 def read_source(name: str, limit: int, seed: int) -> tuple[list[dict[str, Any]], str | None]:
-    """At most `limit` rows of a data set in a seeded order, its columns renamed to those of `core.data`; and the
-    revision that was read: the table's, else the hub's newest, else the one that `datasets` recorded, else None.
+    """Read a data set of the hub.
 
+    Returns:
+        (at most `limit` rows in a seeded order, the revision that was read). The revision is the one in the table; if
+        there is none, the newest on the hub; if the hub does not answer, the one that `datasets` recorded; or None.
     Raises:
-        OSError, ValueError, datasets' own errors: it cannot be had.
+        OSError, ValueError, errors of `datasets`: the data set cannot be read.
     """
-    import datasets
+    import datasets  # imports pandas and pyarrow, which take a second
 
     source = SOURCES[name]
     revision = source.revision or _newest(source.hub_id)
     options = {"split": source.split, "revision": revision, "streaming": source.streaming}
     data = datasets.load_dataset(source.hub_id, source.config, **options)
     shuffled = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if source.streaming else data.shuffle(seed=seed)
-    return list(islice(_rows(shuffled, source), limit)), revision or _resolved(data)
+    rows = (row for record in shuffled if (row := source.rows(record)) is not None)
+    return list(islice(rows, limit)), revision or _recorded_commit(data)
 
 
 def _newest(hub_id: str) -> str | None:
-    """The newest commit of a data set on the hub; None where the hub cannot be asked.
+    """The newest commit of a data set on the hub, or None when the hub does not answer.
 
-    It is asked for before reading because a streamed data set does not tell afterwards which commit it was read from.
+    The hub is asked before the data set is read, because a streamed data set does not say afterwards from which commit
+    it was read.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi  # takes 0.4 s to import, which only data of the hub needs
     from huggingface_hub.errors import HTTPError
 
     try:
         return HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S).sha
-    except (HTTPError, OSError):  # a reason to refuse (gated, unknown) is told when the data set is loaded
+    except (HTTPError, OSError):  # if the hub refuses the data set, loading it raises the reason
         return None
 
 
-def _resolved(data: Any) -> str | None:
-    """The commit in the addresses of the files that a data set was made of (hf://datasets/NAME@COMMIT/FILE)."""
+def _recorded_commit(data: Any) -> str | None:
+    """The commit in the addresses of the files that a data set was read from (hf://datasets/NAME@COMMIT/FILE)."""
     addresses = data.info.download_checksums or {}
     found = {match[1] for address in addresses if (match := COMMIT.match(address))}
     return found.pop() if len(found) == 1 else None
-
-
-def _rows(records: Iterable[dict[str, Any]], source: Source) -> Iterable[dict[str, Any]]:
-    names = dict(source.columns)
-    for record in records:
-        row: dict[str, Any] | None = {names.get(column, column): value for column, value in record.items()}
-        if source.rows is not None and row is not None:
-            row = source.rows(row)
-        if row is not None:
-            yield row

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from core.files import write_json
 from core.locks import hold, outputs_held
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import results_root
-from evaluation import generate_cmmlu_predictions, run_lm_eval, run_malay_mmlu
-from evaluation.benchmarks.generation import Decoding
-from evaluation.benchmarks.harness import local_tasks, members
+from evaluation.benchmarks.harness import members
+from evaluation.benchmarks.harness_scores import score_tasks
 from evaluation.benchmarks.local_rows import READERS
-from evaluation.benchmarks.malay_mmlu import data_file, read_questions
-from evaluation.benchmarks.prompts import Asking, asking_flags
+from evaluation.benchmarks.local_tasks import local_files, local_tasks, why_not_in_hub
+from evaluation.benchmarks.own import OWN
+from evaluation.benchmarks.prompts import PromptSettings, prompt_flags
 from evaluation.benchmarks.registry import STAND_INS, TASK_FILE, task_benchmarks
-from evaluation.benchmarks.yue_mmlu import question_folder
-from evaluation.scores import Evaluated, data_folder, read_score, runner_flags
+from evaluation.runner import Scoring, data_folder, runner_flags
+from evaluation.scores import read_score
 
 log = logging.getLogger("run_task")
 ABSENT, DAMAGED = "absent", "damaged"
@@ -47,142 +48,139 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="say where the items are, and read those that are here; opens no model, writes nothing",
     )
-    asking_flags(parser, llama_name=True)
+    prompt_flags(parser, llama_name=True)
     given = parser.parse(argv)
-    task, benchmarks, data_dir = given["task"], task_benchmarks(given["task"]), data_folder(given["data_dir"])
-    for name in benchmarks:  # a name that nothing knows is told before hours of scoring
-        if name not in FILES:
+    task, data_dir = given["task"], data_folder(given["data_dir"])
+    names = task_benchmarks(task)
+    for name in names:  # a name that nothing knows is refused before hours of scoring
+        if name not in OWN:
             members(name)
+    benchmarks = find_benchmarks(names, data_dir)
     if given["dry_run"]:
-        told = places(benchmarks, data_dir)
-        print("\n".join(f"{name}: {where}" for name, where in told.items()))
-        if damaged := [name for name, where in told.items() if where.startswith(DAMAGED)]:
-            raise UserError(f"the files of {', '.join(damaged)} are damaged, see above")
-        if all(where.startswith(ABSENT) for where in told.values()):
-            raise UserError(f"no benchmark of {task} can be scored; the reasons are above")
+        dry_run(task, benchmarks, data_dir)
         return
-    evaluated = Evaluated.from_flags(given)
-    place = given["model"].strip("/").replace("/", "-")
-    folder = given["output_dir"] or results_root() / "benchmarks" / task / place
-    hold(folder)
-    asking = Asking(given["prompt"], given["llama_name"])
-    numbers = (given["limit"], given["tokens_per_batch"])
-    found = run_benchmarks(evaluated, benchmarks, folder, data_dir, *numbers, asking)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / TASK_FILE, {"task": task, "model": given["model"], "limit": given["limit"], "benchmarks": found}
-    )
-    print(table(folder, found))
-    if not any("file" in result for result in found.values()):
+    default = results_root() / "benchmarks" / task / given["model"].strip("/").replace("/", "-")
+    scoring = Scoring.from_flags({**given, "output_dir": given["output_dir"] or default})
+    hold(scoring.output_dir)
+    prompts = PromptSettings(given["prompt"], given["llama_name"])
+    results = score_benchmarks(scoring, benchmarks, data_dir, prompts)
+    record = {"task": task, "model": given["model"], "limit": scoring.limit, "benchmarks": results}
+    scoring.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(scoring.output_dir / TASK_FILE, record)
+    print(table(scoring.output_dir, results))
+    if not any("file" in result for result in results.values()):
         raise UserError(f"no benchmark of {task} was scored; the reasons are above")
 
 
-def places(benchmarks: tuple[str, ...], data_dir: Path | None) -> dict[str, str]:
-    """Benchmark -> where its items come from, or why it is absent or damaged: files that are here are read."""
-    told: dict[str, str] = {}
-    pending = list(benchmarks)
-    while pending:
-        name = pending.pop(0)
-        if name not in FILES and (parts := members(name)) != [name]:
-            pending = [*parts, *pending]
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark of a task.
+
+    Attributes:
+        folder: of the files of one that has rules of its own; None for a task of lm-evaluation-harness.
+        absent: why there are no such files; None where there are, and for the harness's tasks.
+        stands_in_for: the absent benchmark in whose place it is scored.
+    """
+
+    folder: Path | None = None
+    absent: str | None = None
+    stands_in_for: str | None = None
+
+
+def find_benchmarks(names: Sequence[str], data_dir: Path | None) -> dict[str, Benchmark]:
+    """Name -> benchmark, in the order of the tables; what stands in for an absent benchmark comes right after it.
+
+    Only missing files make a benchmark absent. Damaged files are an error when they are read.
+    """
+    found: dict[str, Benchmark] = {}
+    for name in names:
+        if name not in OWN:
+            found[name] = Benchmark()
             continue
-        if name in FILES:
-            try:
-                folder = FILES[name](data_dir)
-            except UserError as error:
-                told[name] = f"{ABSENT}: {error}"
-                pending = [*STAND_INS.get(name, ()), *pending]
-                continue
         try:
-            if name in FILES:
-                READERS_OF[name](folder)
-                told[name] = str(folder)
-            elif files := run_lm_eval.local_files(name, data_dir):
-                READERS[local_tasks()[name].rows](files)
-                told[name] = ", ".join(str(path) for paths in files.values() for path in paths[:1])
-            elif (local := local_tasks().get(name)) and local.include != name:
-                told[name] = f"{ABSENT}: {run_lm_eval.absent(name, data_dir)}"
-            else:
-                told[name] = "the hub, or its cache"
+            found[name] = Benchmark(OWN[name].folder(data_dir))
         except UserError as error:
-            told[name] = f"{DAMAGED}: {error}"
-    return told
-
-
-def malay_files(data_dir: Path | None) -> Path:
-    """Folder of the MalayMMLU files. Raises UserError when they are not there."""
-    return data_file(local_copy(data_dir, "malay_mmlu"), 0).parent
-
-
-def yue_files(data_dir: Path | None) -> Path:
-    """Folder of the Yue-MMLU files. Raises UserError when they are not there."""
-    return question_folder(local_copy(data_dir, "yue_benchmark/Yue-MMLU"))
-
-
-def local_copy(data_dir: Path | None, name: str) -> Path | None:
-    """A folder below --data-dir; None, where there is none: the benchmark's own repository."""
-    return data_dir / name if data_dir is not None and (data_dir / name).is_dir() else None
-
-
-# Benchmarks with a runner of their own -> where their files are; all others are lm-evaluation-harness's.
-FILES = {"malay_mmlu": malay_files, "yue_mmlu": yue_files}
-READERS_OF: dict[str, Callable[[Path], Any]] = {
-    "malay_mmlu": lambda folder: read_questions(data_file(folder, 0)),
-    "yue_mmlu": lambda folder: generate_cmmlu_predictions.questions(folder, None, 0),
-}
-
-
-def run_benchmarks(
-    evaluated: Evaluated,
-    benchmarks: tuple[str, ...],
-    folder: Path,
-    data_dir: Path | None,
-    limit: int | None,
-    tokens_per_batch: int,
-    asking: Asking,
-) -> dict[str, dict[str, Any]]:
-    """Benchmark -> {"file"} in `folder`, or {"absent": why}; a stand-in also has {"stands_in_for"}."""
-    found: dict[str, dict[str, Any]] = {}
-    harness: list[str] = []
-    for name in benchmarks:
-        if name not in FILES:
-            harness.append(name)
-            found[name] = {}
-            continue
-        try:
-            files = FILES[name](data_dir)
-        except UserError as error:  # the files are not there; what is wrong with files that are is not caught
-            log.warning("%s: %s", name, error)
-            found[name] = {"absent": str(error)}
-            harness += STAND_INS.get(name, ())
-            found |= {stand_in: {"stands_in_for": name} for stand_in in STAND_INS.get(name, ())}
-            continue
-        if name == "malay_mmlu":
-            path = run_malay_mmlu.run(evaluated, files, folder, limit, 0, tokens_per_batch, asking)
-        else:
-            decoding = Decoding(tokens_per_batch=tokens_per_batch, prompt=asking.policy)
-            path = generate_cmmlu_predictions.run(evaluated, files, folder, limit, decoding=decoding)
-        found[name] = {"file": path.name}
-    done = run_lm_eval.run(evaluated, harness, folder, data_dir, limit, tokens_per_batch) if harness else {}
-    for name in harness:
-        result = done[name]
-        found[name] |= {"absent": result} if isinstance(result, str) else {"file": result.name}
+            found[name] = Benchmark(absent=str(error))
+            found |= {stand_in: Benchmark(stands_in_for=name) for stand_in in STAND_INS.get(name, ())}
     return found
 
 
-def table(folder: Path, found: dict[str, dict[str, Any]]) -> str:
-    """One line per benchmark and metric."""
+def dry_run(task: str, benchmarks: Mapping[str, Benchmark], data_dir: Path | None) -> None:
+    """Print where the items of each benchmark come from, and read those that are here.
+
+    Raises:
+        UserError: files are damaged, or no benchmark can be scored.
+    """
+    sources: dict[str, str] = {}
+    for name, benchmark in benchmarks.items():
+        for part in [name] if name in OWN else members(name):
+            try:
+                sources[part] = source_of(part, benchmark, data_dir)
+            except UserError as error:
+                sources[part] = f"{DAMAGED}: {error}"
+    print("\n".join(f"{name}: {source}" for name, source in sources.items()))
+    if damaged := [name for name, source in sources.items() if source.startswith(DAMAGED)]:
+        raise UserError(f"the files of {', '.join(damaged)} are damaged, see above")
+    if all(source.startswith(ABSENT) for source in sources.values()):
+        raise UserError(f"no benchmark of {task} can be scored; the reasons are above")
+
+
+def source_of(name: str, benchmark: Benchmark, data_dir: Path | None) -> str:
+    """Where the items of a benchmark come from, or why it is absent. Raises UserError for files that are damaged."""
+    if benchmark.absent is not None:
+        return f"{ABSENT}: {benchmark.absent}"
+    if benchmark.folder is not None:
+        OWN[name].read(benchmark.folder)
+        return str(benchmark.folder)
+    if files := local_files(name, data_dir):
+        READERS[local_tasks()[name].rows](files)
+        return ", ".join(str(path) for paths in files.values() for path in paths[:1])
+    reason = why_not_in_hub(name, data_dir)
+    return f"{ABSENT}: {reason}" if reason else "the hub, or its cache"
+
+
+def score_benchmarks(
+    scoring: Scoring, benchmarks: Mapping[str, Benchmark], data_dir: Path | None, prompts: PromptSettings
+) -> dict[str, dict[str, Any]]:
+    """Score a model on all benchmarks of a task.
+
+    Returns:
+        benchmark -> {"file": name in the output folder}, or {"absent": why}; a stand-in also has {"stands_in_for"}.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name, benchmark in benchmarks.items():
+        results[name] = {"stands_in_for": benchmark.stands_in_for} if benchmark.stands_in_for else {}
+        if benchmark.absent is not None:
+            log.warning("%s: %s", name, benchmark.absent)
+            results[name]["absent"] = benchmark.absent
+        elif benchmark.folder is not None:
+            results[name]["file"] = OWN[name].score(scoring, benchmark.folder, prompts).name
+    harness = [name for name in benchmarks if name not in OWN]
+    scored = score_tasks(scoring, harness, data_dir) if harness else {}
+    for name, found in scored.items():
+        results[name] |= {"absent": found} if isinstance(found, str) else {"file": found.name}
+    return results
+
+
+def table(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line per benchmark and metric.
+
+    Args:
+        folder: of the score files.
+        results: of `score_benchmarks`.
+    """
     lines = [f"{'benchmark':45} {'metric':>12} {'value':>8} {'stderr':>7} {'n':>6}"]
-    for name, result in found.items():
+    for name, result in results.items():
         if "absent" in result:
             lines.append(f"{name:45} absent: {result['absent']}")
             continue
         score = read_score(folder / result["file"])
-        note = f"  (in place of {result['stands_in_for']})" if "stands_in_for" in result else ""
+        stand_in = f"  (in place of {result['stands_in_for']})" if "stands_in_for" in result else ""
         for metric, value in score["metrics"].items():
-            told = f"{score['details']['prompt_policy']}{note}" if metric == score["metric"] else "(not in tables)"
+            reported = f"{score['details']['prompt_policy']}{stand_in}"
+            note = reported if metric == score["metric"] else "(not in tables)"
             figures = f"{100 * value['value']:8.2f} {100 * value['stderr']:7.2f} {value['n']:6}"
-            lines.append(f"{name:45} {metric:>12} {figures}  {told}")
+            lines.append(f"{name:45} {metric:>12} {figures}  {note}")
     return "\n".join(lines)
 
 

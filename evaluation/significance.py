@@ -1,10 +1,11 @@
 """Whether two models differ: the difference of their losses or scores, with an interval and a test.
 
-Two kinds of chance decide what a comparison shows. Other texts would have given other differences: texts of one group
-(a topic, a document) are alike, so the group is the unit, not the text. And another seed would have trained another
-model: a mean over a few seeds carries their spread. `difference` joins both parts; its interval and its p-value are two
-readings of one Student's t, so that they never contradict each other. Right or wrong answers are compared in the same
-way: where few answers changed, the t is as careful as McNemar's exact test (tests/test_significance.py compares them).
+Two kinds of chance decide what a comparison shows. First, other texts would have given other differences: texts of one
+group (a topic, a document) resemble each other, so the group is the unit, not the text. Second, another seed would have
+trained another model: a mean over a few seeds carries their spread. `difference` combines both parts. Its interval and
+its p-value are two readings of the same Student's t, so they never contradict each other. Right and wrong answers are
+compared in the same way: where few answers changed, the t is as careful as McNemar's exact test
+(tests/evaluation/test_significance.py compares the two).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtr, stdtrit  # Student's t: its distribution function, and the inverse of that
 
 CONFIDENCE = 0.95
 
@@ -24,10 +26,10 @@ class Estimate:
     """A mean difference and how well the data determine it.
 
     Attributes:
-        diff: the difference; a mean over seeds where there are several.
+        diff: the difference, averaged over seeds where there are several.
         variance: how much `diff` would vary with other groups of items.
-        dof: degrees of freedom of `variance`; 0 where there is a single group, from which no variance can be had.
-        by_seed: the difference of each seed; one number where nothing was trained more than once.
+        dof: degrees of freedom of `variance`; 0 for a single group, from which no variance can be estimated.
+        by_seed: the difference of each seed; a single number where nothing was trained more than once.
         groups: number of groups.
     """
 
@@ -39,20 +41,24 @@ class Estimate:
 
     @property
     def seed_variance(self) -> float:
-        """How much the mean over seeds would vary with other seeds, from the spread of these. One seed has no spread:
-        0, and the difference speaks of this seed alone."""
+        """How much the mean over seeds would vary with other seeds, estimated from the spread of these.
+
+        It is 0 for one seed, which has no spread; the difference then speaks of this seed alone.
+        """
         return float(np.var(self.by_seed, ddof=1)) / len(self.by_seed) if len(self.by_seed) > 1 else 0.0
 
     @property
     def total(self) -> tuple[float, float]:
         """(variance, degrees of freedom) of groups and seeds together.
 
-        The seeds' differences also contain how seeds differ on these very texts, which the groups' variance contains
-        too: the sum errs on the side of a wider interval. The degrees of freedom are Satterthwaite's, but for one
-        change: the variance of S seeds counts (S + 4) / (S - 1) times. A few seeds often come out too much alike by
-        chance. Satterthwaite's rule then believes that the groups are all that varies, and gives their many degrees of
-        freedom: where seeds are what varies most, its 95 % intervals hold the truth in 91 % of experiments with three
-        seeds and in 87 % with two. With the change it is 93 to 97 % (tests/test_significance.py).
+        The spread of the seeds' differences also contains how seeds differ on these very texts, which the variance over
+        groups contains too, so the sum errs on the side of a wider interval.
+
+        The degrees of freedom follow Satterthwaite's rule with one change: the variance of S seeds is weighted by
+        (S + 4) / (S - 1). A few seeds often come out too similar by chance. Satterthwaite's rule then attributes nearly
+        all variance to the groups and takes over their many degrees of freedom: where seeds vary most, its 95 %
+        intervals contain the truth in 91 % of experiments with three seeds and in 87 % with two. With the change they
+        do in 93 to 97 % (tests/evaluation/test_significance.py).
         """
         count, seeds = len(self.by_seed), self.seed_variance
         variance = self.variance + seeds
@@ -64,37 +70,36 @@ class Estimate:
 
     @property
     def known(self) -> bool:
-        """Whether the data determine an error at all: not from a single group, nor from a difference that is the same
-        everywhere, as it can be for two or three items."""
+        """Whether the data determine an error at all.
+
+        They do not for a single group, nor for a difference that is the same everywhere, which happens by chance with
+        two or three items.
+        """
         variance, dof = self.total
         return dof > 0 and (variance > 0 or self.diff == 0)
 
     @property
     def ci95(self) -> list[float] | None:
         """The 95 % interval; None where no error is known."""
-        from scipy.stats import t
-
-        variance, dof = self.total
         if not self.known:
             return None
-        half = math.sqrt(variance) * float(t.ppf((1 + CONFIDENCE) / 2, dof))
+        variance, dof = self.total
+        half = math.sqrt(variance) * float(stdtrit(dof, (1 + CONFIDENCE) / 2))
         return [self.diff - half, self.diff + half]
 
     @property
     def p(self) -> float | None:
-        """Two-sided p-value of the hypothesis that there is no difference; below 0.05 exactly where `ci95` excludes 0.
-        None where no error is known."""
-        from scipy.stats import t
+        """Two-sided p-value of the hypothesis that there is no difference; None where no error is known.
 
-        variance, dof = self.total
+        It is below 0.05 exactly where `ci95` excludes 0.
+        """
         if not self.known:
             return None
-        if not variance:
-            return 1.0
-        return 2 * float(t.sf(abs(self.diff) / math.sqrt(variance), dof))
+        variance, dof = self.total
+        return 2 * float(stdtr(dof, -abs(self.diff) / math.sqrt(variance))) if variance else 1.0
 
     def record(self) -> dict[str, Any]:
-        """What result files hold of it."""
+        """The entries of a result file: `diff`, `ci95`, `p` and `dof`."""
         return {"diff": self.diff, "ci95": self.ci95, "p": self.p, "dof": self.total[1]}
 
 
@@ -106,28 +111,26 @@ def difference(
 ) -> Estimate:
     """The difference (ours - other) of two ratios sum(values) / sum(weights) over the same n items.
 
-    With g a group, pi_g its share of the weights and r_g its own difference minus the overall one, the variance is the
-    sum of pi_g^2 r_g^2 / (1 - 2 pi_g + sum pi^2). The denominator makes it unbiased where all groups vary by the same
-    amount, whatever their sizes (the CR2 estimator of Bell and McCaffrey, 2002). Its degrees of freedom are the
-    effective number of groups, 1 / sum pi^2, less one. With groups of one size both are those of a plain mean over
-    groups. A group in which the two models do not differ tells nothing of how differences vary, so there are never more
-    degrees of freedom than groups that differ, less one: with right or wrong answers of which few changed, this keeps
+    Let pi_g be the share of the weights that group g has, and r_g the difference within the group minus the overall
+    one. The variance is the sum of pi_g^2 r_g^2 / (1 - 2 pi_g + sum pi^2), whose denominator makes it unbiased where
+    all groups vary by the same amount, whatever their sizes (the CR2 estimator of Bell and McCaffrey, 2002). Its
+    degrees of freedom are the effective number of groups, 1 / sum pi^2, minus one. With groups of one size both are
+    those of a plain mean over groups.
+
+    A group in which the two models do not differ says nothing about how differences vary, so there are never more
+    degrees of freedom than groups that differ, minus one. With right or wrong answers of which few changed, this keeps
     the t close to the exact test.
 
     Args:
-        ours, other: values of every item, [S, n] each, one row per seed; one row for a model that was not trained.
-            Rows are paired by their place; a single row stands beside every row of the other.
-        weights: [n], e.g. tokens; ones for scores.
-        groups: [n], group of every item.
+        ours, other: values of every item, [S, n] each, one row per seed; a model that was not trained has one row.
+            Row s of one is compared with row s of the other, and a single row with every row of the other.
+        weights: [n], for example tokens; ones for scores.
+        groups: [n], the group of every item.
     Raises:
         ValueError: shapes that do not fit, no items, a weight that is not positive, or a value that is not finite.
     """
-    a, b, w = (
-        np.atleast_2d(np.asarray(ours, float)),
-        np.atleast_2d(np.asarray(other, float)),
-        np.asarray(weights, float),
-    )
-    n = len(w)
+    a, b = (np.atleast_2d(np.asarray(values, float)) for values in (ours, other))
+    w, n = np.asarray(weights, float), len(weights)
     seeds_fit = len(a) == len(b) or 1 in (len(a), len(b))
     if not n or not seeds_fit or any(count != n for count in (a.shape[1], b.shape[1], len(groups))):
         raise ValueError(f"values of shape {a.shape} and {b.shape}, {n} weights and {len(groups)} groups do not fit")
@@ -135,33 +138,35 @@ def difference(
     if not np.isfinite(values).all() or not (w > 0).all():
         raise ValueError("a difference needs finite values and positive weights")
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    place = np.array([numbers[group] for group in groups])
-    sums = np.stack([np.bincount(place, row, minlength=len(numbers)) for row in values])  # [S, G]
-    of_group = np.bincount(place, w)
-    share = of_group / w.sum()
+    group_of = np.array([numbers[group] for group in groups])  # [n]
+    sums = np.stack([np.bincount(group_of, row, minlength=len(numbers)) for row in values])  # [S, G]
+    weight_of = np.bincount(group_of, w)  # [G]
     by_seed = sums.sum(1) / w.sum()
     diff = float(by_seed.mean())
     if len(numbers) == 1:
         return Estimate(diff, 0.0, 0.0, tuple(by_seed.tolist()), 1)
-    spread = float(share @ share)
-    residual = sums.mean(0) / of_group - diff
-    variance = float((share**2 / (1 - 2 * share + spread)) @ residual**2)
+    share = weight_of / w.sum()
+    squares = float(share @ share)
+    residual = sums.mean(0) / weight_of - diff
+    variance = float((share**2 / (1 - 2 * share + squares)) @ residual**2)
     changed = int((sums != 0).any(0).sum())
-    dof = max(1.0, min(1 / spread, changed) - 1)
+    dof = max(1.0, min(1 / squares, changed) - 1)
     return Estimate(diff, variance, dof, tuple(by_seed.tolist()), len(numbers))
 
 
 def combined(estimates: Mapping[str, Estimate], weights: Mapping[str, float]) -> Estimate:
-    """The weighted sum of differences on independent items, e.g. the mean over benchmarks, each seed for itself.
+    """The weighted sum of differences on independent items, such as the mean over benchmarks.
+
+    Seeds are summed one by one, so that their spread is that of the sum; the degrees of freedom are Satterthwaite's.
 
     Args:
-        estimates: by name; of the same seeds, or of one seed.
-        weights: of every name.
+        estimates: by name; each has the same seeds, or a single one.
+        weights: the weight of every name.
     """
     variances = {name: weights[name] ** 2 * found.variance for name, found in estimates.items()}
     total = sum(variances.values())
-    against = sum(variances[name] ** 2 / found.dof for name, found in estimates.items() if found.dof)
-    dof = total**2 / against if against else max(found.dof for found in estimates.values())
+    squares = sum(variances[name] ** 2 / found.dof for name, found in estimates.items() if found.dof)
+    dof = total**2 / squares if squares else max(found.dof for found in estimates.values())
     if not all(found.known for found in estimates.values()):
         dof = 0.0
     seeds = max(len(found.by_seed) for found in estimates.values())
@@ -172,10 +177,10 @@ def combined(estimates: Mapping[str, Estimate], weights: Mapping[str, float]) ->
 
 
 def paired(ours: Sequence[Sequence[float]], base: Sequence[float]) -> Estimate:
-    """Difference of scores, item by item, every item a group of its own.
+    """The difference of scores, item by item, where every item is a group of its own.
 
     Args:
-        ours: [S, n], the scores of every item, one row per seed.
+        ours: [S, n], the score of every item, one row per seed.
         base: [n].
     Raises:
         ValueError: the two do not have the same number of items.
@@ -187,8 +192,11 @@ def paired(ours: Sequence[Sequence[float]], base: Sequence[float]) -> Estimate:
 
 
 def holm(p_values: Mapping[Hashable, float | None]) -> dict[Hashable, float]:
-    """Holm's adjusted p-values of one family of tests: the chance that any of them is a false alarm stays below the
-    level at which they are read. Tests without a p-value are left out."""
+    """Holm's adjusted p-values of one family of tests; tests without a p-value are left out.
+
+    Read at some level, they keep the chance of even one false alarm in the family below that level, whatever the tests
+    have in common. (scipy only controls the rate of false discoveries, which promises less.)
+    """
     known = sorted(((name, p) for name, p in p_values.items() if p is not None), key=lambda test: test[1])
     adjusted: dict[Hashable, float] = {}
     largest = 0.0
@@ -204,7 +212,7 @@ def below_zero(found: Mapping[str, Any]) -> bool:
 
 
 def interval(found: Mapping[str, Any], digits: int = 4) -> str:
-    """`-0.0400 [-0.0500, -0.0300]`."""
+    """A difference and its interval as text: `-0.0400 [-0.0500, -0.0300]`."""
     if found["ci95"] is None:
         return f"{found['diff']:+.{digits}f} [no interval]"
     low, high = found["ci95"]
@@ -212,8 +220,10 @@ def interval(found: Mapping[str, Any], digits: int = 4) -> str:
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Arm -> {"z", "min_max"}: the arms of one domain on a common scale (the paper's Figure 1). All 0 when they are
-    equal; empty for fewer than three arms, of which one is 0 and one is 1 whatever they scored.
+    """Arm -> {"z", "min_max"}: the arms of one domain on a common scale (the paper's Figure 1).
+
+    All values are 0 when the arms are equal. The result is empty for fewer than three arms: of two, one would be 0 and
+    the other 1 whatever they scored.
 
     Args:
         scores: arm -> mean score of the domain.

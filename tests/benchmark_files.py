@@ -1,4 +1,4 @@
-"""A few items of every benchmark, in the layout of its release."""
+"""Generated benchmark files: a few items of every benchmark, in the layout of its original release."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ SUBJECTS = ("anatomy", "business_ethics")
 
 
 def write_benchmarks(folder: Path) -> Path:
+    """Write the files below `folder`, which is returned."""
     rng = random.Random(0)
 
     def words(count):
@@ -23,7 +24,7 @@ def write_benchmarks(folder: Path) -> Path:
         write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def options(names):
-        return {name: words(3) + str(place) for place, name in enumerate(names)}
+        return {name: words(3) + str(number) for number, name in enumerate(names)}
 
     for language in ("eng_Latn", "tha_Thai"):
         lines(

@@ -113,146 +113,6 @@ def qwen2(**changes: Any) -> Any:
     return randomized(Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes})))
 
 
-TEXT = dict(
-    vocab_size=400,
-    hidden_size=24,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-)
-CLIP = dict(
-    model_type="clip_vision_model",
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=8,
-    patch_size=4,
-    projection_dim=8,
-)
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-TINYLLAVA_CODE = {
-    "configuration.py": """
-from transformers import PretrainedConfig, Qwen2Config
-
-class TinyLlavaConfig(PretrainedConfig):
-    model_type = "tinyllava"
-
-    def __init__(self, text_config=None, **rest):
-        self.text_config = Qwen2Config(**{k: v for k, v in (text_config or {}).items() if k != "model_type"})
-        super().__init__(**rest)
-""",
-    "modeling.py": """
-import torch
-from transformers import PreTrainedModel, Qwen2ForCausalLM
-from .configuration import TinyLlavaConfig
-
-class TinyLlavaForConditionalGeneration(PreTrainedModel):
-    config_class = TinyLlavaConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.language_model = Qwen2ForCausalLM(config.text_config)
-        self.connector = torch.nn.Linear(4, 4)
-        self.post_init()
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **rest):
-        return self.language_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **rest)
-""",
-}
-
-
-def family_model(name: str) -> Any:
-    """A random pico model of any supported family of transformers; head_dim is not hidden / heads where it may be."""
-    import transformers as t
-
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8)
-    makers: dict[str, Callable[[], Any]] = {
-        "llama": llama,
-        "llama31": lambda: llama(
-            head_dim=8,
-            max_position_embeddings=256,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        ),
-        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**TEXT, head_dim=12)),
-        "qwen2": qwen2,
-        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**TEXT, head_dim=12)),
-        "gemma3_text": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**TEXT, head_dim=12)),
-        "gemma3": lambda: t.Gemma3ForConditionalGeneration(
-            t.Gemma3Config(
-                text_config=dict(**TEXT, head_dim=12), vision_config=dict(**vision, patch_size=4), mm_tokens_per_image=4
-            )
-        ),
-        "qwen2_vl": lambda: t.Qwen2VLForConditionalGeneration(
-            t.Qwen2VLConfig(
-                text_config=dict(**TEXT, rope_parameters=MROPE),
-                vision_config=dict(depth=1, embed_dim=32, num_heads=2, hidden_size=24, patch_size=4),
-            )
-        ),
-        "qwen2_5_vl": lambda: t.Qwen2_5_VLForConditionalGeneration(
-            t.Qwen2_5_VLConfig(
-                text_config=dict(**TEXT, rope_parameters=MROPE),
-                vision_config=dict(
-                    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=24, patch_size=4
-                ),
-            )
-        ),
-        "llava": lambda: t.LlavaForConditionalGeneration(
-            t.LlavaConfig(text_config=dict(model_type="qwen2", **TEXT), vision_config=CLIP)
-        ),
-        "llava_llama": lambda: t.LlavaForConditionalGeneration(
-            t.LlavaConfig(text_config=dict(model_type="llama", **TEXT), vision_config=CLIP)
-        ),
-        "llava_next": lambda: t.LlavaNextForConditionalGeneration(
-            t.LlavaNextConfig(text_config=dict(model_type="mistral", **TEXT), vision_config=CLIP)
-        ),
-        "llava_onevision": lambda: t.LlavaOnevisionForConditionalGeneration(
-            t.LlavaOnevisionConfig(
-                text_config=dict(model_type="qwen2", **TEXT),
-                vision_config=dict(model_type="siglip_vision_model", **vision, patch_size=4),
-            )
-        ),
-    }
-    return randomized(makers[name]())
-
-
-def save_tinyllava(folder: Path) -> Path:
-    """A pico TinyLLaVA: a Qwen2 tower and a connector in tensors, its classes as code beside them."""
-    from safetensors.torch import save_file
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    tower = randomized(Qwen2ForCausalLM(Qwen2Config(**TEXT)))
-    folder.mkdir()
-    tensors = {f"language_model.{name}": value.contiguous() for name, value in tower.state_dict().items()}
-    save_file(
-        {**tensors, "connector.weight": torch.eye(4), "connector.bias": torch.ones(4)},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    config = {
-        "model_type": "tinyllava",
-        "architectures": ["TinyLlavaForConditionalGeneration"],
-        "text_config": tower.config.to_dict(),
-        "auto_map": {
-            "AutoConfig": "configuration.TinyLlavaConfig",
-            "AutoModelForCausalLM": "modeling.TinyLlavaForConditionalGeneration",
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, code in TINYLLAVA_CODE.items():
-        (folder / name).write_text(code)
-    make_tokenizer(400, 1).save_pretrained(folder)
-    return folder
-
-
 def randomized(model: Any) -> Any:
     """Weights large enough that attention is not uniform, norms and biases away from 1 and 0; deterministic."""
     generator = torch.Generator().manual_seed(model.config.get_text_config().hidden_size)
@@ -348,29 +208,10 @@ def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 @pytest.fixture(scope="session")
 def plans(models: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Plan directories of the pico pair with `token` and `text` pooling."""
-    import run_activs_and_hot as stage1
+    from stages import plan
 
-    folders = {}
-    for pooling in ("token", "text"):
-        folders[pooling] = tmp_path_factory.mktemp("plans") / pooling
-        run_main(
-            stage1,
-            "--target-model",
-            models["target"],
-            "--source-model",
-            models["source"],
-            "--data-subset",
-            "file",
-            "--data-file",
-            texts,
-            "--pooling",
-            pooling,
-            "--max-tokens",
-            24,
-            "--out-dir",
-            folders[pooling],
-        )
-    return folders
+    folder = tmp_path_factory.mktemp("plans")
+    return {pooling: plan(models, texts, folder / pooling, "--pooling", pooling) for pooling in ("token", "text")}
 
 
 @pytest.fixture(scope="session")
@@ -378,14 +219,5 @@ def fused(models: dict[str, Path], plans: dict[str, Path], tmp_path_factory: pyt
     """A fused checkpoint of the pico pair (token rows, regression, dense)."""
     from stages import fuse
 
-    return fuse(
-        plans["token"],
-        models,
-        tmp_path_factory.mktemp("fused") / "out",
-        "--feature-map",
-        "regression",
-        "--alpha",
-        "0.3",
-        "--top-k",
-        "0",
-    )
+    flags = ("--feature-map", "regression", "--alpha", "0.3", "--top-k", "0")
+    return fuse(plans["token"], models, tmp_path_factory.mktemp("fused") / "out", *flags)

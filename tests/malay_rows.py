@@ -1,4 +1,4 @@
-"""Rows of MalayMMLU's schema, made up, and its files."""
+"""Made-up rows of MalayMMLU's schema, and files of them."""
 
 import json
 import random
@@ -11,8 +11,14 @@ CATEGORIES = ("Humanities", "Language", "Others", "STEM", "Social science")
 
 
 def rows(count: int = 20, shots: int = 0) -> list[dict]:
-    """Rows of the benchmark's schema, whose prompts do not end in "Jawapan:": 4 and 5 options, as a list and as lines,
-    with their letters but for one kind."""
+    """Rows of the benchmark's schema, with 4 or 5 options.
+
+    The prompts do not end in "Jawapan:". Options come as a list with letters, a list without, lines, and lines with
+    blank lines between them.
+
+    Args:
+        shots: also write the columns with so many examples in the prompt.
+    """
     rng = random.Random(shots)
     out = []
     for n, question in enumerate(sentences(count, 5)):
@@ -38,5 +44,6 @@ def rows(count: int = 20, shots: int = 0) -> list[dict]:
 
 
 def write(folder, *given: dict, shots: int = 0):
+    """Write rows to the benchmark's file in `folder`, which is returned."""
     (folder / f"MalayMMLU_{shots}shot.json").write_text(json.dumps(given, ensure_ascii=False), "utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""What the tests of the stages share: their command lines, digests of folders, logits by stock transformers."""
+"""Helpers for tests of the stages: command lines, digests of folders, logits of stock transformers, interruptions."""
 
 import contextlib
 import hashlib
@@ -9,23 +9,31 @@ import pytest
 import torch
 from conftest import run_main
 
+import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 
 
+def pair_flags(models: dict[str, Path], target: str = "target", source: str = "source") -> list:
+    return ["--target-model", models[target], "--source-model", models[source]]
+
+
+def data_flags(file: Path | str) -> list:
+    return ["--data-subset", "file", "--data-file", file]
+
+
+def plan_flags(models: dict[str, Path], texts: Path | str, out: Path, *flags) -> list:
+    """The command line of stage 1 for texts that are cut at 24 tokens; later flags win."""
+    return [*pair_flags(models), *data_flags(texts), "--max-tokens", 24, "--out-dir", out, *flags]
+
+
+def plan(models: dict[str, Path], texts: Path | str, out: Path, *flags) -> Path:
+    run_main(stage1, *plan_flags(models, texts, out, *flags))
+    return out
+
+
 def fuse(plans: Path, models: dict[str, Path], out: Path, *flags, target="target", source="source") -> Path:
-    run_main(
-        stage2,
-        "--hot_dir",
-        plans,
-        "--modelA_id",
-        models[target],
-        "--modelB_id",
-        models[source],
-        "--output_dir",
-        out,
-        *flags,
-    )
+    run_main(stage2, "--hot_dir", plans, *pair_flags(models, target, source), "--output_dir", out, *flags)
     return out
 
 
@@ -37,8 +45,8 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def logits(folder: Path, caplog=None) -> torch.Tensor:
-    """Stock transformers, no code of ours."""
+def logits(folder: Path) -> torch.Tensor:
+    """The logits of a checkpoint that stock transformers loads, without any code of ours."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -48,26 +56,15 @@ def logits(folder: Path, caplog=None) -> torch.Tensor:
 
 
 def train(model_dir: Path, out: Path, *flags) -> Path:
-    run_main(
-        stage3,
-        "--model_dir",
-        model_dir,
-        "--output_dir",
-        out,
-        "--sft-samples",
-        8,
-        "--gradient-accumulation",
-        2,
-        "--learning-rate",
-        "1e-2",
-        *flags,
-    )
+    """Stage 3 on 8 rows with an update after every 2 of them."""
+    few = ["--sft-samples", 8, "--gradient-accumulation", 2, "--learning-rate", "1e-2"]
+    run_main(stage3, "--model_dir", model_dir, "--output_dir", out, *few, *flags)
     return out
 
 
 @contextlib.contextmanager
 def killed(monkeypatch, event: str, when):
-    """Inside, every training must be interrupted at the Trainer's `event` at which `when(state, control)` is true."""
+    """Interrupt every training inside at the first `event` of the Trainer at which `when(state, control)` is true."""
     from transformers import Trainer, TrainerCallback
 
     class Kill(TrainerCallback):

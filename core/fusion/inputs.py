@@ -18,11 +18,9 @@ class Weights(Protocol):
 
     def weight(self, layer: int, projection: str) -> Tensor:
         """The weight [out, in] of one projection."""
-        ...
 
     def bias(self, layer: int, projection: str) -> Tensor | None:
         """The bias [out] of one projection; None when the model has none there."""
-        ...
 
 
 class Plans(Protocol):
@@ -32,15 +30,12 @@ class Plans(Protocol):
 
     def layer_plan(self, projection: str) -> Tensor:
         """P_eff [L, M] of a projection (Eq. 13)."""
-        ...
 
     def feature_plan(self, side: str, target_layer: int, source_layer: int, rows: Tensor | None = None) -> Tensor:
         """The plan Q [n, m] between the neurons of two layers, or the given rows of it."""
-        ...
 
     def rows(self, model: str, side: str, layer: int, part: str) -> Tensor:
         """Activations [T, n], centred: those that regressions are fitted on (`fit`), or those kept aside (`aside`)."""
-        ...
 
     unaligned_weight: float  # how many positions without a partner one recorded one stands for
 
@@ -54,12 +49,9 @@ class Plans(Protocol):
 
     def mean(self, model: str, side: str, layer: int) -> Tensor:
         """The mean activation [n] of every neuron."""
-        ...
 
     def std(self, model: str, side: str, layer: int) -> Tensor:
         """The standard deviation [n] of every neuron."""
-        ...
 
     def strongest(self, side: str, layer: int) -> Tensor:
         """The numbers [n] of the target's neurons, from the strongest to the weakest."""
-        ...

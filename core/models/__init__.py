@@ -1,1 +1,1 @@
-"""Models as files: families, where a model is, its weights, its activations."""
+"""Models: their families, where they are, their weights on disk, what they read and the activations they give."""

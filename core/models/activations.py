@@ -49,14 +49,13 @@ def extract(
         desc: label of the progress bar.
         allocate: (rows, neurons) -> float32 tensor on the CPU, which is filled here.
     Returns:
-        {(side, layer): [T', n]}, with T' the number of rows of these texts: the mean over each text's tokens, or the
-        picked tokens, in the order of the texts.
+        {(side, layer): [rows, n]}: the mean over each text's tokens, or the picked tokens, in the order of the texts.
     Raises:
         UserError: a text does not fit in memory on its own.
     """
     texts = sorted(n for batch in batches for n in batch)
-    starts = dict(zip(texts, accumulate(map(reading.count, texts), initial=0), strict=False))
-    total = sum(map(reading.count, texts))
+    *starts, total = accumulate(map(reading.count, texts), initial=0)
+    start = dict(zip(texts, starts, strict=True))
     out = {(side, layer): allocate(total, layout.size(side)) for side in SIDES for layer in range(layout.n_layers)}
     recorder = _Recorder(model, layout, out)
     waiting, limit = deque(batches), math.inf
@@ -68,15 +67,15 @@ def extract(
                 if len(batch) > 1 and len(batch) * longest > limit:
                     waiting.extendleft((batch[half:], batch[:half]))
                     continue
-                rows = torch.cat([torch.arange(starts[n], starts[n] + reading.count(n)) for n in batch])
+                rows = torch.cat([torch.arange(start[n], start[n] + reading.count(n)) for n in batch])
                 if recorder.read(batch, reading, rows):
                     bar.update(len(batch))
-                    continue
-                if len(batch) == 1:
+                elif len(batch) == 1:
                     raise _too_long(batch[0], longest)
-                limit = half * longest
-                log.warning("out of memory at %d x %d tokens: halving the batch", len(batch), longest)
-                waiting.appendleft(batch)
+                else:
+                    log.warning("out of memory at %d x %d tokens: halving the batch", len(batch), longest)
+                    limit = half * longest
+                    waiting.appendleft(batch)
     finally:
         recorder.remove()
     return out

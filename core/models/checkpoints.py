@@ -251,8 +251,10 @@ def open_pair(models: ModelSettings, device: str) -> tuple[Checkpoint, Checkpoin
     )
 
 
-def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], AttentionLayout]:
-    """(config, layout) of a model that need not have any weights: a config.json, a folder, a GGUF file, or a hub id.
+def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], AttentionLayout, Path]:
+    """(config, layout, the file they were read from) of a model of which nothing else has to exist.
+
+    The name is that of a config.json, a model folder, a GGUF file, or a model of the hub.
 
     Raises:
         UserError: there is no config of that name, or its family is not supported.
@@ -266,7 +268,7 @@ def open_config(name: str, revision: str | None = None) -> tuple[dict[str, Any],
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a config.json, a model folder, a GGUF file or a hub id")
     config = gguf_config(path) if path.suffix == ".gguf" else read_json(path)
-    return config, attention_layout(config, str(path))
+    return config, attention_layout(config, str(path)), path
 
 
 def write_folded(

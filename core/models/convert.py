@@ -11,19 +11,22 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 
 from core.errors import UserError, first_line
-from core.files import LOCK, TEMPORARY
+from core.files import LOCK, TEMPORARY, read_json
 from core.locks import file_lock
+from core.models.families import FAMILIES
 from core.models.weight_digest import sample_digest
 
 log = logging.getLogger(__name__)
-# Prefix of a conversion that has not ended. Not that of half-written files, which whoever holds the folder removes:
-# the lock of a conversion is one of its own.
+# Prefix of the folder of a conversion that has not ended. It differs from that of half-written files, because whoever
+# holds the lock of a folder removes those, and a conversion has a lock of its own.
 CONVERTING = ".converting-"
-# Never copied from a target into a checkpoint made from it: indexes of weights (written anew where needed), locks and
-# half-written files of whoever writes the target now, and what stages and scripts of ours wrote about the target.
+# What is never copied from a target into a checkpoint that is made from it: indexes of weights, which are written anew
+# where they are needed; locks and half-written files of a process that is writing the target now; and what stages and
+# scripts of ours wrote about the target.
 NOT_COPIED = re.compile(
     rf"{re.escape(TEMPORARY)}.*|.*\.index\.json|manifest\.json|resolved\.yaml|README\.md|fusion_report\.json"
     r"|loss_curve\.json|results\.json|provenance\.json|task\.json|rows_read\.json|log\.txt"
@@ -32,25 +35,27 @@ BIN_FILES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
 
 
 def bin_files(folder: Path) -> list[Path]:
-    """Weights in torch's own format in a folder."""
+    """The files of a folder that hold weights in torch's own format."""
     return sorted(folder.glob("pytorch_model*.bin"))
 
 
 def converted_folder(source: Path, cache: Path) -> Path:
-    """Where the converted copy of a GGUF file or a folder of .bin files is, or will be: named by the contents."""
+    """The folder in `cache` for the converted copy of a GGUF file or a folder of .bin files, which is named by their
+    contents. It need not exist."""
     small = [path for path in sorted(source.glob("*.json")) if not NOT_COPIED.fullmatch(path.name)]
     files = [source] if source.is_file() else [*bin_files(source), *small]
     return cache / f"{source.stem if source.is_file() else source.name}-{sample_digest(files)[:12]}"
 
 
 def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Path:
-    """Folder with the safetensors copy of a GGUF file (float32) or a folder of .bin files (its own dtype).
+    """The folder with the safetensors copy of a GGUF file (in float32) or of a folder of .bin files (in its own dtype).
 
-    Made on first use below `cache`, found again by the contents; where several processes want it at once, one makes it
-    and the others wait. .bin files go through transformers' safe loading (weights only, no pickled code).
+    The copy is made on first use and found again by the contents of the files. Where several processes want it at once,
+    one makes it and the others wait. Files in torch's own format are read by transformers' safe loading, which takes
+    weights only and runs no pickled code.
 
     Raises:
-        UserError: the file cannot be converted.
+        UserError: the files cannot be converted.
     """
     folder = converted_folder(source, cache)
     if folder.is_dir():
@@ -58,10 +63,10 @@ def converted(source: Path, cache: Path, trust_remote_code: bool = False) -> Pat
     cache.mkdir(parents=True, exist_ok=True)
     work = cache / f"{CONVERTING}{folder.name}"
     with file_lock(cache / f"{LOCK}-{folder.name}", str(folder), wait=True):
-        if folder.is_dir():  # made by the process that was waited for
+        if folder.is_dir():  # the process that held the lock has made it
             return folder
         log.info("converting %s once into %s", source, folder)
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(work, ignore_errors=True)  # a process that was killed may have left it
         try:
             if source.is_file():
                 convert_gguf(source, work)
@@ -83,7 +88,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
-    # The weights are dequantised; transformers still refuses to save while the quantizer is attached.
+    # The weights are dequantised already, but transformers refuses to save while the quantizer is attached.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -94,9 +99,6 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
 def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
     """Convert a folder of torch .bin files to safetensors; every other file is copied."""
     import transformers
-
-    from core.files import read_json
-    from core.models.families import FAMILIES
 
     family = FAMILIES[read_json(source / "config.json")["model_type"]]
     loader: Any = getattr(transformers, family.auto)
@@ -112,16 +114,16 @@ def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
 def gguf_config(gguf_file: Path) -> dict[str, Any]:
     """The config of a GGUF file, without its weights.
 
-    transformers makes the config with a reader that builds several objects for every entry of the vocabulary, which
-    takes 20 seconds for 150,000 of them. So it is given a copy of the header without the vocabulary instead.
+    transformers reads the config with a reader that builds several objects for every entry of the vocabulary, which
+    takes 20 seconds for 150,000 entries. So it is given a copy of the header that has no vocabulary.
 
     Raises:
-        UserError: not a GGUF file, or not one that transformers can read.
+        UserError: it is not a GGUF file, or not one that transformers can read.
     """
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    with tempfile.TemporaryDirectory() as place:
-        header = Path(place) / "header.gguf"
+    with tempfile.TemporaryDirectory() as folder:
+        header = Path(folder) / "header.gguf"
         try:
             _write_gguf_header(gguf_file, header)
             return load_gguf_checkpoint(str(header), return_tensors=False)["config"]
@@ -130,12 +132,11 @@ def gguf_config(gguf_file: Path) -> dict[str, Any]:
 
 
 def _write_gguf_header(gguf_file: Path, header: Path) -> None:
-    """Write a GGUF file with all of another's metadata that a config is made of."""
-    import numpy as np
+    """Write a GGUF file that has only the metadata of another one from which a config is made."""
     from gguf import GGUFValueType, GGUFWriter
     from transformers.integrations.gguf import read_gguf_metadata
 
-    # Of an array of strings this reader gives the length alone.
+    # For an array of strings this reader gives only its length, which for the tokens is the size of the vocabulary.
     metadata, tensors = read_gguf_metadata(str(gguf_file))
     architecture = metadata["general.architecture"]
     size = f"{architecture}.vocab_size"

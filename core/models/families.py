@@ -1,7 +1,8 @@
-"""Where each model family keeps its attention projections. The only file that knows families.
+"""Where each model family keeps its projections. No other file knows families.
 
-Adding a family is a row in FAMILIES plus a test. A family's decoder layers have self_attn.{q,k,v,o}_proj as linear
-layers; whatever else they do (norms of q and k, sliding windows, rope) stays the target's.
+Adding a family is a row in FAMILIES and a test. Its decoder layers must have the modules of the table of projections
+(core/fusion/projections.py) as linear layers. Whatever else they do, such as norms of q and k, sliding windows or rope,
+stays the target's.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from core.errors import UserError
 from core.fusion.projections import PROJECTIONS, WIDTHS
 
-# Model types of a vision-language model's language tower that have the projections of this file.
+# Model types of text decoders that have the projections, alone or as the language tower of a vision-language model.
 TOWERS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text"}
 
 
@@ -24,14 +26,14 @@ class Family:
     """Names of one model family.
 
     Attributes:
-        architecture: class in transformers.
+        architecture: its class in transformers.
         tower: path of the text decoder in the loaded model; its layers are `<tower>.layers.<n>`.
         head: path of the output embeddings in the loaded model.
-        towers_on_disk: what stands for `tower` in tensor names on disk, in the order in which they are tried
-            (transformers renames the tensors of vision-language models while loading them).
+        towers_on_disk: the paths that `tower` may have in the names of tensors on disk, in the order in which they are
+            tried. They differ because transformers renames the tensors of vision-language models while loading them.
         heads_on_disk: the same for `head`.
-        auto: class of transformers that loads it.
-        needs_code: its classes come with the model or from a package of its own.
+        auto: the class of transformers that loads it.
+        needs_code: whether its classes come with the model or from a package of its own.
     """
 
     architecture: str
@@ -44,7 +46,7 @@ class Family:
 
 
 def _vision_language(architecture: str, tower_on_disk: str, head_on_disk: str = "lm_head") -> Family:
-    """A vision-language model of transformers: the text decoder is one part, the others stay untouched."""
+    """A vision-language model of transformers, of which only the text decoder is fused."""
     tower = "model.language_model"
     return Family(
         architecture, tower, "lm_head", (tower, tower_on_disk), ("lm_head", head_on_disk), "AutoModelForImageTextToText"
@@ -88,7 +90,14 @@ SEED_MODEL_TYPES = {
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Attention shapes of one model: where its projections are and how many neurons each side has."""
+    """Where the projections of one model are, and how many neurons each side has.
+
+    Attributes:
+        model_type: the family, as config.json spells it.
+        n_layers: number of decoder layers.
+        hidden: width of the residual stream.
+        n_heads, n_kv_heads, head_dim: heads of the queries, heads of the keys and values, and the width of a head.
+    """
 
     model_type: str
     n_layers: int
@@ -100,12 +109,12 @@ class AttentionLayout:
 
     @property
     def query_width(self) -> int:
-        """Number of neurons of all heads' queries, and of their outputs."""
+        """Number of neurons of the queries of all heads, and of the outputs of all heads."""
         return self.n_heads * self.head_dim
 
     @property
     def key_width(self) -> int:
-        """Number of neurons of all heads' keys, and of their values."""
+        """Number of neurons of the keys of all heads, and of the values of all heads."""
         return self.n_kv_heads * self.head_dim
 
     @property
@@ -114,7 +123,7 @@ class AttentionLayout:
         return FAMILIES[self.model_type]
 
     def size(self, side: str) -> int:
-        """Number of neurons of `side`."""
+        """Number of neurons of a side."""
         return getattr(self, WIDTHS[side])
 
     def name(self, layer: int, projection: str) -> str:
@@ -122,20 +131,25 @@ class AttentionLayout:
         return f"{self.family.tower}.{projection_in_tower(layer, projection)}"
 
     def linear(self, model: nn.Module, layer: int, projection: str) -> nn.Linear:
-        """The nn.Linear of one projection inside a loaded model (of `config`'s architecture)."""
+        """The nn.Linear of one projection in a loaded model of this layout. Raises UserError when it is another
+        module."""
         return linear_at(model, self.name(layer, projection))
 
     def decoder(self, model: nn.Module) -> nn.Module:
-        """The text decoder of a loaded model, without its head: token ids in, hidden states out."""
+        """The text decoder of a loaded model, without its head: it reads token ids and gives hidden states."""
         return model.get_submodule(self.family.tower)
 
     def tower_on_disk(self, names: Iterable[str], where: str) -> str:
-        """What stands for the tower in the tensor names of a checkpoint.
+        """The path of the text decoder in the names of a checkpoint's tensors.
 
-        Raises UserError, naming the missing tensor, when no spelling of the family is there.
+        Args:
+            names: of all tensors.
+            where: the checkpoint, as the error names it.
+        Raises:
+            UserError: the last projection of the last layer has none of the names that the family may give it.
         """
         present = set(names)
-        last = projection_in_tower(self.n_layers - 1, "o") + ".weight"
+        last = projection_in_tower(self.n_layers - 1, list(PROJECTIONS)[-1]) + ".weight"
         for tower in self.family.towers_on_disk:
             if f"{tower}.{last}" in present:
                 return tower
@@ -146,12 +160,12 @@ class AttentionLayout:
 
 
 def projection_in_tower(layer: int, projection: str) -> str:
-    """Name of one projection below the text decoder."""
+    """Name of one projection relative to the text decoder."""
     return f"layers.{layer}.{PROJECTIONS[projection].path}"
 
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:
-    """The nn.Linear of that name; UserError when it is something else (a quantised or patched layer)."""
+    """The nn.Linear of that name. Raises UserError when it is something else, such as a quantised layer."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear):
         raise UserError(f"{name} is a {type(module).__name__}, expected nn.Linear")
@@ -159,10 +173,12 @@ def linear_at(model: nn.Module, name: str) -> nn.Linear:
 
 
 def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
-    """Read the attention shapes from a model's `config.json`, that of the text decoder in a vision-language model.
+    """Read the layout from the contents of a `config.json`; in a vision-language model it is that of the text decoder.
 
-    Raises UserError for an unsupported family (naming `where` and what is supported) or a config that transformers
-    cannot read.
+    Args:
+        where: the model, as errors name it.
+    Raises:
+        UserError: the family is not supported, or transformers cannot read the config.
     """
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -188,11 +204,10 @@ def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
 
 
 def _text_config(config: dict[str, Any], where: str) -> Any:
-    """The text decoder's config with the defaults of its class (published configs leave many of them out)."""
-    from huggingface_hub.errors import StrictDataclassError
+    """The text decoder's config with the defaults of its class, because published configs leave many values out."""
     from transformers import AutoConfig
 
-    if FAMILIES[config["model_type"]].needs_code:  # the tower is one of transformers' own
+    if FAMILIES[config["model_type"]].needs_code:  # the classes are not here, but the tower is one of transformers' own
         config = config.get("text_config") or {}
         if config.get("model_type") not in TOWERS & FAMILIES.keys():
             raise UserError(

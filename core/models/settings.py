@@ -1,4 +1,4 @@
-"""Settings of the two models, and of how they are computed."""
+"""Settings of the two models, and of the device, dtype and batches with which they are computed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What can go wrong, checked from configs, headers and the disk before the first model is loaded; `--dry-run` prints
-it."""
+"""What can go wrong, checked from configs, headers and the disk before a model is loaded. `--dry-run` prints it."""
 
 from __future__ import annotations
 
@@ -12,7 +11,8 @@ from core.errors import UserError
 from core.fusion.projections import PROJECTIONS, ROWS, SIDES
 from core.fusion.settings import FusionSettings
 from core.models.checkpoints import Checkpoint
-from core.runs.cost import BASE_BYTES, Cost, table
+from core.runs.cost import BASE_BYTES, Cost
+from core.runs.cost_table import cost_table
 from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
 
 GIB = 2**30
@@ -20,25 +20,29 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def refuse(problems: list[str]) -> None:
-    """Raise UserError with all problems in one line, if there are any."""
+    """Raise a UserError that lists all problems in one line, if there are any."""
     if problems:
         raise UserError("; ".join(problems))
 
 
 def model_problems(role: str, model: Checkpoint) -> list[str]:
-    """Attention tensors that are absent, of another shape than the config says, or quantised (codes, not weights)."""
+    """Attention weights that are missing, have another shape than the config says, or are quantised.
+
+    The tensors of a quantised checkpoint hold codes, which must not be taken for weights.
+    """
     layout, found = model.layout, []
     for layer in range(layout.n_layers):
-        for projection, place in PROJECTIONS.items():
-            name = model.tensor_name(layer, projection) + ".weight"
-            out, into = layout.size(projection), layout.size(place.input_side)
-            if name not in model.headers:
-                found.append(f"{name} is missing")
-            elif model.headers[name][1] not in FLOATS or "quantization_config" in model.config:
-                dtype = model.headers[name][1]
-                return [f"{role} {model.folder} is quantised ({name} is {dtype}); give the unquantised checkpoint"]
-            elif model.headers[name][0] != (out, into):
-                found.append(f"{name} is {model.headers[name][0]}, expected {(out, into)}")
+        for name, projection in PROJECTIONS.items():
+            tensor = model.tensor_name(layer, name) + ".weight"
+            expected = (layout.size(name), layout.size(projection.input_side))  # [out, in]
+            if tensor not in model.headers:
+                found.append(f"{tensor} is missing")
+                continue
+            shape, dtype = model.headers[tensor]
+            if dtype not in FLOATS or "quantization_config" in model.config:
+                return [f"{role} {model.folder} is quantised ({tensor} is {dtype}); give the unquantised checkpoint"]
+            if shape != expected:
+                found.append(f"{tensor} is {shape}, expected {expected}")
     if not found:
         return []
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -46,20 +50,20 @@ def model_problems(role: str, model: Checkpoint) -> list[str]:
 
 
 def disk_problems(folder: Path, needed: float) -> list[str]:
-    """Too little space for `needed` bytes where `folder` is or will be; what it holds already needs no more."""
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    """Whether the disk lacks space for an output of `needed` bytes in `folder`, which may hold a part of it already."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     needed -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing).free
     if free >= needed:
         return []
     return [
-        f"{place} has {free / GIB:.1f} GiB free and {folder} needs {needed / GIB:.1f}; free some space or write "
+        f"{existing} has {free / GIB:.1f} GiB free and {folder} needs {needed / GIB:.1f}; free some space or write "
         f"elsewhere"
     ]
 
 
 def memory_problems(needed: float, device: str) -> list[str]:
-    """Too little memory on the host for an estimate of `needed` bytes (accelerators tell when they run out)."""
+    """Whether the host lacks memory for an estimate of `needed` bytes. Accelerators report themselves when they do."""
     available = psutil.virtual_memory().available
     if device != "cpu" or available >= needed:
         return []
@@ -70,11 +74,11 @@ def memory_problems(needed: float, device: str) -> list[str]:
 
 
 def describe(role: str, model: Checkpoint) -> str:
-    """One line about a model."""
+    """One line about a model: its shapes, which projections have biases, its size and its files."""
     layout = model.layout
     dtypes = sorted({dtype for _, dtype in model.headers.values()})
     n_files = len(set(model.files.values()))
-    biased = [c for c in PROJECTIONS if model.tensor_name(0, c) + ".bias" in model.headers]
+    biased = [projection for projection in PROJECTIONS if _has_bias(model, projection)]
     return (
         f"{role} {model.name}: {layout.model_type}, {layout.n_layers} layers, hidden {layout.hidden}, "
         f"{layout.n_heads} heads of {layout.head_dim}, {layout.n_kv_heads} kv heads, biases "
@@ -83,48 +87,59 @@ def describe(role: str, model: Checkpoint) -> str:
     )
 
 
+def _has_bias(model: Checkpoint, projection: str) -> bool:
+    return model.tensor_name(0, projection) + ".bias" in model.headers
+
+
 def stage2_memory(plans: PlanDirectory, target: Checkpoint, source: Checkpoint, max_shard_bytes: int) -> float:
-    """Peak bytes of stage 2: one output shard while writing, or the rows and maps of one pair of layers."""
-    widest = [max(model.layout.size(side) for side in SIDES) for model in (target, source)]
+    """Peak bytes of stage 2: the rows and feature maps of one pair of layers, or one shard while it is written."""
+    n, m = (max(model.layout.size(side) for side in SIDES) for model in (target, source))
     rows = plans.manifest.record["rows"]
-    mixing = 4.0 * rows * (ROWS_CACHE * 2 + 2) * max(widest) + 24.0 * widest[0] * widest[1] + 8.0 * widest[1] ** 2
+    mixing = 4.0 * rows * (ROWS_CACHE * 2 + 2) * max(n, m) + 24.0 * n * m + 8.0 * m**2
     largest = max(target.sizes.values())
     shard = max(min(max_shard_bytes, sum(target.sizes.values())), largest) + 8 * largest
     return BASE_BYTES + max(mixing, shard)
 
 
 def stage2_disk(target: Checkpoint, settings: FusionSettings) -> float:
-    """Bytes of the fused checkpoint: the target's weights, and W~ and W (float32) on the selection, twice while the
-    layers' files are joined."""
+    """Bytes of the fused checkpoint: the target's weights, and the residual in float32.
+
+    The residual holds W~ and the target's W on the selection. It is on disk twice while the files of the layers are
+    joined.
+    """
     residual = 0.0
-    for place in PROJECTIONS.values():
-        size, other = target.layout.size(place.selected_side), target.layout.size(place.whole_side)
+    for projection in PROJECTIONS.values():
+        size, other = target.layout.size(projection.selected_side), target.layout.size(projection.whole_side)
         selected = min(settings.top_k or size, size)
         residual += 8.0 * selected * other * target.layout.n_layers
     return sum(target.sizes.values()) + 2 * residual
 
 
 def stage1_report(target: Checkpoint, source: Checkpoint, cost: Cost) -> str:
-    """What stage 1 would do."""
-    return "\n".join([describe("target", target), describe("source", source), table(cost)])
+    """What stage 1 would read, and what it would cost."""
+    return "\n".join([describe("target", target), describe("source", source), cost_table(cost)])
 
 
 def stage2_report(
     plans: PlanDirectory, target: Checkpoint, source: Checkpoint, settings: FusionSettings, memory: float, disk: float
 ) -> str:
-    """What stage 2 would do."""
+    """What stage 2 would read and fuse, and what it would take.
+
+    Args:
+        memory, disk: bytes, of `stage2_memory` and `stage2_disk`.
+    """
     lines = [
         describe("target", target),
         describe("source", source),
         f"plans {plans.folder}: {plans.shape[0]} x {plans.shape[1]} layers, {plans.manifest.record['rows']} rows",
         f"{settings.feature_map}, {settings.residual_form}, alpha {settings.alpha}",
     ]
-    for projection, place in PROJECTIONS.items():
-        kind, size = "rows" if place.axis == ROWS else "columns", target.layout.size(place.selected_side)
-        both = all(model.tensor_name(0, projection) + ".bias" in model.headers for model in (target, source))
+    for name, projection in PROJECTIONS.items():
+        kind, size = "rows" if projection.axis == ROWS else "columns", target.layout.size(projection.selected_side)
+        both_biased = _has_bias(target, name) and _has_bias(source, name)
         lines.append(
-            f"{projection}: {min(settings.top_k or size, size)} of {size} {kind} in each of "
-            f"{plans.shape[0]} layers, bias {'fused' if both else 'not fused'}"
+            f"{name}: {min(settings.top_k or size, size)} of {size} {kind} in each of "
+            f"{plans.shape[0]} layers, bias {'fused' if both_biased else 'not fused'}"
         )
     lines.append(f"peak memory about {memory / GIB:.1f} GiB, on disk {disk / GIB:.2f} GiB")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from core.training.recipe import Recipe, TrainingData
 from core.training.sft import IGNORED, flattening_collator, has_mrope, pack, padded_batch
 from core.training.weights import Diverged, check_finite, load_trained, save_trained
 
-# The Trainer's own file in a resume point, written last but for the random states.
+# The file of a resume point in which the Trainer keeps its state.
 STATE = "trainer_state.json"
 
 
@@ -35,7 +35,8 @@ def train(
     Args:
         model: its parameters that require gradients are trained.
         folder: of the resume points.
-        unused_parameters: the model has trainable parameters that no text reaches, such as those of a vision tower.
+        unused_parameters: the model has parameters that take no part in a pass over text, such as those of a vision
+            tower, or a residual of strength 0.
     Returns:
         The trainer, and the loss curve (`curve_of`).
     Raises:
@@ -96,8 +97,8 @@ class ExactTrainer(Trainer):
         Resuming it would make one more update.
         """
         self.state = TrainerState.load_from_json(str(point.folder / STATE))
-        kept = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        load_trained(self.model, point.folder.with_name(Path(kept or point.folder).name) / SINGLE_FILE)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        load_trained(self.model, point.folder.with_name(Path(best or point.folder).name) / SINGLE_FILE)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.sharded:

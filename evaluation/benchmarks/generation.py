@@ -1,4 +1,4 @@
-"""Answers of a model to prompts: their common beginning read once, batches, new tokens only."""
+"""Answers that a model generates to prompts, in batches; the beginning that all prompts share is read once."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from core.batching import pad_with_mask, token_batches
 from core.errors import UserError
 from core.texts.tokens import DATE_STRING, tokenized
 from evaluation.benchmarks.prompts import CHAT, chat_template, rendered
-from evaluation.scores import Evaluated, check_logits
+from evaluation.evaluated_model import EvaluatedModel, check_logits
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written.
+    """How answers are generated.
 
     Attributes:
-        temperature: 0 is greedy; above it, tokens are drawn from the whole softened distribution.
-        seed: of the draws; every call of `answers` begins with it.
-        tokens_per_batch: prompts (but for their common beginning), answers and padding of one batch; a single longer
-            prompt is a batch of its own.
-        prompt: `chat`: every prompt is one turn of a user; `plain`: the model goes on from its text.
+        max_new_tokens: longest answer.
+        temperature: 0 is greedy; above 0, tokens are drawn from the whole distribution at this temperature.
+        seed: of the draws; every call of `answers` starts from it.
+        tokens_per_batch: tokens of one batch: prompts without the beginning that they share, answers and padding. A
+            prompt that is longer is a batch of its own.
+        prompt: `chat` puts every prompt into the chat template as one turn of a user; `plain` continues its text.
     """
 
     max_new_tokens: int = 32
@@ -48,7 +49,8 @@ class Decoding:
 
     @property
     def inputs(self) -> dict[str, float | str]:
-        """What an answer depends on. Batches and seed matter to draws only: padding changes no greedy answer."""
+        """Everything that an answer depends on; batches and seed only matter to draws, as padding changes no greedy
+        answer."""
         drawn = {"seed": self.seed, "tokens_per_batch": self.tokens_per_batch} if self.temperature else {}
         date = {"date": DATE_STRING} if self.prompt == CHAT else {}
         answer = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
@@ -56,21 +58,24 @@ class Decoding:
 
 
 def answers(
-    evaluated: Evaluated, prompts: Sequence[str], decoding: Decoding, advance: Callable[[int], object] = lambda n: None
+    evaluated: EvaluatedModel,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    advance: Callable[[int], object] = lambda n: None,
 ) -> list[str]:
     """The model's answer to each prompt, in the order of the prompts.
 
     Args:
-        advance: told the number of prompts of every finished batch.
+        advance: called with the number of prompts of every finished batch, for a progress bar.
     Raises:
-        UserError: no chat template, or one that leaves the prompt out.
-        NotFiniteError: logits of which no token can be chosen.
+        UserError: the model has no chat template, or one that leaves the prompt out.
+        NotFiniteError: logits that are not finite, from which no token can be chosen.
     """
     if decoding.prompt == CHAT:
         chat_template(evaluated)
     tokenizer = evaluated.tokenizer
     ids = [prompt_ids(tokenizer, prompt, decoding.prompt) for prompt in prompts]
-    model = evaluated.model
+    model = evaluated.loaded
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and (long := sum(len(one) + decoding.max_new_tokens > window for one in ids)):
         log.warning(
@@ -94,8 +99,15 @@ def answers(
 
 
 def prompt_ids(tokenizer: Any, prompt: str, policy: str) -> list[int]:
-    """Tokens of `rendered`, whose template holds the special ones, or of the prompt with the tokenizer's special
-    tokens. Raises UserError as `rendered`."""
+    """Token ids of a prompt.
+
+    A chat template writes the special tokens itself; to a plain prompt the tokenizer adds them.
+
+    Args:
+        policy: `chat` or `plain`.
+    Raises:
+        UserError: as `rendered` does.
+    """
     if policy == CHAT:
         return tokenized(tokenizer, rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     return tokenized(tokenizer, prompt)["input_ids"]
@@ -103,7 +115,7 @@ def prompt_ids(tokenizer: Any, prompt: str, policy: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Beginning:
-    """The tokens that all prompts begin with (0: none), and the model's cache after them."""
+    """How many tokens all prompts begin with, and the model's cache after these; by default none."""
 
     tokens: int = 0
     cache: Any = None
@@ -114,15 +126,16 @@ NOTHING = Beginning()
 
 @torch.inference_mode()
 def common_beginning(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> Beginning:
-    """What all prompts begin with (system prompt, instruction), read once; at most all but one token of each.
+    """Read once what all prompts begin with (system prompt, instruction); each prompt keeps at least one token.
 
-    Nothing for vision-language models, which count positions by rules of their own, and where prompts outgrow a window
-    of local attention: the padding, which stands between beginning and rest, would take places in it.
+    Nothing is shared for vision-language models, which count positions by rules of their own. Nor is it where a prompt
+    with its answer is longer than a window of local attention, because the padding between beginning and rest would
+    take up positions in the window.
     """
     text = model.config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    least, most = min(prompts), max(prompts)  # in the order of their tokens: what these share, all share
-    differ = (place for place, (a, b) in enumerate(zip(least, most, strict=False)) if a != b)
+    least, most = min(prompts), max(prompts)  # what the first and last in lexicographic order share, all share
+    differ = (n for n, (a, b) in enumerate(zip(least, most, strict=False)) if a != b)
     tokens = min(next(differ, len(least)), min(map(len, prompts)) - 1)
     if (
         len(prompts) == 1
@@ -139,8 +152,8 @@ def common_beginning(model: Any, prompts: Sequence[list[int]], max_new_tokens: i
 def continuations(model: Any, prompts: Sequence[list[int]], shared: Beginning = NOTHING) -> list[list[int]]:
     """New token ids after each prompt, up to the first end of text, by the model's generation settings.
 
-    Padded between the shared beginning and the rest, and masked, so that all prompts end at one place; `generate`
-    counts positions by the mask.
+    The padding is between the shared beginning and the rest of each prompt, and masked, so that all prompts end in the
+    same column; `generate` counts positions by the mask.
     """
     settings = model.generation_config
     rests = [prompt[shared.tokens :] for prompt in prompts]
@@ -154,17 +167,18 @@ def continuations(model: Any, prompts: Sequence[list[int]], shared: Beginning = 
     made = model.generate(input_ids=inputs, past_key_values=cache, attention_mask=seen, logits_processor=[check_logits])
     out = made[:, inputs.shape[1] :].tolist()
     ends = set(settings.eos_token_id or ())
-    return [new[: next((place for place, token in enumerate(new) if token in ends), len(new))] for new in out]
+    return [new[: next((n for n, token in enumerate(new) if token in ends), len(new))] for new in out]
 
 
 @contextlib.contextmanager
 def own_settings(model: Any, tokenizer: Any, decoding: Decoding) -> Iterator[None]:
     """Inside, the model generates by `decoding` alone.
 
-    Many models ship sampling and a repetition penalty, which `generate` fills in wherever a caller is silent; the
-    penalty would also make an answer depend on the padding. Their ends of text are kept, with the tokenizer's.
+    Many models come with sampling and a repetition penalty, which `generate` applies wherever a caller leaves them out;
+    the penalty would also make an answer depend on the padding. The model's own tokens that end a text are kept, and
+    the tokenizer's is added.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig  # takes seconds
 
     shipped = model.generation_config
     ends = shipped.eos_token_id

@@ -1,4 +1,4 @@
-"""A model behind the interface of lm-evaluation-harness, and the scores of items that it makes of its answers."""
+"""A model behind the interface of lm-evaluation-harness, and the score of every item by the harness's own rules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.scores import check_finite, check_logits
+from evaluation.evaluated_model import check_finite, check_logits
 
-# The harness's own, of solved items and of sampling.
+# The harness's own seed, of the solved items that it draws and of sampling.
 SEED = 1234
+# The types of a score; the harness's metrics return Python's numbers or numpy's.
+NUMBER = (int, float, np.number, np.bool_)
 
 
 @functools.cache
 def _budgeted_class() -> type:
-    """HFLM with batches of so many tokens; made at first use, the harness takes seconds to import."""
-    from lm_eval.models.huggingface import HFLM
+    """The harness's HFLM with batches of a number of tokens instead of a number of requests."""
+    from lm_eval.models.huggingface import HFLM  # takes seconds, so the class is made at first use
 
     class Budgeted(HFLM):
         tokens_per_batch: int
@@ -30,19 +32,21 @@ def _budgeted_class() -> type:
             self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[Any]:
             lengths = [len(context) + len(continuation) for _, context, continuation in requests]
-            # The model sees all but the last token; the harness cuts the rest off on the left.
+            # The model sees all tokens but the last; the harness cuts what does not fit off on the left.
             self.truncated += sum(length > self.max_length + 1 for length in lengths)
-            # Contexts of about one length together; choices of one item share a context, which is computed once.
+            # Contexts of similar length go together. Choices of one item share a context, which is computed once.
             buckets: dict[int, list[int]] = {}
-            for place, (_, context, _) in enumerate(requests):
-                buckets.setdefault(len(context).bit_length(), []).append(place)
+            for number, (_, context, _) in enumerate(requests):
+                buckets.setdefault(len(context).bit_length(), []).append(number)
             answers: list[Any] = [None] * len(requests)
-            for _, places in sorted(buckets.items(), reverse=True):
-                self.batch_size_per_gpu = self._rows(max(lengths[place] for place in places))
-                found = super()._loglikelihood_tokens([requests[place] for place in places], disable_tqdm, override_bs)
+            for _, numbers in sorted(buckets.items(), reverse=True):
+                self.batch_size_per_gpu = self._rows(max(lengths[number] for number in numbers))
+                found = super()._loglikelihood_tokens(
+                    [requests[number] for number in numbers], disable_tqdm, override_bs
+                )
                 check_finite((likelihood for likelihood, _ in found), "the answers of its items")
-                for place, answer in zip(places, found, strict=True):
-                    answers[place] = answer
+                for number, answer in zip(numbers, found, strict=True):
+                    answers[number] = answer
             return answers
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -65,9 +69,9 @@ def language_model(model: Any, tokenizer: Any, tokens_per_batch: int) -> Any:
     """A loaded model behind the harness's interface.
 
     Args:
-        tokens_per_batch: of one forward pass, padding included; at least one request is computed.
+        tokens_per_batch: of one forward pass, padding included; a request that is longer is a batch of its own.
     """
-    # A copy: the harness may give it a padding token.
+    # A copy, because the harness may add a padding token to it.
     built = _budgeted_class()(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
     built.tokens_per_batch = tokens_per_batch
     return built
@@ -76,15 +80,16 @@ def language_model(model: Any, tokenizer: Any, tokens_per_batch: int) -> Any:
 def evaluate(
     lm: Any, task: Any, num_fewshot: int | None = None, limit: int | None = None, samples: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The harness's results of one task, with its logged samples.
+    """The harness's results of one task: {"metrics": its values, "samples": one record per item and filter}.
 
     Args:
-        num_fewshot: None for the task's own.
-        samples: places of the items, ascending; None for all (or the first `limit`).
+        num_fewshot: solved items before each item; None for the task's own number.
+        limit: only the first so many items; None for all.
+        samples: the numbers of the items to score, ascending, instead of the first `limit`.
     """
-    from lm_eval.evaluator import evaluate as harness_evaluate
+    from lm_eval.evaluator import evaluate as harness_evaluate  # takes seconds
 
-    # As its `simple_evaluate` does, which besides asks pip for every installed package.
+    # As the harness's `simple_evaluate` does, which would also ask pip for every installed package.
     random.seed(0)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -94,15 +99,18 @@ def evaluate(
         lm=lm,
         task_dict={"tasks": {name: task}},
         limit=limit,
-        bootstrap_iters=2,  # of metrics that are no means, whose error is not reported; the others have a formula
+        bootstrap_iters=2,  # for metrics that are no means, whose error we do not report; the others have a formula
         samples=None if samples is None else {name: list(samples)},
     )
     return {"metrics": results["results"][name], "samples": results["samples"][name]}
 
 
 def set_shots(task: Any, num_fewshot: int | None) -> int:
-    """Set the number of solved items before each item, None for the task's own, and return it; they are drawn by the
-    harness's seed. A task that is defined with none keeps none."""
+    """Set the number of solved items before each item, and return it; they are drawn with the harness's seed.
+
+    Args:
+        num_fewshot: None for the task's own number. A task that is defined without any keeps none.
+    """
     own = task.config.num_fewshot
     shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
     task.set_config("num_fewshot", shots)
@@ -111,22 +119,26 @@ def set_shots(task: Any, num_fewshot: int | None) -> int:
 
 
 def item_scores(results: Mapping[str, Any]) -> tuple[list[int], dict[str, list[float]], dict[str, float]]:
-    """Places of the items, metric -> score of every item, and the harness's value of metrics that no mean of scores is.
+    """(numbers of the items, metric -> score of every item, the harness's value of each metric that is no mean of
+    scores).
 
-    A metric is named as the harness does, `exact_match,strict-match`, without `,none`.
+    Metrics are named as the harness names them, with their filter (`exact_match,strict-match`) unless it is `none`.
+
+    Args:
+        results: of `evaluate`.
     """
-    scores: dict[str, dict[int, Any]] = {}
+    by_metric: dict[str, dict[int, Any]] = {}
     for sample in results["samples"]:
         for metric in sample["metrics"]:
-            scores.setdefault(f"{metric},{sample['filter']}", {})[sample["doc_id"]] = sample[metric]
-    places = sorted({sample["doc_id"] for sample in results["samples"]})
+            by_metric.setdefault(f"{metric},{sample['filter']}", {})[sample["doc_id"]] = sample[metric]
+    numbers = sorted({sample["doc_id"] for sample in results["samples"]})
     means: dict[str, list[float]] = {}
     others: dict[str, float] = {}
-    for key, found in scores.items():
+    for key, found in by_metric.items():
         name, value = key.removesuffix(",none"), results["metrics"].get(key)
-        numbers = [found[place] for place in places if isinstance(found.get(place), (int, float, np.number, np.bool_))]
-        if len(numbers) == len(places) and isinstance(value, float) and abs(sum(numbers) / len(numbers) - value) < 1e-9:
-            means[name] = [float(number) for number in numbers]
-        elif isinstance(value, (int, float, np.number)):
+        scores = [found[number] for number in numbers if isinstance(found.get(number), NUMBER)]
+        if len(scores) == len(numbers) and isinstance(value, float) and abs(sum(scores) / len(scores) - value) < 1e-9:
+            means[name] = [float(score) for score in scores]
+        elif isinstance(value, NUMBER):
             others[name] = float(value)
-    return places, means, others
+    return numbers, means, others

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from evaluation.benchmarks.prompts import CHAT, rendered
+from core.files import MANIFEST, read_json
+from evaluation.benchmarks.prompts import CHAT, PromptSettings, rendered
+from evaluation.evaluated_model import EvaluatedModel
 
 LETTERS = "ABCDE"
 SHOTS = (0, 1, 2, 3)
@@ -22,13 +24,13 @@ LETTERED = re.compile(r"\s*\(?([A-E])\s*[.):]")
 
 @dataclass(frozen=True)
 class Question:
-    """One row.
+    """One question.
 
     Attributes:
         text: the column that is asked, as it stands in the file.
         subject: as the file spells it.
         options: 2 to 5 answers as they stand in the file, with their letters.
-        key: place of the right one among them.
+        key: position of the right answer among them.
         category: as the file spells it.
     """
 
@@ -41,12 +43,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Form:
-    """How the benchmark's own evaluation puts a question (docs/benchmarks.md has the table).
+    """How the benchmark's own evaluation puts a question; the table in docs/benchmarks.md shows every form.
 
     Attributes:
-        shots: examples in the prompt, 0 to 3.
+        shots: solved examples in the prompt, 0 to 3.
         policy: `chat` or `plain`.
-        llama: whether the model counts as one whose name contains "llama"; of no meaning to `plain`.
+        llama: whether the model counts as one whose name contains "llama", which matters to `chat` alone.
     """
 
     shots: int = 0
@@ -61,7 +63,7 @@ class Form:
         return f"full_question_{self.shots}shot" + ("_llama" if self.llama and self.policy == CHAT else "")
 
     def prompt(self, tokenizer: Any, question: Question) -> str:
-        """The whole text that the model reads. Raises UserError as `rendered`."""
+        """The whole text that the model reads. Raises UserError as `rendered` does."""
         begin = "Jawapan:" if self.shots else "\nJawapan:"
         if self.policy != CHAT:
             return question.text if self.shots else question.text + begin
@@ -72,10 +74,39 @@ class Form:
         return rendered(tokenizer, message) + (begin if self.llama else "")
 
 
+def is_llama(settings: PromptSettings, model: EvaluatedModel) -> tuple[bool, str]:
+    """(whether the model counts as one whose name contains "llama" in any case, why)."""
+    if settings.policy != CHAT:
+        return False, "a plain prompt is the same for every name"
+    if settings.llama_name != "auto":
+        return settings.llama_name == "yes", f"--llama-name {settings.llama_name}"
+    name = target_name(model.checkpoint.folder) or model.checkpoint.name
+    return "llama" in name.lower(), f"by the name {name}"
+
+
+def target_name(folder: Path) -> str | None:
+    """The target of a fused or adapted checkpoint of ours, as it was given to stage 2; None for any other folder.
+
+    A training records what it began with: if that was a fused checkpoint, its manifest names the target, or the
+    training's own lineage does where the fused checkpoint is gone.
+    """
+    record = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    inputs = record.get("inputs", {})
+    if "target" in inputs:
+        return inputs["target"]["id"]
+    if "model" not in inputs:
+        return None
+    start = inputs["model"]["id"]
+    if inputs.get("made_by") is None:  # the training began with a model that is not ours
+        return start
+    return target_name(Path(start)) or record.get("lineage", {}).get("models", {}).get("target", {}).get("name")
+
+
 def data_file(data_dir: Path | None, shots: int) -> Path:
     """`MalayMMLU_<shots>shot.json` in `data_dir`, or in the folder `data` of $MALAY_REPO where that is None.
 
-    Raises UserError for a number of shots that the benchmark does not have, and where there is no such file.
+    Raises:
+        UserError: the benchmark does not have this number of shots, or there is no such file.
     """
     if shots not in SHOTS:
         raise UserError(f"--shots is {shots}; MalayMMLU has 0, 1, 2 or 3")
@@ -93,12 +124,13 @@ def data_file(data_dir: Path | None, shots: int) -> Path:
 
 
 def read_questions(path: Path, column: str = "prompt", limit: int | None = None) -> list[Question]:
-    """The first `limit` questions (None: all) of a file: a JSON array, or JSON lines.
+    """The questions of a file, which is a JSON array or JSON lines.
 
     Args:
-        column: what is asked, `Form.column`.
+        column: the column that is asked (`Form.column`).
+        limit: only the first so many; None for all.
     Raises:
-        UserError: a file that is neither, has no rows, or has a row that is not a question.
+        UserError: the file is neither, has no rows, or has a row that is not a question.
     """
     rows = _rows(path)[:limit]
     if not rows:
@@ -112,7 +144,7 @@ def _rows(path: Path) -> list[Any]:
         try:
             whole = json.loads(text)
         except json.JSONDecodeError:
-            # Not splitlines(): a text may hold U+2028, which JSON leaves as it is.
+            # splitlines() would also split at U+2028, which JSON allows within a text.
             return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise UserError(f"{path} is neither a JSON array nor JSON lines ({error}); download it again") from None
@@ -140,14 +172,18 @@ def _question(row: Any, column: str, where: str) -> Question:
 
 
 def read_options(given: Any, where: str) -> tuple[str, ...]:
-    """The answers of a row as they stand there: a list of strings, or a string with one option per line.
+    """The answers of a row as they stand in the file: a list of texts, or one text with an option per line.
 
-    In a string whose options have letters, a line without the next one continues the option before it. Raises UserError
-    for anything else, or when there are not 2 to 5 options.
+    Where the options of a text begin with letters, a line without the next letter continues the option before it.
+
+    Args:
+        where: file and row, for the message.
+    Raises:
+        UserError: neither a list nor a text, an empty option, or not 2 to 5 options.
     """
     if isinstance(given, str):
         lines = [line for line in given.replace("\r\n", "\n").split("\n") if line.strip()]
-        options = _joined(lines) or lines
+        options = _lettered_options(lines) or lines
     elif isinstance(given, list) and all(isinstance(option, str) for option in given):
         options = given
     else:
@@ -159,8 +195,8 @@ def read_options(given: Any, where: str) -> tuple[str, ...]:
     return tuple(options)
 
 
-def _joined(lines: list[str]) -> list[str]:
-    """Lines -> options, each from the line with the next letter on; none when the first line is not an "A."."""
+def _lettered_options(lines: list[str]) -> list[str]:
+    """Lines -> options, each of which begins at the line with the next letter; empty when the first is no "A."."""
     options: list[str] = []
     for line in lines:
         match = LETTERED.match(line)

@@ -1,4 +1,4 @@
-"""How MalayMMLU reads the answer of a model: the letter that follows a prompt, and the likeliest option."""
+"""How MalayMMLU reads a model's answer: from the letter that follows a prompt, and from the likelihood of options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.models.families import AttentionLayout
 from core.texts.tokens import tokenized
 
-# Rows of logits [n, V] that are made float32 at a time: beside the logits themselves, little memory.
+# Rows of logits [n, V] that are converted to float32 at a time, which takes little memory compared with the logits.
 ROWS = 256
 
 
@@ -24,9 +24,9 @@ class Encoded:
     """Token ids of a question.
 
     Attributes:
-        stem: what the prompt and every prompt + option begin with, at least one token.
-        tails: the rest of the prompt (often nothing), then the rest of every prompt + option.
-        cut: whether the beginning was left out, for want of positions.
+        stem: the tokens with which the prompt and every prompt + option begin, at least one.
+        tails: the rest of the prompt (often empty), then the rest of every prompt + option.
+        cut: whether the beginning of the texts was left out because the model has too few positions.
     """
 
     stem: list[int]
@@ -35,17 +35,18 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all its sequences, the stem repeated and padding included."""
+        """Number of tokens of all sequences, where the stem is repeated in each and padding included."""
         return len(self.tails) * (len(self.stem) + max(map(len, self.tails)))
 
 
 def letter_ids(tokenizer: Any, letters: str) -> list[int]:
-    """Token of each letter: the last one of the letter on its own, special tokens included.
+    """Token of each letter: the last token of the letter when it is encoded on its own, with special tokens.
 
-    This is the benchmark's convention. For a tokenizer that puts a space before every text (SentencePiece) it is the
-    letter with that space, as it would follow a prompt; for the others (byte-level) the letter without a space.
+    This is the benchmark's convention. A tokenizer that puts a space before every text (SentencePiece) gives the letter
+    with that space, as it would follow a prompt; the others (byte-level) give the letter without a space.
 
-    Raises UserError when two letters have the same token, as where the tokenizer ends every text with a special one.
+    Raises:
+        UserError: two letters have the same token, as with a tokenizer that ends every text with a special token.
     """
     ids = [tokenizer.encode(letter)[-1] for letter in letters]
     if len(set(ids)) < len(ids):
@@ -57,12 +58,12 @@ def letter_ids(tokenizer: Any, letters: str) -> list[int]:
 
 
 def encode(tokenizer: Any, prompt: str, options: Sequence[str], max_positions: int) -> Encoded:
-    """Token ids of a prompt, and of the prompt with every option right behind it, special tokens added as usual.
+    """Token ids of a prompt, and of the prompt with each option right behind it, with the usual special tokens.
 
     Args:
         max_positions: of the model; of longer texts the last tokens are kept.
     Raises:
-        UserError: no position is left for what the texts have in common.
+        UserError: the options alone fill all positions, so that nothing is left of what the texts have in common.
     """
     texts = tokenized(tokenizer, [prompt, *(prompt + option for option in options)])["input_ids"]
     shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*texts, strict=False)))
@@ -80,39 +81,39 @@ def encode(tokenizer: Any, prompt: str, options: Sequence[str], max_positions: i
 def option_scores(
     model: Any, layout: AttentionLayout, batch: Sequence[Encoded], letters: Sequence[int]
 ) -> list[tuple[list[float], list[float]]]:
-    """Logits of the letters, and mean log-probabilities (nats) of the options, of the questions of a batch.
+    """Logits of the letters, and mean log-probabilities (nats) of the options, for the questions of a batch.
 
-    The stems are read once, padded on the left: so all of them end in the same column, and windows of attention are
-    exact. The tails, padded on the right, go on from copies of what their stem left in the cache.
+    The stems are read once, padded on the left, so that all of them end in the same column and windows of local
+    attention are exact. The tails, padded on the right, continue from copies of what their stem left in the cache.
 
     Args:
         layout: of the model.
         letters: token of every letter.
     Returns:
-        for every question (logit at the prompt's last position of each letter, for as many as it has options; mean over
-        all tokens of prompt + option of their log-probability, the first token, which has none, left out).
+        for every question: (the logit of each letter after the prompt, for as many letters as there are options; for
+        each option the mean log-probability of all tokens of prompt + option but the first, which has none).
     """
     head = model.get_submodule(layout.family.head)
     stems, seen = pad_with_mask([question.stem for question in batch], model.device, side="left")
-    places = (seen.cumsum(1) - 1).clamp(min=0)
-    following, sums, cache = _read_stems(model, head, stems, seen, places)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    following, sums, cache = _read_stems(model, head, stems, seen, positions)
     tails = [(number, tail) for number, question in enumerate(batch) for tail in question.tails if tail]
     owners = [number for number, _ in tails]
     begins = _log_probabilities(following[owners], torch.tensor([tail[0] for _, tail in tails], device=model.device))
     cache.batch_select_indices(torch.tensor(owners, device=model.device))
-    tokens, there = pad_with_mask([tail for _, tail in tails], model.device)
+    tokens, seen_tails = pad_with_mask([tail for _, tail in tails], model.device)
     steps = torch.arange(1, tokens.shape[1] + 1, device=model.device)
     later, _ = _logits(
         model,
         head,
-        there,
+        seen_tails,
         input_ids=tokens,
         past_key_values=cache,
-        attention_mask=torch.cat([seen[owners], there], 1),
-        position_ids=places[owners, -1:] + steps,
+        attention_mask=torch.cat([seen[owners], seen_tails], 1),
+        position_ids=positions[owners, -1:] + steps,
     )
     lengths = [len(tail) for _, tail in tails]
-    after = _log_probabilities(later, tokens[there.bool()].roll(-1)).split(lengths)
+    after = _log_probabilities(later, tokens[seen_tails.bool()].roll(-1)).split(lengths)
     read = iter(zip(begins.tolist(), after, later.split(lengths), strict=True))
     out = []
     for number, question in enumerate(batch):
@@ -127,18 +128,20 @@ def option_scores(
     return out
 
 
-def _read_stems(model: Any, head: Any, stems: Tensor, seen: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor], Any]:
-    """(logits [questions, V] of what follows each stem, sum of the log-probabilities within each, the cache)."""
-    logits, cache = _logits(model, head, seen, input_ids=stems, attention_mask=seen, position_ids=places)
+def _read_stems(
+    model: Any, head: Any, stems: Tensor, seen: Tensor, positions: Tensor
+) -> tuple[Tensor, list[Tensor], Any]:
+    """(logits [questions, V] of what follows each stem, sum of the log-probabilities within each stem, the cache)."""
+    logits, cache = _logits(model, head, seen, input_ids=stems, attention_mask=seen, position_ids=positions)
     lengths = seen.sum(1)
-    within = _log_probabilities(logits, stems[seen.bool()].roll(-1))  # [all tokens]; of a stem's last one meaningless
+    within = _log_probabilities(logits, stems[seen.bool()].roll(-1))  # [all tokens]; a stem's last one means nothing
     return logits[lengths.cumsum(0) - 1], [part[:-1].sum() for part in within.split(lengths.tolist())], cache
 
 
 def _logits(model: Any, head: Any, chosen: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
-    """(logits [n, V] of what follows the n `chosen` [B, S] tokens, the cache) of the model's own forward.
+    """(logits [n, V] of what follows the n tokens that `chosen` [B, S] marks, the cache), by the model's own forward.
 
-    Its head, the widest layer, reads the chosen tokens only.
+    The head, which is the widest layer, only reads the chosen tokens.
     """
     hook = head.register_forward_pre_hook(lambda _head, hidden: (hidden[0][chosen.bool()],))
     try:
@@ -149,7 +152,7 @@ def _logits(model: Any, head: Any, chosen: Tensor, **inputs: Any) -> tuple[Tenso
 
 
 def _log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
-    """log-softmax (in float32) of logits [n, V] at ids [n]; in float64 on the CPU, so that long sums lose nothing."""
+    """log-softmax (in float32) of logits [n, V] at ids [n]; returned as float64 on the CPU, so that sums are exact."""
     found = [
         rows.float().log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1).cpu().double()
         for rows, chosen in zip(logits.split(ROWS), ids.split(ROWS), strict=True)

@@ -1,37 +1,35 @@
-"""How a model is asked: in its chat template at a fixed date, or by the plain prompt."""
+"""How a model is prompted: in its chat template, always at the same date, or by the plain text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import MANIFEST, read_json
 from core.runs.command_line import Parser
 from core.texts.tokens import templated
-from evaluation.scores import Evaluated
+from evaluation.evaluated_model import EvaluatedModel
 
 CHAT, PLAIN = "chat", "plain"
-# What score files and tables call the two.
+# Policy -> what score files and tables call it.
 POLICY_NAMES = {CHAT: "chat template", PLAIN: "plain prompt"}
 
 
 @dataclass(frozen=True)
-class Asking:
-    """What a runner may be told about the prompt.
+class PromptSettings:
+    """What a user may decide about prompts.
 
     Attributes:
         policy: `chat` or `plain`.
-        llama_name: whether MalayMMLU asks the model as one whose name contains "llama": yes, no, or auto.
+        llama_name: whether MalayMMLU prompts the model as one whose name contains "llama": yes, no, or auto.
     """
 
     policy: str = CHAT
     llama_name: str = "auto"
 
 
-def asking_flags(parser: Parser, llama_name: bool) -> None:
-    """Add `--prompt`, and `--llama-name` for the runners that read it."""
+def prompt_flags(parser: Parser, llama_name: bool) -> None:
+    """Add `--prompt` to a parser, and `--llama-name` for the commands that read it."""
     parser.add_argument(
         "--prompt",
         default=CHAT,
@@ -43,36 +41,37 @@ def asking_flags(parser: Parser, llama_name: bool) -> None:
             "--llama-name",
             default="auto",
             choices=("yes", "no", "auto"),
-            help="MalayMMLU asks models whose name contains llama in another way; auto: by --model, or "
+            help="MalayMMLU prompts models whose name contains llama in another way; auto: by --model, or "
             "by the name of the target for a checkpoint of ours",
         )
 
 
-def chat_template(evaluated: Evaluated) -> str:
-    """The model's chat template. Raises UserError when it has none: what it would be asked would be our invention."""
-    template = evaluated.tokenizer.chat_template
+def chat_template(model: EvaluatedModel) -> str:
+    """The model's chat template. Raises UserError when it has none, because any other would be our invention."""
+    template = model.tokenizer.chat_template
     if not template:
         raise UserError(
-            f"{evaluated.checkpoint.name} has no chat template, expected a chat model; put "
+            f"{model.checkpoint.name} has no chat template, expected a chat model; put "
             "chat_template.jinja of its instruction-tuned version into its folder, or give --prompt plain"
         )
     return template if isinstance(template, str) else template["default"]
 
 
 def rendered(tokenizer: Any, prompt: str) -> str:
-    """One turn of a user in the chat template, up to where the answer begins; always at the same date.
+    """A prompt as one turn of a user in the chat template, up to where the answer begins; always at the same date.
 
-    Templates of vision-language models show parts of a message and silently drop plain text.
+    The templates of vision-language models take a message as a list of parts and silently drop plain text, so the
+    prompt is rendered in either form until it shows.
 
     Raises:
-        UserError: the template refuses the prompt, or it is not in what the template gives.
+        UserError: the template refuses the prompt, or shows it in neither form.
     """
     refused: UserError | None = None
     for content in (prompt, [{"type": "text", "text": prompt}]):
         turn = [{"role": "user", "content": content}]
         try:
             text = templated(tokenizer, turn, prompt, tokenize=False, add_generation_prompt=True)
-        except UserError as error:  # the other form of the message may do
+        except UserError as error:  # the template may still take the other form
             refused = error
             continue
         if prompt.strip() in text:
@@ -81,27 +80,3 @@ def rendered(tokenizer: Any, prompt: str) -> str:
         "the chat template leaves out what the user says, as a string and as a list of parts; correct it, or give "
         "--prompt plain"
     )
-
-
-def is_llama(asking: Asking, evaluated: Evaluated) -> tuple[bool, str]:
-    """(whether the model counts as one whose name contains "llama" in any case, why)."""
-    if asking.policy != CHAT:
-        return False, "a plain prompt is the same for every name"
-    if asking.llama_name != "auto":
-        return asking.llama_name == "yes", f"--llama-name {asking.llama_name}"
-    name = target_name(evaluated.checkpoint.folder) or evaluated.checkpoint.name
-    return "llama" in name.lower(), f"by the name {name}"
-
-
-def target_name(folder: Path) -> str | None:
-    """The target of a fused or adapted checkpoint of ours, as it was given to stage 2; None for any other folder."""
-    record = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    inputs = record.get("inputs", {})
-    if "target" in inputs:
-        return inputs["target"]["id"]
-    if "model" not in inputs:
-        return None
-    start = inputs["model"]["id"]  # of a training: the fused checkpoint, or any model
-    if inputs.get("made_by") is None:
-        return start
-    return target_name(Path(start)) or record.get("lineage", {}).get("models", {}).get("target", {}).get("name")

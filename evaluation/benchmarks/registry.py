@@ -9,8 +9,6 @@ from core.runs.command_line import load_experiment
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 TASK_FILE = "task.json"
-# Arm -> folder of its trainings in a run, one below it per seed.
-TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 # The paper's Figure 6.
 GENERAL = ("arc_easy", "commonsense_qa", "piqa", "social_iqa", "winogrande")
 _MALAY_SUBJECTS = (

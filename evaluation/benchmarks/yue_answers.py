@@ -18,10 +18,10 @@ _CONCLUSION = "(?:因此|所以|综上所述|总之|故|結論是|結論)"
 _ANSWER = "(?:答案|選擇|选择|选项|字母|標准答案|正确答案)"
 _STATED = _ANSWER + r".{0,10}?[是为為:].{0,10}?([A-D])\b"
 _START = r"(?:^|。|\n)"
-# An option of the prompt: its text ends before the next line that begins with an option or with 答案, or at the end.
+# An option of the prompt: its text ends before the next line that begins with an option or with 答案:, or at the end.
 _OPTION = re.compile(r"([A-D])\.\s*(.+?)(?=\n[A-D]\.|\n答案:|\Z)", re.DOTALL)
 _SHOWN = re.compile(r"[A-D]\. .")
-# Rules 2 to 6, in the order in which they are tried; each finds the leftmost place, and the nearest words from there.
+# Rules 2 to 6, in the order in which they are tried; each matches as far left as it can, and then the nearest words.
 _PATTERNS = {
     2: re.compile(rf"{_CONCLUSION}.{{0,20}}?{_ANSWER}.{{0,10}}?是[^ABCD]*?([A-D])\b", re.IGNORECASE | re.DOTALL),
     3: re.compile(rf"{_START}[A-D\s]*{_STATED}", re.IGNORECASE),
@@ -37,8 +37,11 @@ class Answer:
 
     Attributes:
         key: of the item in its file.
-        choice: the option chosen, None for no answer.
-        rule: the one that found it, None for no answer.
+        prompt: the last turn of the prompt.
+        prediction: what the model answered.
+        gold: the right option.
+        choice: the option that was chosen; None for no answer.
+        rule: number of the rule that found it (`choose`); None for no answer.
     """
 
     key: str
@@ -50,27 +53,27 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether the option chosen is the right one."""
+        """Whether the right option was chosen."""
         return self.choice == self.gold
 
 
 def choose(prediction: str, prompt: str) -> tuple[str | None, int | None]:
-    """(option, rule that found it) by the benchmark's published rules; (None, None) for no answer.
+    """(option, number of the rule that found it) by the benchmark's published rules; (None, None) for no answer.
 
-    An empty prediction is none; one of white space alone goes through all rules. The first that fires on the stripped
-    text wins:
-    1. the whole text has exactly one character whose upper case is A to D (a full-width letter has none of them);
-    2. a conclusion word, within 20 characters an answer word, within 10 是, then the first letter; lines do not matter;
-    3. at the start, after 。 or a line break, possibly after letters A to D and white space: an answer word, within 10
-       characters 是, 为, 為 or an ASCII colon, within 10 a letter;
-    4. at the start, after 。 or a line break: a letter, with white space around it or not, then 是, 为, 為, an ASCII
-       colon or 。;
-    5. as 3, anywhere;
-    6. the first letter that is a word of its own (a Chinese character next to it makes it part of one);
-    8. the option of the prompt whose text is most like the prediction, both in lower case: Levenshtein ratio with a
-       substitution counted as two edits, the first of equals, also when nothing is alike.
-    In 2, 3 and 5 the letter ends a word; 2, 3 and 5 ignore case. The benchmark's seventh rule (a letter and a full
-    stop) finds nothing that the sixth does not find before it.
+    An empty prediction is no answer, but one of white space alone goes through all rules. The first rule that matches
+    the stripped text decides:
+    1. the whole text has exactly one character whose upper case is A to D (full-width letters do not count);
+    2. a conclusion word, within 20 characters an answer word, within 10 是, then the first letter, across line breaks;
+    3. at the start of the text, after 。 or a line break, where letters A to D and white space may come first: an
+       answer word, within 10 characters 是, 为, 為 or an ASCII colon, within 10 a letter;
+    4. at the start of the text, after 。 or a line break: a letter, which white space may surround, then 是, 为, 為, an
+       ASCII colon or 。;
+    5. as 3, anywhere in the text;
+    6. the first letter that is a word of its own (a Chinese character next to it makes it part of a word);
+    8. the option of the prompt whose text is most similar to the prediction, both in lower case: the Levenshtein ratio
+       where a substitution counts as two edits. Of equal options the first is chosen, even when nothing is similar.
+    In rules 2, 3 and 5 the letter has to end a word, and case does not matter. The benchmark's seventh rule (a letter
+    and a full stop) matches nothing that the sixth does not match before it.
     """
     if not prediction:
         return None, None
@@ -88,10 +91,11 @@ def choose(prediction: str, prompt: str) -> tuple[str | None, int | None]:
 
 
 def options_shown(prompt: str) -> dict[str, str]:
-    """Letter -> text of the options in a prompt, in the order in which the letters first stand there.
+    """Letter -> text of the options in a prompt, in the order in which the letters first occur.
 
-    An option begins with its letter and a full stop, anywhere in the text. A letter that stands there again (as in a
-    prompt with examples) has its last text. Empty where no letter, full stop and space is followed by a text.
+    An option begins with its letter and a full stop, anywhere in the text. A letter that occurs again, as in a prompt
+    with examples, has its last text. The result is empty unless somewhere a letter, a full stop and a space are
+    followed by a text.
     """
     if not _SHOWN.search(prompt):
         return {}
@@ -102,7 +106,7 @@ def read_answers(path: Path) -> list[Answer]:
     """The items of one prediction file, in its order.
 
     Raises:
-        UserError: not of the benchmark's format, or a right answer that is none of A to D, naming file and item.
+        UserError: the file is not in the benchmark's format, or a right answer is none of A to D; names the item.
     """
     items = read_json(path)
     if not isinstance(items, dict) or not items:

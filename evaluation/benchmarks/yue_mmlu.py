@@ -16,7 +16,7 @@ from core.files import read_json
 
 log = logging.getLogger(__name__)
 OPTIONS = "ABCD"
-MOST_SHOTS = 5
+MAX_SHOTS = 5
 ROOT_VARIABLE = "YUE_BENCHMARK_ROOT"
 IN_REPOSITORY = Path("data/latest_data/Yue-MMLU")
 # Category -> subject -> its name in the benchmark's prompts.
@@ -49,13 +49,19 @@ UNCATEGORISED = "uncategorised"
 
 
 def category_of(subject: str) -> str:
-    """The subject's category; `uncategorised` for one that the benchmark does not have."""
+    """The category of a subject; `uncategorised` for one that the benchmark does not have."""
     return next((category for category, subjects in CATEGORIES.items() if subject in subjects), UNCATEGORISED)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its text, the texts of A to D, the right letter."""
+    """One question.
+
+    Attributes:
+        text: of the question.
+        options: the texts of A to D.
+        answer: the right letter.
+    """
 
     text: str
     options: tuple[str, ...]
@@ -68,7 +74,11 @@ class Question:
 
 
 def question_folder(given: Path | None) -> Path:
-    """`given`, else the folder in $YUE_BENCHMARK_ROOT. Raises UserError when there are no question files."""
+    """The folder of question files: `given`, otherwise the one in the clone at $YUE_BENCHMARK_ROOT.
+
+    Raises:
+        UserError: neither is given, or the folder has no question files.
+    """
     root = os.environ.get(ROOT_VARIABLE)
     if given is None and not root:
         raise UserError(
@@ -82,58 +92,57 @@ def question_folder(given: Path | None) -> Path:
 
 
 def read_questions(path: Path) -> dict[int, Question]:
-    """Place in the file -> question.
+    """Number of the item in the file -> question.
 
-    A question that lacks an option cannot be asked (the published security_study has one, its text lost and A in its
-    place): it is left out and told in the log; the others keep their places.
+    A question that lacks an option cannot be asked (the published security_study has one). It is left out, which the
+    log says; the others keep their numbers.
 
     Raises:
-        UserError: not an array of {question, A, B, C, D, answer}, naming file and item.
+        UserError: the file is not an array of {question, A, B, C, D, answer}; names the file and the item.
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} is not an array of questions; expected {{question, A, B, C, D, answer}} in each")
     found: dict[int, Question] = {}
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("question", "answer"))
         if not good or any(not isinstance(row.get(letter, ""), str) for letter in OPTIONS):
-            raise UserError(f"{path}, item {place}: expected strings in question, A, B, C, D and answer; correct it")
+            raise UserError(f"{path}, item {number}: expected strings in question, A, B, C, D and answer; correct it")
         if row["answer"] not in tuple(OPTIONS):
-            raise UserError(f"{path}, item {place}: the answer is {row['answer']!r}, expected one of A, B, C, D")
+            raise UserError(f"{path}, item {number}: the answer is {row['answer']!r}, expected one of A, B, C, D")
         if any(letter not in row for letter in OPTIONS):
-            log.warning("%s, item %d lacks an option: left out", path, place)
+            log.warning("%s, item %d lacks an option: left out", path, number)
             continue
-        found[place] = Question(row["question"], tuple(row[letter] for letter in OPTIONS), row["answer"])
+        found[number] = Question(row["question"], tuple(row[letter] for letter in OPTIONS), row["answer"])
     if not found:
         raise UserError(f"{path} has no question with all of A, B, C and D; take the published file")
     return found
 
 
-def prompt(subject: str, questions: Mapping[int, Question], place: int, shots: int) -> str:
+def prompt(subject: str, questions: Mapping[int, Question], number: int, shots: int) -> str:
     """What the benchmark asks for one question.
 
-    The examples are the `shots` questions before it in the file, the last ones before the first, as in the benchmark's
-    published predictions; a question with the same text is never an example.
+    The solved examples are the `shots` questions before it in the file, and for the first questions of the file the
+    last ones, as in the benchmark's published predictions. A question with the same text is never an example.
 
+    Args:
+        questions: number in the file -> question.
+        number: of the question that is asked.
     Raises:
         UserError: the file has too few other questions.
     """
-    asked = questions[place]
+    asked = questions[number]
     name = NAMES.get(subject, subject.replace("_", " "))
     head = f"以下係關於{name}嘅單項選擇題，請直接畀出正確答案嘅選項，唔好輸出原因。\n{asked.shown()}"
     if not shots:
         return head
-    places = list(questions)
-    at = places.index(place)
-    examples: list[Question] = []
-    for other in (questions[n] for n in reversed(places[at + 1 :] + places[:at])):
-        if len(examples) == shots:
-            break
-        if other.text != asked.text:
-            examples.append(other)
+    numbers = list(questions)
+    position = numbers.index(number)
+    nearest_first = [questions[other] for other in reversed(numbers[position + 1 :] + numbers[:position])]
+    examples = [example for example in nearest_first if example.text != asked.text][:shots]
     if len(examples) < shots:
         raise UserError(
-            f"{subject} has {len(examples)} questions besides item {place}, expected {shots} for the "
+            f"{subject} has {len(examples)} questions besides item {number}, expected {shots} for the "
             "examples; give fewer --shots"
         )
     shown = "".join(f"樣例：\n{example.shown()}回應：{example.answer}\n\n" for example in reversed(examples))

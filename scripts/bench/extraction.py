@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Speed of reading activations against the bare forward of the backbone on the same batches, and padding.
+"""Speed of recording activations against the bare forward pass of the backbone on the same batches, and padding.
 
     python scripts/bench/extraction.py --config scripts/experiments/demo.yaml [--batches 4] [--repeats 5] [--threads 2]
 
-Prints, per model of the pair, the share of padding in all batches, real tokens per second of both (from the median time
-of each batch), and the hooks' overhead: median and quartiles of the ratios. Both are timed on one batch in turns, so
-that what else runs on the machine disturbs both.
+For each model of the pair it prints the share of padding in all batches, the real tokens per second of both (from the
+median time of each batch), and the overhead of the hooks (median and quartiles of the ratios). The two take turns on
+every batch, so that other work on the machine slows both down alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from run_activs_and_hot import read_both
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("scripts/experiments/demo.yaml"))
-    parser.add_argument("--batches", type=int, default=4, help="so many, evenly spread over those of the experiment")
+    parser.add_argument("--batches", type=int, default=4, help="number of batches, spread over all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -74,7 +74,7 @@ def padding(reading: Reading, batches: list[list[int]]) -> float:
 def measure(
     checkpoint: Checkpoint, reading: Reading, batches: list[list[int]], repeats: int, experiment: Experiment
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds (bare, with hooks), each [batches][repeats]; which of the two goes first alternates."""
+    """Seconds of (the bare pass, that with hooks), each [batches][repeats]. Which of the two goes first alternates."""
     model = checkpoint.load_model(experiment.compute.dtype)
     backbone: Any = checkpoint.layout.decoder(model)
 

@@ -3,8 +3,8 @@
 
     python scripts/bench/generation.py --model MODEL [--data-dir DIR] [--questions 32] [--shots 0]
 
-Both write the same greedy answers (how many are equal is printed); a first batch, not timed, warms up. What padding
-costs is in the ratio: questions are of different lengths.
+Both give the same greedy answers; how many are equal is printed. A first batch warms up and is not timed. Questions
+have different lengths, so the ratio contains what padding costs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from core.runs.process import run_command
 from evaluation.benchmarks.generation import Decoding, answers, continuations, own_settings, prompt_ids
 from evaluation.benchmarks.prompts import CHAT
 from evaluation.benchmarks.yue_mmlu import prompt, question_folder, read_questions
-from evaluation.scores import Evaluated
+from evaluation.evaluated_model import EvaluatedModel
 
 
 def main(argv: list[str]) -> None:
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(given.threads)
     path = min(question_folder(given.data_dir).glob("*.json"))
     found = read_questions(path)
-    prompts = [prompt(path.stem, found, place, given.shots) for place in list(found)[: given.questions]]
-    evaluated = Evaluated(open_checkpoint(given.model, device=given.device))
+    prompts = [prompt(path.stem, found, number, given.shots) for number in list(found)[: given.questions]]
+    evaluated = EvaluatedModel(open_checkpoint(given.model, device=given.device))
     answers(evaluated, prompts[:2], Decoding(given.max_new_tokens))
     decoding = Decoding(given.max_new_tokens, tokens_per_batch=given.tokens_per_batch)
     start = time.perf_counter()
@@ -58,12 +58,12 @@ def main(argv: list[str]) -> None:
     )
 
 
-def one_by_one(evaluated: Evaluated, prompts: list[str], decoding: Decoding) -> list[str]:
-    """What `answers` gives, every question on its own from its first token on."""
+def one_by_one(evaluated: EvaluatedModel, prompts: list[str], decoding: Decoding) -> list[str]:
+    """The answers of `answers`, where every question is read on its own from its first token on."""
     tokenizer = evaluated.tokenizer
     ids = [prompt_ids(tokenizer, prompt, CHAT) for prompt in prompts]
-    with own_settings(evaluated.model, tokenizer, decoding):
-        new = [continuations(evaluated.model, [one])[0] for one in ids]
+    with own_settings(evaluated.loaded, tokenizer, decoding):
+        new = [continuations(evaluated.loaded, [one])[0] for one in ids]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 

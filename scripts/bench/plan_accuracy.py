@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 from core.fusion.projections import SIDES
 from core.hot_transport import corr_distance_matrix, sinkhorn_uniform_streaming
-from core.runs.plan_directory import PlanDirectory, activations_file
+from core.runs.plan_directory import PlanDirectory
+from core.runs.plan_files import activations_file
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from core.fusion.projections import SIDES
 from core.hot_transport import corr_distance_matrix, solve_layer, standardize
-from core.runs.plan_directory import PlanDirectory, read_layer
+from core.runs.plan_directory import PlanDirectory
+from core.runs.plan_files import read_rows
 from core.transport.sinkhorn import sinkhorn_uniform_streaming
 
 TOLERANCE = 1e-6
@@ -63,7 +64,7 @@ def layers(plans: PlanDirectory, side: str, rows: int | None = None) -> tuple[li
     """Rows of all target and all source layers of one side."""
     L, M = plans.shape
     X, Y = (
-        [read_layer(plans.folder, model, side, k)[:rows] for k in range(n)]
+        [read_rows(plans.folder, model, side, k)[:rows] for k in range(n)]
         for model, n in (("target", L), ("source", M))
     )
     return X, Y

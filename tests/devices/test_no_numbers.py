@@ -102,7 +102,7 @@ def test_a_model_with_weights_that_are_no_numbers_is_not_fused(model, models, pl
 def test_the_ratio_of_norms_warns_where_there_is_none(plans, models, tmp_path, monkeypatch, caplog):
     """A ratio that is no number is no sign of transport."""
     nothing = dict.fromkeys(("norm_ratio", "cosine", "explained_variance"), math.nan)
-    monkeypatch.setattr(stage2, "by_projection", lambda lines: dict.fromkeys("qkvo", nothing))
+    monkeypatch.setattr(stage2, "means_by_projection", lambda lines: dict.fromkeys("qkvo", nothing))
     fuse(plans["text"], models, tmp_path / "f", "--feature-map", "regression")
     assert "fusion only damps the target" in caplog.text
 

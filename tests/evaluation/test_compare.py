@@ -1,4 +1,4 @@
-"""The comparison: likelihoods against the model's own loss, the texts that are scored, and the whole command."""
+"""The comparison of arms: losses against the model's own, the texts that are scored, and the whole command."""
 
 import json
 import shutil
@@ -17,12 +17,16 @@ from core.data import Row
 from core.errors import UserError
 from core.fusion.controls import CONTROLS
 from core.fusion.residual_file import load_residuals
-from core.fusion.settings import FusionSettings
 from core.manifest import Manifest
 from core.models.checkpoints import open_checkpoint, open_pair
 from core.runs.card import RESULTS_BEGIN, RESULTS_END
+from core.runs.plan_directory import PlanDirectory
+from core.training.heldout import text_nll
 from evaluation import compare_arms
-from evaluation.texts import TextSet, text_set
+from evaluation.arms import models as arm_models
+from evaluation.arms.models import Arms
+from evaluation.arms.run import TRAINED, Run
+from evaluation.arms.texts import TextSet, text_set
 
 
 def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
@@ -38,17 +42,17 @@ def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
         with torch.no_grad():
             expected.append(float(model(ids, labels=labels).loss) * counted)
     for tokens_per_batch in (1, 30, 60):
-        assert compare_arms.text_nll(model, examples, tokens_per_batch, "test") == pytest.approx(expected, abs=1e-3)
+        assert text_nll(model, examples, tokens_per_batch, "test") == pytest.approx(expected, abs=1e-3)
 
 
-# Every row of the table, and every model that is scored.
-ARMS = ("base", *CONTROLS, "fused", *compare_arms.TRAINED)
-SCORED = [*ARMS[: -len(compare_arms.TRAINED)], *(f"{arm}/seed{n}" for arm in compare_arms.TRAINED for n in (0, 1))]
+# The rows of the table, and the models that are measured: each training has two seeds.
+ARMS = ("base", *CONTROLS, "fused", *TRAINED)
+MEASURED = [*ARMS[: -len(TRAINED)], *(f"{arm}/seed{n}" for arm in TRAINED for n in (0, 1))]
 
 
 @pytest.fixture(scope="module")
 def run(models, texts, tmp_path_factory):
-    """All stages on the pico pair, into a run directory."""
+    """A run directory in which all stages have finished for the pico pair, and the flags of stage 4 for it."""
     folder = tmp_path_factory.mktemp("run")
     data = ["--data-subset", "file", "--data-file", texts]
     run_main(
@@ -111,31 +115,30 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
     run_main(compare_arms, *flags)
     table = capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
-    assert list(results["arms"]) == list(ARMS) and list(results["per_text"]) == SCORED
+    assert list(results["arms"]) == list(ARMS) and list(results["per_text"]) == MEASURED
     assert {"nll", "ppl", "n", "diff", "ci95"} <= set(results["arms"]["fused"])
     assert all(arm in table for arm in ARMS)
     assert results["arms_general"] == results["arms"] and "On general text" in table  # the same file here
     assert len({round(arm["nll"], 7) for arm in results["arms"].values()}) == len(ARMS)
 
-    results["per_text"].pop("wrong_layer")  # as after a kill: the other arms are not computed again
+    results["per_text"].pop("wrong_layer")  # as after a kill: the other arms are not measured again
     (folder / "results.json").write_text(json.dumps(results))
-    evaluated = []
-    original = compare_arms.text_nll
-    monkeypatch.setattr(compare_arms, "text_nll", lambda *a: evaluated.append(a[3]) or original(*a))
+    measured = []
+    monkeypatch.setattr(arm_models, "text_nll", lambda *a: measured.append(a[3]) or text_nll(*a))
     run_main(compare_arms, *flags)
-    assert evaluated == ["wrong_layer, held_out", "wrong_layer, general"] and capsys.readouterr().out == table
-    evaluated.clear()
+    assert measured == ["wrong_layer, held_out", "wrong_layer, general"] and capsys.readouterr().out == table
+    measured.clear()
     results = json.loads((folder / "results.json").read_text())
     results["made_from"]["no_hot/seed1"] = "another training"
     (folder / "results.json").write_text(json.dumps(results))
     run_main(compare_arms, *flags)
-    assert evaluated == ["no_hot/seed1, held_out", "no_hot/seed1, general"] and capsys.readouterr().out == table
+    assert measured == ["no_hot/seed1, held_out", "no_hot/seed1, general"] and capsys.readouterr().out == table
 
 
 def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
     folder, flags = run
-    trained = {f"{arm}/seed{n}": f"{place}/seed{n}" for arm, place in compare_arms.TRAINED.items() for n in (0, 1)}
-    cards = {arm: folder / place / "README.md" for arm, place in {"fused": "fused", **trained}.items()}
+    trained = {f"{arm}/seed{n}": f"{subfolder}/seed{n}" for arm, subfolder in TRAINED.items() for n in (0, 1)}
+    cards = {arm: folder / path / "README.md" for arm, path in {"fused": "fused", **trained}.items()}
     empty = {}
     for arm, card in cards.items():
         head, _, rest = card.read_bytes().partition(RESULTS_BEGIN)
@@ -164,17 +167,18 @@ def test_results_go_into_the_cards_once_and_change_nothing_else(run, capsys):
 
 
 def test_controls_leave_no_trace_in_the_loaded_target(run, models):
-    """base evaluated after the controls equals base evaluated first."""
+    """The losses of base are the same before and after those of the controls."""
     folder, flags = run
     command = compare_arms.parse_command([str(f) for f in flags], "e", "", {"run_dir": ""})
-    target, source = open_pair(command.experiment.models, "cpu")
-    plans = compare_arms.PlanDirectory(folder / "plans")
-    settings = FusionSettings("regression", top_k=7)
+    arms = Arms(
+        Run.open(folder, PlanDirectory(folder / "plans")),
+        *open_pair(command.experiment.models, "cpu"),
+        command.experiment,
+    )
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
-    arms, places = ["base", "damped", "permuted", "wrong_layer", "base"], {"fused": folder / "fused"}
     sets = {"held_out": TextSet(examples, ["a"], 0, False)}
-    got = list(compare_arms.evaluate_arms(arms, places, plans, target, source, settings, sets, command.experiment))
-    assert got[0][1] == got[-1][1] != got[1][1]
+    losses = [found for _, found in arms.losses(["base", "damped", "permuted", "wrong_layer", "base"], sets)]
+    assert losses[0] == losses[-1] != losses[1]
 
 
 @pytest.mark.parametrize(
@@ -187,17 +191,18 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     ],
 )
 def test_trainings_differ_in_what_their_scenario_has_alone(tmp_path, arm, changed, refused):
-    def training(place):
-        settings = {"training_scenario": place.split("/")[0], "freeze_strategy": "frozen_hot", "epochs": 1.0}
-        settings |= {"seed": place[-1]} | (changed if place == arm else {})
-        return Manifest(tmp_path, {"inputs": {"made_by": "f", "data": 1, "validation": 2, "settings": settings}})
+    def training(folder):
+        settings = {"training_scenario": folder.split("/")[0], "freeze_strategy": "frozen_hot", "epochs": 1.0}
+        settings |= {"seed": folder[-1]} | (changed if folder == arm else {})
+        inputs = {"made_by": "f", "data": 1, "validation": 2, "settings": settings}
+        return Manifest(tmp_path / folder, {"inputs": inputs})
 
-    arms = {"fused_adapted": ("hot/seed0", "hot/seed1"), "no_hot": ("no_hot/seed0",)}
-    adapted = {name: {tmp_path / place: training(place) for place in places} for name, places in arms.items()}
+    folders = {"fused_adapted": ("hot/seed0", "hot/seed1"), "no_hot": ("no_hot/seed0",)}
+    trainings = {name: [training(folder) for folder in seeds] for name, seeds in folders.items()}
     fused = Manifest(tmp_path, {"fingerprint": "f", "inputs": {"plans": "p"}})
     plans = SimpleNamespace(manifest=Manifest(tmp_path, {"fingerprint": "p"}))
     with pytest.raises(UserError, match="had other settings") if refused else nullcontext():
-        compare_arms.check_chain(tmp_path, plans, fused, adapted)
+        Run(tmp_path, plans, fused, trainings).check_chain()
 
 
 def test_stages_that_do_not_belong_together_are_refused(fails, run, tmp_path):
@@ -223,8 +228,8 @@ def test_a_seed_that_an_arm_lacks_is_named(fails, run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "adapted/no_hot/seed1")
-    told = fails(compare_arms, *flags[2:], "--run-dir", copy)
-    assert "no_hot/seed1 is not an output of stage 'adapted'" in told
+    error = fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "no_hot/seed1 is not an output of stage 'adapted'" in error
     for scenario in ("hot", "distill"):
         shutil.rmtree(copy / "adapted" / scenario / "seed1")
     shutil.rmtree(copy / "adapted/distill")
@@ -232,8 +237,8 @@ def test_a_seed_that_an_arm_lacks_is_named(fails, run, tmp_path):
     assert "distill" not in json.loads((copy / "results.json").read_text())["arms"]
 
 
-def test_searches_are_told(run, tmp_path, capsys):
-    """An arm that chose among more trials had more chances."""
+def test_the_table_says_which_arms_were_chosen_among_several_trials(run, tmp_path, capsys):
+    """An arm that was chosen among more trials had more chances."""
     folder, flags = run
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
@@ -245,7 +250,7 @@ def test_searches_are_told(run, tmp_path, capsys):
     assert "chosen on validation rows: no_hot 1, distill 1, fused_adapted 3." in capsys.readouterr().out
 
 
-def test_texts_without_a_token_to_score_are_told(fails, run):
+def test_no_text_with_a_token_to_score_is_an_error(fails, run):
     assert "no token with loss within 1 tokens; raise --max-tokens" in fails(compare_arms, *run[1], "--max-tokens", 1)
 
 
@@ -259,7 +264,7 @@ def test_texts_without_a_token_to_score_are_left_out_and_counted(models):
     answers = [Row((("user", "plan"), ("assistant", "weight")), "a")]
     assert text_set("held_out", answers, tokenizer, 100).end_of_turn
     cut = [Row((("user", "plan"), ("assistant", "weight " * 50)), "a")]
-    assert not text_set("held_out", cut, tokenizer, 12).end_of_turn  # the end is beyond the cut
+    assert not text_set("held_out", cut, tokenizer, 12).end_of_turn  # the end of the answer was cut off
 
 
 def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
@@ -270,18 +275,25 @@ def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
     weights = load_file(copy / "fused/model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, copy / "fused/model.safetensors", {"format": "pt"})
-    told = fails(compare_arms, *flags[2:], "--run-dir", copy)
-    assert "fused: the loss of" in told and "held_out texts is not finite" in told
+    error = fails(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "fused: the loss of" in error and "held_out texts is not finite" in error
 
 
-def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run, models):
+def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run):
     folder, _ = run
-    plans = compare_arms.PlanDirectory(folder / "plans")
+    plans = PlanDirectory(folder / "plans")
     plans.shape = (1, plans.shape[1])
     residual = load_residuals(folder / "fused/hot_residual.safetensors")[0][0]
     with pytest.raises(UserError, match="wrong_layer: the target has one layer"):
         CONTROLS["wrong_layer"](residual, SimpleNamespace(plans=plans), torch.Generator())
-    assert list(compare_arms.impossible_controls(1)) == ["wrong_layer"] and not compare_arms.impossible_controls(2)
+
+
+@pytest.mark.parametrize(("layers", "absent"), [(1, ["wrong_layer"]), (2, [])])
+def test_a_control_that_a_target_cannot_have_is_no_arm(tmp_path, layers, absent):
+    fused = Manifest(tmp_path / "fused", {})
+    arms = Arms(Run(tmp_path, SimpleNamespace(shape=(layers, 4)), fused, {}), None, None, None)
+    assert list(arms.absent) == absent
+    assert list(arms.made_from) == ["base", *(control for control in CONTROLS if control not in absent), "fused"]
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

@@ -1,4 +1,4 @@
-"""Harness tasks that an experiment names beyond the paper's: scored by run_task.py, in the tables without a figure."""
+"""Harness tasks that an experiment names beyond the paper's: scored like others, in the tables without a figure."""
 
 import json
 import shutil
@@ -14,9 +14,10 @@ from core.errors import UserError
 from core.manifest import FORMAT_VERSION
 from core.models.checkpoints import open_checkpoint
 from evaluation import collect_results, generate_cmmlu_predictions, run_lm_eval, run_task
-from evaluation.benchmarks import harness
-from evaluation.benchmarks import registry as task_lists
-from evaluation.scores import Evaluated
+from evaluation.benchmarks import harness, registry
+from evaluation.benchmarks.harness_scores import score_tasks
+from evaluation.evaluated_model import EvaluatedModel
+from evaluation.runner import Scoring
 
 OPTIONS = "A B C".split()
 
@@ -48,17 +49,17 @@ def own(tmp_path, monkeypatch):
     changed = {"group": "changed_group", "task": [{"task": "extra_one", "num_fewshot": 2}]}
     (folder / "changed.yaml").write_text(yaml.safe_dump(changed))
     experiments = tmp_path / "experiments"
-    shutil.copytree(task_lists.EXPERIMENTS, experiments)
+    shutil.copytree(registry.EXPERIMENTS, experiments)
     monkeypatch.setenv("LM_EVAL_TASKS", str(folder))
-    monkeypatch.setattr(task_lists, "EXPERIMENTS", experiments)
+    monkeypatch.setattr(registry, "EXPERIMENTS", experiments)
     monkeypatch.setattr(collect_results, "EXPERIMENTS", experiments)
-    whole = harness.task_manager  # the index of all of the harness takes twenty seconds: here, one of its folders
+    whole = harness.task_manager  # reading all of the harness's tasks takes twenty seconds, one folder of them does not
     monkeypatch.setattr(harness, "task_manager", lambda folder="xcopa": whole(folder))
     return experiments
 
 
 def names(experiments: Path, task: str, *benchmarks: str) -> None:
-    """The experiment `task` with these benchmarks."""
+    """Write the experiment `task` with these benchmarks."""
     keys = yaml.safe_load((experiments / "indonesian.yaml").read_text("utf-8")) | {"name": task}
     (experiments / f"{task}.yaml").write_text(yaml.safe_dump(keys | {"benchmarks": list(benchmarks)}))
 
@@ -73,19 +74,19 @@ def run(model, data, out, task, *flags) -> dict:
     return json.loads((out / "task.json").read_text())["benchmarks"]
 
 
-def test_extra_tasks_and_groups_are_scored_and_stand_in_the_table(own, models, benchmark_data, tmp_path, capsys):
+def test_extra_tasks_and_groups_are_scored_and_are_in_the_table(own, models, benchmark_data, tmp_path, capsys):
     names(own, "indonesian", "xcopa_id", "extra_group", "extra_two")
-    place = tmp_path / "runs/indonesian"
+    folder = tmp_path / "runs/indonesian"
     for arm, model in (("base", "target"), ("fused", "other")):
-        found = run(models[model], benchmark_data, place / f"benchmarks/indonesian/{arm}", "indonesian")
+        found = run(models[model], benchmark_data, folder / f"benchmarks/indonesian/{arm}", "indonesian")
         assert {name: result["file"] for name, result in found.items()} == {
             name: f"{name}.json" for name in ("xcopa_id", "extra_group", "extra_two")
         }
-    (place / "fused").mkdir()
-    (place / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
-    folder = place / "benchmarks/indonesian/base"
+    (folder / "fused").mkdir()
+    (folder / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
+    scores = folder / "benchmarks/indonesian/base"
     one, two, both = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("extra_one", "extra_two", "extra_group")
+        json.loads((scores / f"{name}.json").read_text()) for name in ("extra_one", "extra_two", "extra_group")
     )
     assert both["items"]["acc"] == one["items"]["acc"] + two["items"]["acc"] and both["metric"] == "acc"
     assert both["items"]["ids"][4:6] == ["extra_one/4", "extra_two/0"] and both["metrics"]["acc"]["n"] == 8
@@ -99,25 +100,25 @@ def test_extra_tasks_and_groups_are_scored_and_stand_in_the_table(own, models, b
     }
     xcopa = rows["rows"]["xcopa_id"]["arms"]
     mean = {arm: score["value"] for arm, score in rows["mean"].items()}
-    assert mean == {arm: xcopa[arm]["value"] for arm in ("base", "fused")}  # the paper's benchmarks alone
-    told = capsys.readouterr().out
-    line = next(line for line in told.splitlines() if line.startswith("| extra_group"))
+    assert mean == {arm: xcopa[arm]["value"] for arm in ("base", "fused")}  # only over the paper's benchmarks
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("| extra_group"))
     assert line.startswith("| extra_group, acc, plain prompt (acc of acc, acc_norm: none is declared) |  |  |  | ")
-    assert "Not among the paper's benchmarks, and in no mean: extra_group, extra_two." in told
-    assert "| xcopa_id, acc, plain prompt |" in told
-    # Of the paper's benchmarks one alone was run: its score is not the paper's mean.
-    assert "| mean of those above |  |  |  |" in told and "| mean | 38.43 | 39.18 | 39.30 |  |  |  |" in told
+    assert "Not among the paper's benchmarks, and in no mean: extra_group, extra_two." in printed
+    assert "| xcopa_id, acc, plain prompt |" in printed
+    # Only one of the paper's benchmarks was run, so our mean is not beside the paper's.
+    assert "| mean of those above |  |  |  |" in printed and "| mean | 38.43 | 39.18 | 39.30 |  |  |  |" in printed
 
 
 def test_an_experiment_that_the_paper_does_not_have_counts_all_it_names(own, models, benchmark_data, tmp_path):
-    """Its name has a dash, as has that of another one, which is its beginning."""
+    """The run `my-task-regression` belongs to the experiment `my-task`, although its name also begins with `my`."""
     names(own, "my", "xcopa_id")
     names(own, "my-task", "xcopa_id", "extra_two")
-    place = tmp_path / "runs/my-task-regression"
+    folder = tmp_path / "runs/my-task-regression"
     run(models["target"], benchmark_data, tmp_path / "runs/my-task/benchmarks/my-task/base", "my-task")
-    run(models["other"], benchmark_data, place / "benchmarks/my-task/fused", "my-task")
-    (place / "fused").mkdir()
-    (place / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
+    run(models["other"], benchmark_data, folder / "benchmarks/my-task/fused", "my-task")
+    (folder / "fused").mkdir()
+    (folder / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
     run_main(collect_results, "--results-dir", tmp_path / "runs", "--tasks", "my-task")
     found = collected(tmp_path / "runs", "my-task", "my-task-regression")
     values = [row["arms"]["fused"]["value"] for row in found["rows"].values()]
@@ -125,13 +126,15 @@ def test_an_experiment_that_the_paper_does_not_have_counts_all_it_names(own, mod
     assert collect_results.find_runs(tmp_path / "runs") == {"my-task": ["my-task-regression"]}
 
 
-def test_a_name_that_nothing_knows_is_told_before_anything_is_scored(
+def test_an_unknown_name_is_an_error_before_anything_is_scored(
     own, models, benchmark_data, tmp_path, fails, monkeypatch
 ):
     flags = ("--model", models["target"], "--output-dir", tmp_path / "out", "--data-dir", benchmark_data)
     names(own, "malay", "malay_mmlu", "xcopa_id", "extra_typo")
     (tmp_path / "data").mkdir()
-    monkeypatch.setenv("MALAY_REPO", str(write(tmp_path / "data", *rows(2)).parent))  # would be scored first
+    monkeypatch.setenv(
+        "MALAY_REPO", str(write(tmp_path / "data", *rows(2)).parent)
+    )  # would be scored before the unknown one
     for more in ((), ("--dry-run",)):
         line = fails(run_task, *flags, "--task", "malay", *more)
         assert "extra_typo is no task of lm-evaluation-harness" in line and "$LM_EVAL_TASKS" in line
@@ -153,22 +156,22 @@ def test_a_group_of_which_one_task_cannot_be_had_has_no_score(own, models, bench
 
 
 def broken(folder):
-    """A model whose logits are NaN."""
+    """Save a model whose logits are NaN; returns its folder."""
     model = llama()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     return save(model, make_tokenizer(400, 1), folder)
 
 
-def test_what_is_not_finite_is_no_score_of_the_harness(benchmark_data, tmp_path):
-    evaluated = Evaluated(open_checkpoint(str(broken(tmp_path / "broken"))))
+def test_log_probabilities_and_logits_that_are_not_finite_give_no_score_of_a_harness_task(benchmark_data, tmp_path):
+    scoring = Scoring(EvaluatedModel(open_checkpoint(str(broken(tmp_path / "broken")))), tmp_path / "out", limit=2)
     for task, what in (("xcopa_id", "log-probabilities that are"), ("mgsm_direct_en", "logits that are")):
         with pytest.raises(UserError, match=f"broken on {task}: {what} not finite .* float32"):
-            run_lm_eval.run(evaluated, [task], tmp_path / "out", benchmark_data, 2)
+            score_tasks(scoring, [task], benchmark_data)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_finite_is_no_answer_to_yue_mmlu(benchmark_data, tmp_path, fails):
+def test_logits_that_are_not_finite_give_no_answer_to_yue_mmlu(benchmark_data, tmp_path, fails):
     line = fails(
         generate_cmmlu_predictions,
         "--model",
@@ -184,8 +187,8 @@ def test_what_is_not_finite_is_no_answer_to_yue_mmlu(benchmark_data, tmp_path, f
     assert not (tmp_path / "out/yue_mmlu.json").exists()
 
 
-def test_both_scores_of_yue_mmlu_stand_in_one_folder(models, benchmark_data, tmp_path):
-    """Of the answers (here by the plain prompt) and of the likelihoods: no file, and no name, is shared."""
+def test_both_scores_of_yue_mmlu_fit_into_one_folder(models, benchmark_data, tmp_path):
+    """The scores of answers (here to the plain prompt) and of likelihoods share neither a file nor a name."""
     plain = shutil.copytree(models["target"], tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
     flags = ("--model", plain, "--output-dir", tmp_path / "out", "--limit", 1)

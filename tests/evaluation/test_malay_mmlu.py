@@ -1,4 +1,4 @@
-"""MalayMMLU: every line of the table in docs/benchmarks.md against stock transformers one by one; files, bad input."""
+"""MalayMMLU: each line of the table in docs/benchmarks.md against stock transformers, one text at a time; bad input."""
 
 import json
 
@@ -9,6 +9,7 @@ from malay_rows import CATEGORIES, rows, write
 
 from core.models.checkpoints import open_checkpoint
 from evaluation import run_malay_mmlu
+from evaluation.benchmarks import malay_scores
 from evaluation.benchmarks.malay_mmlu import LETTERS, Form, read_questions
 from evaluation.benchmarks.option_scores import encode, letter_ids, option_scores
 
@@ -16,7 +17,7 @@ from evaluation.benchmarks.option_scores import encode, letter_ids, option_score
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.delenv("MALAY_REPO", raising=False)
-    monkeypatch.setattr(run_malay_mmlu, "CHUNK", 8)
+    monkeypatch.setattr(malay_scores, "CHUNK", 8)
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,14 @@ def data(tmp_path_factory):
 
 
 def stock(folder):
-    """Model and tokenizer as transformers load them, no code of ours."""
+    """Model and tokenizer as transformers loads them, without code of ours."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def as_the_table_says(row: dict, shots: int, policy: str, llama: bool) -> str:
-    """What the model reads, written down from the table, with the template of conftest.py."""
+    """What the model reads by the table, in the chat template of conftest.py."""
     if policy == "plain":
         return row[f"full_question_{shots}shot"] if shots else row["prompt"] + "\nJawapan:"
     if shots:
@@ -52,7 +53,8 @@ def options_of(row: dict) -> list[str]:
 
 @torch.no_grad()
 def one_by_one(folder, given: list[dict], *form, dtype=torch.float32) -> list[tuple[list[float], list[float]]]:
-    """(logits of the letters, mean log-probabilities of prompt + option): a plain forward each, no batch, no cache."""
+    """(logits of the letters, mean log-probabilities of prompt + option), each by a forward pass without batch and
+    cache."""
     model, tokenizer = stock(folder)
     model.to(dtype)
     out = []
@@ -76,7 +78,7 @@ def encoded_questions(tokenizer, questions, form: Form = Form(policy="plain")): 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["target", "source"])
 def test_batches_score_as_stock_transformers_one_by_one(models, data, name, dtype):
-    """Letters and full answers, to 1e-5."""
+    """Letters and full answers agree to 1e-5."""
     questions = read_questions(data / "MalayMMLU_0shot.json")
     checkpoint = open_checkpoint(str(models[name]))
     model, tokenizer = checkpoint.load_model("float32").to(dtype), checkpoint.load_tokenizer()
@@ -172,7 +174,7 @@ def test_the_command_asks_and_scores_as_the_table_says(models, tmp_path, monkeyp
 
 
 def special_tokenizer(template: str):
-    """A tokenizer that begins every text with a special token of its own, as those of LLaMA do."""
+    """A tokenizer that begins every text with a special token, as those of LLaMA do."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer(400, 1)
@@ -183,7 +185,7 @@ def special_tokenizer(template: str):
     return tokenizer
 
 
-def test_special_tokens_stand_twice_where_the_template_has_one(tmp_path, data):
+def test_the_first_special_token_comes_twice_where_the_template_has_it(tmp_path, data):
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = save(llama(), special_tokenizer(template), tmp_path / "m")
     flags = ("--model", model, "--data-dir", data, "--llama-name", "no")
@@ -212,7 +214,7 @@ def test_a_letter_is_the_last_token_of_its_text_with_special_tokens(tmp_path, da
 
 def test_equal_scores_take_the_first_option(models, data, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        run_malay_mmlu,
+        malay_scores,
         "option_scores",
         lambda model, layout, batch, letters: [([1.0] * 4, [0.0, 2.0, 2.0])] * len(batch),
     )
@@ -222,7 +224,7 @@ def test_equal_scores_take_the_first_option(models, data, tmp_path, monkeypatch)
     assert items["full_answer"] == [float(row["key"] == "B") for row in rows()]
 
 
-def test_logits_that_are_not_finite_are_no_answer(data, tmp_path, fails):
+def test_logits_that_are_not_finite_give_no_answer(data, tmp_path, fails):
     model = llama()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
@@ -258,7 +260,7 @@ def test_a_killed_run_continues_to_the_same_bytes(models, data, tmp_path, monkey
         seen.append(len(batch))
         return option_scores(model, layout, batch, letters)
 
-    monkeypatch.setattr(run_malay_mmlu, "option_scores", counted)
+    monkeypatch.setattr(malay_scores, "option_scores", counted)
     kill = True
     with pytest.raises(KeyboardInterrupt):
         run_main(run_malay_mmlu, *flags, "--output-dir", tmp_path / "killed")
@@ -269,7 +271,7 @@ def test_a_killed_run_continues_to_the_same_bytes(models, data, tmp_path, monkey
     assert sum(seen) == 4 and "continuing after 16 of 20" in caplog.text
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["malay_mmlu.json"]
     assert (tmp_path / "killed" / "malay_mmlu.json").read_bytes() == expected
-    (tmp_path / "killed/malay_mmlu.partial.json").write_text("{}")  # killed between the score and its removal
+    (tmp_path / "killed/malay_mmlu.partial.json").write_text("{}")  # as after a kill between the score and its removal
     run_main(run_malay_mmlu, *flags, "--output-dir", tmp_path / "killed")
     assert sum(seen) == 4 and "is finished already" in caplog.text
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["malay_mmlu.json"]
@@ -279,7 +281,7 @@ def test_a_killed_run_continues_to_the_same_bytes(models, data, tmp_path, monkey
     assert record["items"]["ids"] == ["1", "2", "3", "4", "5"]
 
 
-def test_what_other_inputs_left_behind_is_not_continued(models, data, tmp_path):
+def test_a_partial_file_of_other_inputs_is_not_continued(models, data, tmp_path):
     foreign = {"fingerprint": "other", "chunks": [{"first_token": [1] * 8, "full_answer": [1] * 8, "cut": 8}] * 3}
     (tmp_path / "malay_mmlu.partial.json").write_text(json.dumps(foreign))
     run_main(run_malay_mmlu, "--model", models["target"], "--output-dir", tmp_path, "--data-dir", data)
@@ -322,28 +324,28 @@ def test_bad_rows_are_named(models, tmp_path, fails, message):
     assert message in line and "MalayMMLU_0shot.json, row 2" in line and not (tmp_path / "out").exists()
 
 
-def test_bad_input_is_told(models, data, tmp_path, fails, monkeypatch):
-    def told(*flags, model=models["target"]):
+def test_bad_input_is_an_error(models, data, tmp_path, fails, monkeypatch):
+    def error(*flags, model=models["target"]):
         return fails(run_malay_mmlu, "--model", model, "--output-dir", tmp_path / "out", *flags)
 
     advice = "--data_dir (without it, the malay task runs belebele_zsm_Latn and Global-MMLU ms in its place)"
-    assert "MALAY_REPO is not set" in (line := told()) and advice in line
+    assert "MALAY_REPO is not set" in (line := error()) and advice in line
     monkeypatch.setenv("MALAY_REPO", str(tmp_path))
-    assert f"{tmp_path / 'data' / 'MalayMMLU_1shot.json'} does not exist" in (line := told("--shots", 1))
+    assert f"{tmp_path / 'data' / 'MalayMMLU_1shot.json'} does not exist" in (line := error("--shots", 1))
     assert advice in line and "in MALAY_REPO" in line
-    assert "--shots is 4; MalayMMLU has 0, 1, 2 or 3" in told("--shots", 4, "--data-dir", data)
-    assert "limit is 0; expected at least 1" in told("--limit", 0, "--data-dir", data)
-    few = write(tmp_path, *rows(2), shots=3)  # without the columns of examples
-    assert "lacks full_question_3shot" in told("--shots", 3, "--data-dir", few)
-    assert "lacks full_question_3shot_llama" in told("--shots", 3, "--data-dir", few, "--llama-name", "yes")
+    assert "--shots is 4; MalayMMLU has 0, 1, 2 or 3" in error("--shots", 4, "--data-dir", data)
+    assert "limit is 0; expected at least 1" in error("--limit", 0, "--data-dir", data)
+    few = write(tmp_path, *rows(2), shots=3)  # the columns of three examples are missing
+    assert "lacks full_question_3shot" in error("--shots", 3, "--data-dir", few)
+    assert "lacks full_question_3shot_llama" in error("--shots", 3, "--data-dir", few, "--llama-name", "yes")
     write(tmp_path)
-    assert "has no rows" in told("--data-dir", tmp_path)
+    assert "has no rows" in error("--data-dir", tmp_path)
     (tmp_path / "MalayMMLU_0shot.json").write_text("<html>")
-    assert "is neither a JSON array nor JSON lines" in told("--data-dir", tmp_path)
+    assert "is neither a JSON array nor JSON lines" in error("--data-dir", tmp_path)
     tokenizer = make_tokenizer(400, 1)
     tokenizer.chat_template = None
     plain = save(llama(), tokenizer, tmp_path / "plain")
-    assert "plain has no chat template" in (line := told("--data-dir", data, model=plain))
+    assert "plain has no chat template" in (line := error("--data-dir", data, model=plain))
     assert line.endswith("or give --prompt plain")
     tiny = save(llama(max_position_embeddings=4), make_tokenizer(400, 1), tmp_path / "tiny")
-    assert "tokens, but the model has 4 positions" in told("--data-dir", data, model=tiny)
+    assert "tokens, but the model has 4 positions" in error("--data-dir", data, model=tiny)

@@ -1,4 +1,4 @@
-"""MalayMMLU: its questions as they stand in the files, how a model is asked, and by which name."""
+"""MalayMMLU: its questions as they stand in the files, the prompts, and which name of a model counts."""
 
 import json
 import shutil
@@ -11,10 +11,10 @@ from malay_rows import rows
 from core.errors import UserError
 from core.models.checkpoints import open_checkpoint
 from core.texts.tokens import DATE_STRING
-from evaluation.benchmarks.malay_mmlu import read_options, read_questions
+from evaluation.benchmarks.malay_mmlu import is_llama, read_options, read_questions, target_name
 from evaluation.benchmarks.option_scores import encode, option_scores
-from evaluation.benchmarks.prompts import Asking, is_llama, rendered, target_name
-from evaluation.scores import Evaluated
+from evaluation.benchmarks.prompts import PromptSettings, rendered
+from evaluation.evaluated_model import EvaluatedModel
 
 
 @pytest.mark.parametrize("variable", ["date_string", "strftime_now('%d %b %Y')"])
@@ -26,7 +26,7 @@ def test_templates_with_a_date_get_the_same_one_every_day(variable):
     assert not today.startswith(DATE_STRING)
 
 
-def test_a_template_that_refuses_is_told_with_the_text():
+def test_a_template_that_refuses_is_an_error_with_the_text():
     tokenizer = make_tokenizer(400, 1)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UserError, match="text that begins 'soalan': no such role"):
@@ -34,15 +34,15 @@ def test_a_template_that_refuses_is_told_with_the_text():
 
 
 def test_the_name_that_counts_is_the_whole_one_or_the_target_s(models, tmp_path):
-    def counts(folder, **asking):
-        return is_llama(Asking(**asking), Evaluated(open_checkpoint(str(folder))))
+    def counts(folder, **settings):
+        return is_llama(PromptSettings(**settings), EvaluatedModel(open_checkpoint(str(folder))))
 
     for name, expected in (("my-LLaMA-org/small", True), ("other/small", False)):
         folder = shutil.copytree(models["target"], tmp_path / "a" / name)
         assert counts(folder)[0] == expected and f"by the name {folder}" in counts(folder)[1]
         assert counts(folder, policy="plain")[0] is False
     assert counts(folder, llama_name="yes") == (True, "--llama-name yes")
-    # A checkpoint of ours has its target's name, a training that of what it began with.
+    # For a checkpoint of ours the name of its target counts, for a training that of the model it began with.
     fused, trained = tmp_path / "llama/fused", shutil.copytree(folder, tmp_path / "llama/adapted")
     shutil.copytree(folder, fused)
     (fused / "manifest.json").write_text(json.dumps({"inputs": {"target": {"id": "org/Small"}}}))
@@ -54,7 +54,7 @@ def test_the_name_that_counts_is_the_whole_one_or_the_target_s(models, tmp_path)
         assert target_name(trained) == expected
 
 
-def test_real_manifests_say_what_the_target_is(fused, models):
+def test_a_real_manifest_names_the_target(fused, models):
     assert target_name(fused) == str(models["target"])
 
 
@@ -70,7 +70,7 @@ def test_options_stay_as_they_stand_in_the_file():
 
 
 def test_texts_may_hold_separators_that_json_allows(tmp_path):
-    """JSON leaves U+2028 and U+0085 as they are, and only a line feed ends a line of JSON."""
+    """JSON allows U+2028 and U+0085 within a text, so only a line feed ends a line of JSON."""
     given = rows(3)
     given[0] |= {"prompt": "so\u2028alan\x85 satu", "options": "A. sa\u2028tu\nB. du\x0ba\x85", "key": "B"}
     path = tmp_path / "MalayMMLU_0shot.json"
@@ -85,7 +85,7 @@ def test_texts_may_hold_separators_that_json_allows(tmp_path):
 
 
 def test_prompt_and_option_are_joined_without_a_separator_and_tokenised_as_one(models):
-    """Also where a token spans their border: every text is what the tokenizer makes of it whole."""
+    """Even where a token spans their border: each text is encoded as the tokenizer encodes it as a whole."""
     tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
     prompt, answers = "the model ", ("model cost", "cost")
     wholes = [tokenizer(text)["input_ids"] for text in (prompt, *(prompt + answer for answer in answers))]

@@ -1,4 +1,4 @@
-"""All benchmarks of a task for one model, through the command: what runs in place of what is absent, resuming."""
+"""All benchmarks of a task for one model, through the command: stand-ins for absent benchmarks, resuming, dry runs."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from core.models.checkpoints import open_checkpoint
 from core.runs.command_line import load_experiment
 from evaluation import run_task
 from evaluation.benchmarks.registry import GENERAL, STAND_INS, task_benchmarks
-from evaluation.scores import Evaluated
+from evaluation.evaluated_model import EvaluatedModel
 
 
 @pytest.fixture
 def benchmarks(benchmark_data, tmp_path, monkeypatch):
-    """A copy of the generated benchmark files, and no variable that points elsewhere."""
+    """A copy of the generated benchmark files; no environment variable points to others."""
     for variable in ("MALAY_REPO", "YUE_BENCHMARK_ROOT", "BENCHMARK_DATA"):
         monkeypatch.delenv(variable, raising=False)
     return shutil.copytree(benchmark_data, tmp_path / "benchmarks")
@@ -33,22 +33,22 @@ def run(models, benchmarks, out, task, *flags):
     return json.loads((out / "task.json").read_text())["benchmarks"]
 
 
-def test_malay_stands_in_until_its_own_files_are_there(models, benchmarks, tmp_path, capsys, caplog):
+def test_others_stand_in_for_malay_mmlu_until_its_files_are_present(models, benchmarks, tmp_path, capsys, caplog):
     found = run(models, benchmarks, tmp_path / "out", "malay", "--limit", 4)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert "MalayMMLU needs a clone of its repository" in found["malay_mmlu"]["absent"]
-    there = [name for name in STAND_INS["malay_mmlu"] if "file" in found[name]]
-    assert there == ["global_mmlu_full_ms_anatomy", "global_mmlu_full_ms_business_ethics"]  # what was generated
+    scored = [name for name in STAND_INS["malay_mmlu"] if "file" in found[name]]
+    assert scored == ["global_mmlu_full_ms_anatomy", "global_mmlu_full_ms_business_ethics"]  # only these have files
     assert "put belebele/zsm_Latn.jsonl below --data-dir" in found["belebele_zsm_Latn"]["absent"]
     assert all(found[name]["stands_in_for"] == "malay_mmlu" for name in STAND_INS["malay_mmlu"])
-    assert told.count("(in place of malay_mmlu)") == len(there) and "malay_mmlu        " in told
-    scores = {name: (tmp_path / "out" / found[name]["file"]).read_bytes() for name in there}
+    assert printed.count("(in place of malay_mmlu)") == len(scored) and "malay_mmlu        " in printed
+    scores = {name: (tmp_path / "out" / found[name]["file"]).read_bytes() for name in scored}
     assert all(json.loads(text)["metrics"]["acc"]["n"] == 4 for text in scores.values())
     caplog.clear()
     caplog.set_level("INFO")
     run(models, benchmarks, tmp_path / "out", "malay", "--limit", 4)
-    assert caplog.text.count("is finished already") == len(there)
-    assert {name: (tmp_path / "out" / found[name]["file"]).read_bytes() for name in there} == scores
+    assert caplog.text.count("is finished already") == len(scored)
+    assert {name: (tmp_path / "out" / found[name]["file"]).read_bytes() for name in scored} == scores
     (benchmarks / "malay_mmlu").mkdir()
     write(benchmarks / "malay_mmlu", *rows(8))
     assert run(models, benchmarks, tmp_path / "out", "malay") == {"malay_mmlu": {"file": "malay_mmlu.json"}}
@@ -63,13 +63,12 @@ def test_cantonese_answers_are_generated_and_scored(models, benchmarks, tmp_path
 
 def test_nothing_scored_is_a_failure(models, benchmarks, tmp_path, fails):
     flags = ("--model", models["target"], "--task", "cantonese", "--output-dir", tmp_path / "none")
-    told = fails(run_task, *flags, "--data-dir", tmp_path)
-    assert "no benchmark of cantonese was scored" in told
+    assert "no benchmark of cantonese was scored" in fails(run_task, *flags, "--data-dir", tmp_path)
     found = json.loads((tmp_path / "none/task.json").read_text())["benchmarks"]
     assert found.keys() == {"yue_mmlu"} and "YUE_BENCHMARK_ROOT" in found["yue_mmlu"]["absent"]
 
 
-def test_a_mistyped_folder_is_told_and_leaves_nothing(models, tmp_path, fails):
+def test_a_mistyped_folder_is_an_error_and_leaves_nothing_behind(models, tmp_path, fails):
     flags = ("--model", models["target"], "--output-dir", tmp_path / "none", "--data-dir", tmp_path / "typo")
     for task in ("malay", "cantonese", "general"):
         assert "typo does not exist" in fails(run_task, *flags, "--task", task)
@@ -81,28 +80,28 @@ def test_what_an_answer_depends_on_is_in_the_identity(models, tmp_path):
     folder = shutil.copytree(models["target"], tmp_path / "m")
 
     def identity():
-        return Evaluated(open_checkpoint(str(folder))).identity
+        return EvaluatedModel(open_checkpoint(str(folder))).identity
 
     seen = [identity()]
     (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
     seen.append(identity())
-    weights = load_file(folder / "model.safetensors")  # overwritten in place
+    weights = load_file(folder / "model.safetensors")  # overwritten under the same name
     save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     seen.append(identity())
     (folder / "manifest.json").write_text('{"fingerprint": "of ours"}')
     seen.append(identity())
     assert len({digest_of(one) for one in seen}) == 4
     for path in folder.iterdir():
-        os.utime(path, ns=(1, 1))  # a copy has other times
+        os.utime(path, ns=(1, 1))  # as a copy of the files has
     assert identity() == seen[-1]
 
 
 def test_dry_run_says_where_the_items_are(benchmarks, tmp_path, capsys):
     flags = ("--model", "nowhere", "--output-dir", tmp_path / "none", "--data-dir", benchmarks, "--dry-run", "--task")
     run_main(run_task, *flags, "malay")
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("malay_mmlu: absent: ") and told[1].startswith("belebele_zsm_Latn: ")
-    assert f"global_mmlu_full_ms_anatomy: {benchmarks}/global_mmlu/ms/global_mmlu_anatomy_ms_test.jsonl, " in told[2]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("malay_mmlu: absent: ") and lines[1].startswith("belebele_zsm_Latn: ")
+    assert f"global_mmlu_full_ms_anatomy: {benchmarks}/global_mmlu/ms/global_mmlu_anatomy_ms_test.jsonl, " in lines[2]
     run_main(run_task, *flags, "cantonese")
     assert capsys.readouterr().out == f"yue_mmlu: {benchmarks}/yue_benchmark/Yue-MMLU\n"
     (benchmarks / "yue_benchmark/Yue-MMLU/arts.json").write_text("[{}]")
@@ -114,13 +113,13 @@ def test_dry_run_says_where_the_items_are(benchmarks, tmp_path, capsys):
         run_main(run_task, *flags, "thai")
     with pytest.raises(UserError, match="no benchmark of cantonese can be scored"):
         run_main(run_task, *flags[:4], "--data-dir", tmp_path, "--dry-run", "--task", "cantonese")
-    told = capsys.readouterr().out
-    assert "damaged: " in told and "arts.json, item 0: expected strings" in told
-    assert "val.th.jsonl, line 1 is not valid JSON" in told and "exemplars_th_en.json is missing" in told
+    printed = capsys.readouterr().out
+    assert "damaged: " in printed and "arts.json, item 0: expected strings" in printed
+    assert "val.th.jsonl, line 1 is not valid JSON" in printed and "exemplars_th_en.json is missing" in printed
     assert not (tmp_path / "none").exists()
 
 
-def test_damaged_files_are_no_absent_ones(models, benchmarks, tmp_path, fails):
+def test_damaged_files_are_an_error_and_not_absent(models, benchmarks, tmp_path, fails):
     (benchmarks / "malay_mmlu").mkdir()
     write(benchmarks / "malay_mmlu", {"prompt": "p"})
     flags = ("--model", models["target"], "--output-dir", tmp_path / "out", "--data-dir", benchmarks, "--task")

@@ -1,4 +1,4 @@
-"""Score files: the declared metric, files of earlier versions, and how the tables read them."""
+"""Score files: the metric that is declared, files of earlier versions, and how the tables read them."""
 
 import json
 
@@ -8,7 +8,8 @@ from conftest import run_main
 from core.errors import UserError
 from core.manifest import FORMAT_VERSION
 from evaluation import collect_results
-from evaluation.benchmarks.harness import HUB_TASKS, local_tasks, reported_metric
+from evaluation.benchmarks.harness import HUB_TASKS, reported_metric
+from evaluation.benchmarks.local_tasks import local_tasks
 from evaluation.benchmarks.registry import EXPERIMENTS, GENERAL, STAND_INS, task_benchmarks
 from evaluation.scores import Score, finished, read_score, write_score
 
@@ -16,7 +17,7 @@ INPUTS = {"model": {"weights": "w", "dtype": "auto"}, "data": "d"}
 
 
 def score_of(items: list[float], **details) -> Score:
-    """Two metrics of which the second is the declared one; the first says the opposite of every item."""
+    """A score with two metrics: the second is the declared one, the first gives every item the opposite score."""
     opposite = [1.0 - item for item in items]
     return Score(
         "b", [str(n) for n in range(len(items))], {"acc_norm": opposite, "acc": items}, (), details, metric="acc"
@@ -24,22 +25,22 @@ def score_of(items: list[float], **details) -> Score:
 
 
 def arm(folder, name, items, **details):
-    """The score of one benchmark as run_task.py leaves it."""
+    """Write the score of one benchmark into an arm's folder, as run_task.py does."""
     write_score(folder / f"{name}.json", score_of(items, **details), INPUTS)
     record = {"task": "t", "model": "m", "limit": None, "benchmarks": {name: {"file": f"{name}.json"}}}
     (folder / "task.json").write_text(json.dumps(record))
 
 
-def run_of(place, task, name="arc_id", **details):
-    """A run whose base has one of four items right and whose fused model has three."""
+def write_run(run, task, name="arc_id", **details):
+    """Write a run whose base has one of four items right, and whose fused model has three."""
     for which, items in (("base", [0.0, 0.0, 0.0, 1.0]), ("fused", [1.0, 1.0, 0.0, 1.0])):
-        arm(place / f"benchmarks/{task}/{which}", name, items, **details)
-    (place / "fused").mkdir()
-    (place / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
+        arm(run / f"benchmarks/{task}/{which}", name, items, **details)
+    (run / "fused").mkdir()
+    (run / "fused/manifest.json").write_text(json.dumps({"format": FORMAT_VERSION}))
 
 
 def test_tables_report_the_declared_metric_wherever_the_file_lists_it(tmp_path):
-    run_of(tmp_path / "indonesian", "indonesian")
+    write_run(tmp_path / "indonesian", "indonesian")
     run_main(collect_results, "--results-dir", tmp_path)
     found = json.loads((tmp_path / "tables/indonesian.json").read_text())
     row = found["runs"]["indonesian"]["sets"]["indonesian"]["rows"]["arc_id"]
@@ -57,7 +58,7 @@ def test_every_benchmark_of_an_experiment_declares_its_metric():
         reported_metric("piqa", ["acc_norm"])
 
 
-def test_an_extra_task_reports_acc_or_the_harness_s_first_and_says_so():
+def test_an_extra_task_reports_its_only_metric_or_acc_and_says_so():
     assert reported_metric("extra", ["f1"]) == ("f1", "")
     assert reported_metric("extra", ["acc_norm", "acc"]) == ("acc", "acc of acc_norm, acc: none is declared")
     with pytest.raises(UserError, match="extra has the metrics em,strict, em,loose, and none is declared"):

@@ -18,7 +18,7 @@ from evaluation.significance import (
 
 
 def test_groups_of_one_size_give_the_usual_t():
-    """Equal groups: the standard error of the mean of group means, with G - 1 degrees of freedom."""
+    """For equal groups the error is the standard error of the mean of group means, with G - 1 degrees of freedom."""
     rng = np.random.default_rng(0)
     means, within = rng.normal(0.3, 1, 12), rng.normal(0, 1, (12, 5))
     values = (means[:, None] + within).ravel()
@@ -50,7 +50,7 @@ def test_the_seeds_spread_is_part_of_the_interval():
     assert variance == pytest.approx(found.variance + found.seed_variance) and 2 <= dof < 4
     alone = difference(runs[:1], [np.zeros(40)], [1.0] * 40, range(40))
     assert alone.seed_variance == 0 and alone.total == (alone.variance, alone.dof)
-    # Against another arm with the same seeds each is compared with its own.
+    # Where the other arm has the same seeds, each seed is compared with the same seed.
     assert difference(runs, runs, [1.0] * 40, range(40)).by_seed == (0.0, 0.0, 0.0)
 
 
@@ -67,13 +67,19 @@ def test_interval_and_p_value_agree():
 
 
 def answers(won: int, lost: int, same: int) -> tuple[list[float], list[float]]:
-    """Right and wrong answers of two models, of which the first wins and loses so many items."""
+    """Right (1) and wrong (0) answers of two models.
+
+    Args:
+        won, lost: number of items that only the first model, or only the second, has right.
+        same: number of items that both have right.
+    """
     return [1.0] * won + [0.0] * lost + [1.0] * same, [0.0] * won + [1.0] * lost + [1.0] * same
 
 
 def test_right_and_wrong_answers_are_judged_as_by_mcnemars_exact_test():
-    """Of items that only one of two models has right the number won is binomial. The t never finds a difference where
-    the exact p is clearly above 0.05, and finds every one that is clearly below."""
+    """The exact test counts the items that only one of two models has right; without a difference, the number won is
+    binomial. The t finds no difference where the exact p is clearly above 0.05, and one wherever it is clearly below.
+    """
     assert exact(9, 3) == pytest.approx(2 * sum(math.comb(12, k) for k in range(4)) / 2**12)
     for won in range(1, 25):
         for lost in range(won + 1):
@@ -92,20 +98,20 @@ def exact(won: int, lost: int) -> float:
 
 
 def test_four_against_none_is_no_evidence():
-    """The example that a percentile interval gets wrong: McNemar's exact p is 0.125."""
+    """A percentile bootstrap would find a difference here, although McNemar's exact p is 0.125."""
     ours, base = answers(4, 0, 16)
     found = paired([ours], base)
     assert exact(4, 0) == 0.125 and found.p > 0.1
     low, high = found.ci95
     assert low < 0 < found.diff == 0.2 < high
-    several = paired([ours, ours, ours], base)  # three seeds that answer alike know no more
+    several = paired([ours, ours, ours], base)  # three seeds with the same answers add no information
     assert several.p == pytest.approx(found.p)
     with pytest.raises(ValueError, match=r"\[20\] and 19 items"):
         paired([ours], base[1:])
 
 
 def test_a_difference_that_is_the_same_everywhere_has_no_known_error():
-    """Two of two items won by all seeds: no variance was seen, which is not a variance of 0."""
+    """All seeds win both of two items: that no variance was seen does not mean that it is 0."""
     found = paired([[1.0, 1.0]] * 3, [0.0, 0.0])
     assert found.diff == 1 and found.ci95 is None and found.p is None
     other = difference([[0.0, 1.0, 0.5]], [[0.0, 0.0, 0.0]], [1.0] * 3, range(3))
@@ -153,7 +159,7 @@ def test_common_scale():
 
 
 def sizes(rng: np.random.Generator, groups: int) -> np.ndarray:
-    """Texts per group, very unequal."""
+    """Very unequal numbers of texts per group."""
     return np.maximum(1, np.round(np.exp(rng.normal(1, 0.8, groups)))).astype(int)
 
 
@@ -161,27 +167,28 @@ def sizes(rng: np.random.Generator, groups: int) -> np.ndarray:
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
 def test_intervals_cover_the_truth(groups, seeds, ratio):
-    """95 % intervals hold the true difference in 92 to 98 % of all experiments.
+    """95 % intervals contain the true difference in 92 to 98 % of all experiments.
 
-    Texts of unequal groups share their group's deviation; every seed has a deviation of its own, `ratio` times as large
-    as that of a group in what it adds to the error of the mean. With one seed the truth is that of this seed.
+    The texts of a group share its deviation, and groups have unequal sizes. Every seed has a deviation of its own,
+    which adds `ratio` times as much to the error of the mean as the groups do. With one seed the truth is that of this
+    seed.
     """
     rng = np.random.default_rng([groups, seeds, int(100 * ratio)])
     trials, covered = 600, 0
     of_seed = ratio * math.sqrt(seeds / groups)
     for _ in range(trials):
-        place = np.repeat(np.arange(groups), sizes(rng, groups))
-        tokens = rng.integers(20, 110, len(place)).astype(float)
-        per_token = rng.normal(0, 1, groups)[place] + rng.normal(0, 0.7, len(place))
+        group_of = np.repeat(np.arange(groups), sizes(rng, groups))
+        tokens = rng.integers(20, 110, len(group_of)).astype(float)
+        per_token = rng.normal(0, 1, groups)[group_of] + rng.normal(0, 0.7, len(group_of))
         shift = rng.normal(0, of_seed, seeds)
-        own = rng.normal(0, 0.3 * of_seed, (seeds, groups))[:, place]
+        own = rng.normal(0, 0.3 * of_seed, (seeds, groups))[:, group_of]
         values = (per_token + shift[:, None] + own) * tokens
-        found = difference(values, [np.zeros(len(place))], tokens, place)
+        found = difference(values, [np.zeros(len(group_of))], tokens, group_of)
         low, high = found.ci95
         covered += low <= (shift[0] if seeds == 1 else 0.0) <= high
     assert 0.92 <= covered / trials <= 0.98
 
 
-def test_an_estimate_is_read_one_way():
+def test_the_record_of_an_estimate_holds_its_readings():
     found = Estimate(-0.2, 0.01, 20.0, (-0.2,), 21)
     assert found.record() == {"diff": -0.2, "ci95": found.ci95, "p": found.p, "dof": 20.0}

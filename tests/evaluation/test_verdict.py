@@ -1,15 +1,16 @@
-"""The comparison of arms: its statistics on made-up losses, and what the table says of them."""
+"""The statistics of arms on made-up losses, and what the table says of them."""
 
 import numpy as np
 import pytest
 
 from core.errors import UserError
 from core.fusion.controls import CONTROLS
-from evaluation import compare_arms
-from evaluation.verdict import statistics, table
+from evaluation.arms.models import check_losses
+from evaluation.arms.run import TRAINED
+from evaluation.arms.verdict import statistics, table, trial_notes
 
-# Every row of the table.
-ARMS = ("base", *CONTROLS, "fused", *compare_arms.TRAINED)
+# The rows of the table.
+ARMS = ("base", *CONTROLS, "fused", *TRAINED)
 
 
 def made_up(seed: int = 0) -> tuple[dict[str, list[float]], list[int]]:
@@ -44,7 +45,7 @@ def test_statistics_weigh_tokens_and_pair_texts():
 
 
 def test_texts_of_one_group_count_as_one():
-    """Every text five times over says nothing new: where copies share a group the interval stays as it was."""
+    """Five copies of every text add no information: where the copies share a group, the interval does not change."""
     per_text, tokens = made_up()
     once = statistics(per_text, tokens, range(50))["fused"]
     copied, more = {arm: sums * 5 for arm, sums in per_text.items()}, tokens * 5
@@ -54,7 +55,7 @@ def test_texts_of_one_group_count_as_one():
     assert alone["ci95"][1] - alone["ci95"][0] < 0.5 * (once["ci95"][1] - once["ci95"][0])
 
 
-def test_seeds_are_averaged_per_text_and_told_apart():
+def test_seeds_are_averaged_per_text_and_listed_one_by_one():
     per_text, tokens = made_up()
     groups = list(range(50))
     single = statistics(per_text, tokens, groups)
@@ -80,9 +81,9 @@ def test_seeds_are_averaged_per_text_and_told_apart():
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])  # its seeds differ by more than the texts
     same, single_gap = (r["fused_adapted"]["minus_no_hot"]["ci95"] for r in (found, single))
     assert same[1] - same[0] == pytest.approx(single_gap[1] - single_gap[0])  # as much in every seed
-    told = table(found, counts(tokens, groups))
-    assert f"; by seed {gap['seeds']['seed0']:+.4f}, {gap['seeds']['seed1']:+.4f}." in told
-    assert "one seed" not in told
+    text = table(found, counts(tokens, groups))
+    assert f"; by seed {gap['seeds']['seed0']:+.4f}, {gap['seeds']['seed1']:+.4f}." in text
+    assert "one seed" not in text
     alone = {arm: sums for arm, sums in split.items() if not arm.endswith("seed1")}
     assert "Each training has one seed" in table(statistics(alone, tokens, groups), counts(tokens, groups))
 
@@ -98,15 +99,15 @@ def test_verdict_is_honest():
     assert "No transfer shown: fused is not reliably better than self." in verdict(
         {**per_text, "self": per_text["fused"]}
     )
-    assert "rest on 10 groups only and are rough" in verdict(per_text, [n % 10 for n in groups])
-    told = verdict(per_text, [0] * 50)
-    assert "no interval can be given" in told and "[no interval]" in told and "No transfer shown" in told
+    assert "rest on only 10 groups and are rough" in verdict(per_text, [n % 10 for n in groups])
+    text = verdict(per_text, [0] * 50)
+    assert "no interval can be given" in text and "[no interval]" in text and "No transfer shown" in text
 
 
 def test_a_loss_that_is_not_a_number_is_no_success():
-    """Neither where losses are measured nor, should one get through, in the sentence."""
+    """It is refused where losses are measured, and should one get through, the sentence claims no success."""
     with pytest.raises(UserError, match="fused: the loss of 2 of 4 general texts is not finite, first that of text 2"):
-        compare_arms.check_finite([1.0, float("nan"), 2.0, float("inf")], "fused", "general")
+        check_losses([1.0, float("nan"), 2.0, float("inf")], "fused", "general")
     per_text, tokens = made_up()
     arms = statistics(per_text, tokens, range(50))
     arms["self"]["fused_minus_arm"]["ci95"] = [float("nan")] * 2
@@ -119,26 +120,32 @@ def test_a_loss_that_is_not_a_number_is_no_success():
 def test_general_text_says_what_its_intervals_rest_on():
     per_text, tokens = made_up()
     arms, few = statistics(per_text, tokens, range(50)), statistics(per_text, tokens, [n % 3 for n in range(50)])
-    told = table(arms, counts(tokens, range(50)), few, counts(tokens, range(3), left_out=2))
-    assert "On general text (50 texts of 3 groups, base 3.0000)" in told
-    assert "General text: The intervals rest on 3 groups only and are rough." in told
-    assert "General text: 2 more texts have no token to score" in told
+    text = table(arms, counts(tokens, range(50)), few, counts(tokens, range(3), left_out=2))
+    assert "On general text (50 texts of 3 groups, base 3.0000)" in text
+    assert "General text: The intervals rest on only 3 groups and are rough." in text
+    assert "General text: 2 more texts have no token to score" in text
 
 
-def test_a_loss_beyond_any_perplexity_is_told():
+def test_a_loss_beyond_any_perplexity_is_shown_as_infinite():
     per_text, tokens = made_up()
     per_text["permuted"] = [900.0 * count for count in tokens]
-    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50)))
-    assert "permuted       900.0000      inf" in told
+    text = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50)))
+    assert "permuted       900.0000      inf" in text
 
 
-def test_what_was_left_out_and_what_losses_include_is_told():
+def test_the_table_says_what_was_left_out_and_what_losses_include():
     per_text, tokens = made_up()
-    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), left_out=3, end_of_turn=True))
-    assert "3 more texts have no token to score and are left out." in told
-    assert "include the token that ends an answer" in told
+    text = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), left_out=3, end_of_turn=True))
+    assert "3 more texts have no token to score and are left out." in text
+    assert "include the token that ends an answer" in text
     del per_text["wrong_layer"]
-    absent = compare_arms.impossible_controls(1)
-    told = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), absent=absent))
-    assert "wrong_layer is left out: the target has one layer" in told
-    assert "than every control that was measured (without wrong_layer)" in told
+    absent = {"wrong_layer": "the target has one layer"}
+    text = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), absent=absent))
+    assert "wrong_layer is left out: the target has one layer" in text
+    assert "than every control that was measured (without wrong_layer)" in text
+
+
+def test_the_number_of_trials_is_said_where_some_arm_had_several():
+    assert trial_notes({}) == trial_notes({"no_hot": 1, "fused_adapted": 1}) == []
+    (note,) = trial_notes({"no_hot": 1, "fused_adapted": 3})
+    assert note == "Each training is the best of several trials, chosen on validation rows: no_hot 1, fused_adapted 3."

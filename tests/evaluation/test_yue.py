@@ -1,4 +1,4 @@
-"""Yue-MMLU: which option a prediction chooses, accuracies as published, prompts as published."""
+"""Yue-MMLU: which option a prediction chooses; accuracies and prompts as published."""
 
 import csv
 import json
@@ -30,9 +30,9 @@ PROMPT = "問題：邊個\nA. 蔡元培\nB. 黃遵憲\nC. 胡適\nD. 梁啟超\n
         (" b ", ("B", 1)),
         ("答案係B", ("B", 1)),
         ("", (None, None)),
-        (" \n", ("A", 8)),  # white space alone is an answer like no option
+        (" \n", ("A", 8)),  # white space alone is an answer that resembles no option
         ("因此A錯\n答案\n是 C", ("C", 2)),
-        ("因此A錯答案是 \n 甲 d", ("D", 2)),  # white space and other text between 是 and the letter
+        ("因此A錯答案是 \n 甲 d", ("D", 2)),  # white space and other text may stand between 是 and the letter
         ("結論係B，A錯", ("A", 8)),  # 結論 alone is a conclusion, but no answer word follows
         ("結論是字母是C，唔係A", ("C", 2)),
         ("所以答案是 c，唔係 d", ("C", 2)),
@@ -44,22 +44,22 @@ PROMPT = "問題：邊個\nA. 蔡元培\nB. 黃遵憲\nC. 胡適\nD. 梁啟超\n
         ("所以答案是C類，即是 B", ("B", 2)),  # C does not end a word; the next 是 is within reach
         ("a B\tc答案: d, not a", ("D", 3)),
         ("x\n答案为b。 a", ("B", 3)),
-        ("The correct 答案: d, not a", ("D", 5)),  # letters other than A to D are no beginning
+        ("The correct 答案: d, not a", ("D", 5)),  # rule 3 allows no letters but A to D before it
         ("A: x。選擇是 C", ("C", 3)),
         ("B是 x C", ("B", 4)),
         ("x。A。 C", ("A", 4)),
         ("x。 \tA \n。 C", ("A", 4)),
         ("x。a。 C d", ("C", 6)),  # case matters in rules 4 and 6
         ("我話答案: C, A", ("C", 5)),
-        ("我話答案：C, A", ("C", 6)),  # a full-width colon is none of the words
+        ("我話答案：C, A", ("C", 6)),  # a full-width colon does not count
         ("我話答案: c, A", ("C", 5)),
         ("AB, C", ("C", 6)),
-        ("選A. 唔選B。", ("A", 8)),  # a letter and a full stop, but within a word: nothing is alike, so the first
+        ("選A. 唔選B。", ("A", 8)),  # the letters are part of words, and nothing is similar
         ("胡適, Abba", ("C", 8)),
         ("胡適", ("C", 8)),
         ("\uff22\uff22梁", ("D", 8)),
         ("\uff22", ("A", 8)),  # a full-width B is no letter of an option
-        ("I refuse, as this is beyond me", ("A", 8)),  # nothing is alike: the first option all the same
+        ("I refuse, as this is beyond me", ("A", 8)),  # nothing is similar: the first option all the same
     ],
 )
 def test_rules_in_their_order(text, expected):
@@ -75,13 +75,13 @@ def test_words_reach_20_and_10_characters():
         assert choose("A, B, 我話字母" + "一" * 10 + "為" + "一" * gap + " C", PROMPT) == reached
 
 
-def test_likeness_is_that_of_matches_and_of_the_first_of_equals():
-    # Indels only: "bc" to "bd" is 2 of 4 characters matched, a substitution counted once would say the same of "b".
-    assert choose("甲乙丙", "A. 甲\nB. 甲乙丁戊\nC. 乙丙\nD. 丁\n") == ("C", 8)  # 2/4, 4/7, 4/5, 0
+def test_similarity_counts_matches_and_the_first_of_equals_wins():
+    # Only insertions and deletions count, so that a substitution is two edits.
+    assert choose("甲乙丙", "A. 甲\nB. 甲乙丁戊\nC. 乙丙\nD. 丁\n") == ("C", 8)  # ratios 2/4, 4/7, 4/5, 0
     assert choose("甲乙", "A. 丙\nB. 甲\nC. 乙\nD. 丁\n") == ("B", 8)
     assert choose("甲乙", "no options") == (None, None)
-    assert choose("VV", "A. V\nB. W\nC. VV\nD. vv\n") == ("C", 8)  # both are lowered, the first of equals wins
-    assert choose("VV", "D. wv\nA. xv\n") == ("D", 8)  # the first as it stands in the prompt
+    assert choose("VV", "A. V\nB. W\nC. VV\nD. vv\n") == ("C", 8)  # in lower case both are equal, and the first wins
+    assert choose("VV", "D. wv\nA. xv\n") == ("D", 8)  # the first is the one that comes first in the prompt
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_likeness_is_that_of_matches_and_of_the_first_of_equals():
             "A. 一\nB. 二\nC. 三\nD. 四\n回應：A\n\n\n" + PROMPT + "答案:\n",
             {"A": "蔡元培", "B": "黃遵憲", "C": "胡適", "D": "梁啟超"},
         ),
-        ("C. x\nA. y\nC. z", {"C": "z", "A": "y"}),  # the last text, the first place
-        ("D. 一\n 二\n\n答案：", {"D": "一\n 二\n\n答案："}),  # through line breaks, to 答案 with an ASCII colon alone
+        ("C. x\nA. y\nC. z", {"C": "z", "A": "y"}),  # the last text, in the order of the first
+        ("D. 一\n 二\n\n答案：", {"D": "一\n 二\n\n答案："}),  # across line breaks, up to 答案 only with an ASCII colon
         ("D. 一\n答案:A. 二\nB.三", {"D": "一", "A": "二", "B": "三"}),
         ("問X A. 一 B. 二\nE. 三", {"A": "一 B. 二\nE. 三"}),  # anywhere in a line, ended by the beginning of one
-        ("A.\nB. 二\nC. 三", {"A": "B. 二", "C": "三"}),  # white space after the full stop is not text
-        ("A.一\nB.二", {}),  # a space and a text must follow one letter at least
+        ("A.\nB. 二\nC. 三", {"A": "B. 二", "C": "三"}),  # white space after the full stop is no text
+        ("A.一\nB.二", {}),  # at least one letter must be followed by a space and a text
         ("A.一\nB. 二", {"A": "一", "B": "二"}),
         ("a. x", {}),
     ],
@@ -105,11 +105,11 @@ def test_options_are_read_as_the_benchmark_reads_them(shown, options):
     assert list(options_shown(shown).items()) == list(options.items())
 
 
-def test_an_option_may_be_empty_and_is_then_like_white_space():
+def test_an_option_may_be_empty_and_then_resembles_white_space():
     assert options_shown("A. x\nB. ") == {"A": "x", "B": ""} and choose(" ", "A. x\nB. ") == ("B", 8)
 
 
-def test_options_stand_in_the_last_turn_alone(tmp_path):
+def test_options_are_read_from_the_last_turn_alone(tmp_path):
     turns = [{"role": "HUMAN", "prompt": "A. 胡適\nB. x"}, {"role": "HUMAN", "prompt": "A. y\nB. 胡適"}]
     assert read_answers(predictions(tmp_path, origin_prompt=turns, prediction="胡適"))[0].choice == "B"
     silent = [*turns, {"role": "HUMAN", "prompt": "A.y\nB.胡適"}]
@@ -143,27 +143,27 @@ def test_every_published_accuracy_comes_out(tmp_path):
 
 @published
 def test_prompts_are_the_published_ones():
-    """But for three subjects whose header repeats a clause, questions that are their own example there, and the five
-    after the damaged question of security_study."""
+    """There are three kinds of exceptions: three subjects whose header repeats a clause, questions that are their own
+    example in the published prompts, and the five after the damaged question of security_study."""
     other = {}
     for subject in NAMES:
         found = read_questions(QUESTIONS / f"{subject}.json")
         for shots in (0, 5):
             name = f"ChatGPT/cmmlu-yue-{subject}-{shots}shot.json"
             theirs = json.loads((PREDICTIONS / name).read_text(encoding="utf-8"))
-            shown = {place: theirs[str(place)]["origin_prompt"] for place in found}
-            shown = {place: one if isinstance(one, str) else one[0]["prompt"] for place, one in shown.items()}
+            shown = {n: theirs[str(n)]["origin_prompt"] for n in found}
+            shown = {n: one if isinstance(one, str) else one[0]["prompt"] for n, one in shown.items()}
             other[subject, shots] = [n for n in found if prompt(subject, found, n, shots) != shown[n]]
-            assert all(theirs[str(place)]["gold"] == found[place].answer for place in found)
+            assert all(theirs[str(n)]["gold"] == found[n].answer for n in found)
             if (subject, shots) == ("security_study", 0):
                 assert len(theirs) == len(found) + 1 and 84 not in found
     repeated = ("electrical_engineering", "high_school_geography", "marxist_theory")
     assert all(len(other.pop((subject, 0))) > 100 for subject in repeated)
-    assert {key: places for key, places in other.items() if places} == OTHER_EXAMPLES
+    assert {key: numbers for key, numbers in other.items() if numbers} == OTHER_EXAMPLES
 
 
 def predictions(folder, **changes):
-    """One file with two items, the first of them changed."""
+    """Write a file with two items, the first of them changed; returns its path."""
     turn = {"role": "HUMAN", "prompt": PROMPT}
     items = {
         "0": {"origin_prompt": PROMPT, "prediction": "A", "gold": "A"},
@@ -204,7 +204,7 @@ def test_accuracies_tables_and_errors(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"gold": "E"}, "item 0: gold is 'E'"),
         ({"gold": ["A"]}, "item 0: gold is ['A']"),
@@ -213,19 +213,19 @@ def test_accuracies_tables_and_errors(tmp_path, capsys):
         ({"origin_prompt": [{"role": "HUMAN"}]}, "item 0: origin_prompt is neither"),
     ],
 )
-def test_bad_predictions_name_file_and_item(tmp_path, fails, changes, told):
+def test_bad_predictions_name_file_and_item(tmp_path, fails, changes, message):
     path = predictions(tmp_path, **changes)
     line = fails(evaluate, "--predictions_dir", tmp_path, "--output_dir", tmp_path / "out")
-    assert told in line and str(path) in line and not (tmp_path / "out").exists()
+    assert message in line and str(path) in line and not (tmp_path / "out").exists()
 
 
 def test_other_bad_folders(tmp_path, fails):
     flags = ("--predictions_dir", tmp_path, "--output_dir", tmp_path / "out")
     assert "has no predictions" in fails(evaluate, *flags)
     path = predictions(tmp_path)
-    for content, told in (("[]", "holds no items"), ("{}", "holds no items"), ('{"0": 1}', "item 0"), ("{", "JSON")):
+    for content, message in (("[]", "holds no items"), ("{}", "holds no items"), ('{"0": 1}', "item 0"), ("{", "JSON")):
         path.write_text(content)
-        assert told in fails(evaluate, *flags)
+        assert message in fails(evaluate, *flags)
 
 
 def test_questions_without_an_option_are_left_out(tmp_path, caplog):

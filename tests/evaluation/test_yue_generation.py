@@ -1,4 +1,4 @@
-"""Answers of a model to Yue-MMLU: batches, templates, files in the benchmark's format, resuming."""
+"""The answers of a model to Yue-MMLU: batches, chat templates, files in the benchmark's format, resuming."""
 
 import json
 import os
@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import family_model, qwen2, run_main, save
+from conftest import qwen2, run_main, save
+from family_models import family_model
 
 from core.errors import UserError
 from core.models.checkpoints import open_checkpoint
 from evaluation import evaluate_cmmlu_yue as evaluate
 from evaluation import generate_cmmlu_predictions as predict
-from evaluation.benchmarks import generation
+from evaluation.benchmarks import generation, yue_predictions
 from evaluation.benchmarks.generation import (
     NOTHING,
     Decoding,
@@ -23,11 +24,11 @@ from evaluation.benchmarks.generation import (
     own_settings,
     rendered,
 )
-from evaluation.scores import Evaluated
+from evaluation.evaluated_model import EvaluatedModel
 
 
 def question_files(folder, count=6):
-    """Two subjects, texts of different lengths."""
+    """Write the questions of two subjects, whose texts have different lengths; returns the folder."""
     folder.mkdir(parents=True)
     for subject in ("arts", "logical"):
         rows = [
@@ -51,15 +52,15 @@ def data(tmp_path):
     return question_files(tmp_path / "data")
 
 
-def evaluated_of(folder) -> Evaluated:
-    return Evaluated(open_checkpoint(str(folder)))
+def evaluated_of(folder) -> EvaluatedModel:
+    return EvaluatedModel(open_checkpoint(str(folder)))
 
 
 @pytest.mark.parametrize("which", ["target", "source"])
 def test_a_batch_gives_the_tokens_of_one_at_a_time(models, which):
-    """Also where the model ships sampling and a repetition penalty, which would count the padding."""
+    """Even for a model that comes with sampling and a repetition penalty, which would count the padding."""
     evaluated = evaluated_of(models[which])
-    model, tokenizer = evaluated.model, evaluated.tokenizer
+    model, tokenizer = evaluated.loaded, evaluated.tokenizer
     shipped = model.generation_config
     shipped.update(do_sample=True, temperature=0.5, top_k=3, repetition_penalty=1.7)
     ids = [tokenizer(rendered(tokenizer, "weight 語言 " * n), add_special_tokens=False)["input_ids"] for n in (1, 9, 4)]
@@ -67,7 +68,7 @@ def test_a_batch_gives_the_tokens_of_one_at_a_time(models, which):
         together = continuations(model, ids)
         assert together == [continuations(model, [one])[0] for one in ids]
     assert model.generation_config is shipped
-    greedy = list(ids[2])  # by the definition, one token after the other
+    greedy = list(ids[2])  # by definition, one token after the other
     for _ in range(12):
         greedy.append(int(model(torch.tensor([greedy])).logits[0, -1].argmax()))
         if greedy[-1] == tokenizer.eos_token_id:
@@ -84,11 +85,11 @@ def test_a_common_beginning_read_once_changes_no_token(family):
     shared = common_beginning(model, prompts, 6)
     assert shared.tokens == 4
     alone = [continuations(model, [prompt])[0] for prompt in prompts]
-    for _ in range(2):  # what was read serves every batch
+    for _ in range(2):  # every batch uses what was read
         assert continuations(model, prompts, shared) == alone
-    assert common_beginning(model, [*prompts, [5, 6]], 6).tokens == 1  # a token of its own is left to each
+    assert common_beginning(model, [*prompts, [5, 6]], 6).tokens == 1  # each prompt keeps a token of its own
     assert common_beginning(model, [[2, 3], [4, 5]], 6) is common_beginning(model, prompts[:1], 6) is NOTHING
-    window = getattr(model.config, "sliding_window", None)  # padding would take places in it
+    window = getattr(model.config, "sliding_window", None)  # padding would take up positions in it
     assert (common_beginning(model, prompts, window or 6) is NOTHING) == (family in ("mistral", "gemma3_text"))
     assert len(set(map(tuple, alone))) == 3
 
@@ -111,7 +112,7 @@ def test_draws_depend_on_the_seed(models):
     assert first == again != other
 
 
-def test_templates_that_show_parts_only(models):
+def test_templates_that_only_show_lists_of_parts(models):
     tokenizer = evaluated_of(models["target"]).tokenizer
     loop = "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}"
     tokenizer.chat_template = "{% for m in messages %}<|user|>" + loop + "{% endfor %}<|assistant|>"
@@ -167,7 +168,7 @@ def test_predictions_scores_and_resuming(models, data, tmp_path, monkeypatch, ca
         return answers(evaluated, prompts, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "answers", counted)
+        patch.setattr(yue_predictions, "answers", counted)
         with pytest.raises(KeyboardInterrupt):
             run_main(predict, *flags(models, data, killed, "--shots", 2))
         assert contents(killed).keys() == {"cmmlu-yue-arts-2shot.json", "manifest.json"}
@@ -175,7 +176,7 @@ def test_predictions_scores_and_resuming(models, data, tmp_path, monkeypatch, ca
         assert calls == [6, 6, 6] and contents(killed) == contents(out)  # the first subject was not asked again
         (killed / "yue_mmlu.json").unlink()
         run_main(predict, *flags(models, data, killed, "--shots", 2))
-        assert len(calls) == 3  # all there: no model is asked
+        assert len(calls) == 3  # all are finished: no model is asked
         # A file that was damaged, and one whose questions changed, are made again; the others stay.
         (killed / "predictions/m/cmmlu-yue-logical-2shot.json").write_text("{}")
         rows = json.loads((data / "arts.json").read_text())
@@ -195,17 +196,17 @@ def test_predictions_that_are_asked_for_elsewhere_are_written(models, data, tmp_
     run_main(predict, *flags(models, data, out), "--predictions_dir", other)
     written = {path.name: path.read_bytes() for path in (other / "m").glob("cmmlu*.json")}
     assert written and written.items() <= contents(out).items()
-    assert (out / "yue_mmlu.json").read_bytes() == before  # the score was there already
+    assert (out / "yue_mmlu.json").read_bytes() == before  # the score was finished already
     shutil.rmtree(out / "predictions")
-    run_main(predict, *flags(models, data, out)[:-4], "--max_new_tokens", 4)  # the score is there
+    run_main(predict, *flags(models, data, out)[:-4], "--max_new_tokens", 4)  # the score is finished
     assert not (out / "predictions").exists()
     shutil.copytree(other, out / "predictions")
-    # The scorer finds them in the output folder as well as in a folder of predictions.
+    # evaluate_cmmlu_yue.py finds them in the output folder as well as in a folder of predictions.
     for folder in (out, other):
         run_main(evaluate, "--predictions_dir", folder, "--output_dir", tmp_path / f"scored-{folder.name}")
     assert len({(tmp_path / f"scored-{name}/cmmlu_yue_results.json").read_bytes() for name in ("out", "other")}) == 1
     shutil.copytree(other / "m", out / "m")
-    assert "of m is there twice" in fails(evaluate, "--predictions_dir", out, "--output_dir", tmp_path / "s")
+    assert "of m exists twice" in fails(evaluate, "--predictions_dir", out, "--output_dir", tmp_path / "s")
 
 
 def test_limit_asks_fewer_with_examples_of_the_whole_file(models, data, tmp_path):
@@ -226,11 +227,11 @@ def test_bad_input_of_the_generation(models, data, tmp_path, fails, monkeypatch)
     monkeypatch.delenv("YUE_BENCHMARK_ROOT", raising=False)
     out = tmp_path / "out"
     base = ("--model", models["target"], "--output_dir", out)
-    told = fails(predict, *base)
-    assert "$YUE_BENCHMARK_ROOT" in told and "--data-dir" in told
+    error = fails(predict, *base)
+    assert "$YUE_BENCHMARK_ROOT" in error and "--data-dir" in error
     monkeypatch.setenv("YUE_BENCHMARK_ROOT", str(tmp_path / "clone"))
-    told = fails(predict, *base)
-    assert "$YUE_BENCHMARK_ROOT" in told and os.path.join("clone", "data", "latest_data", "Yue-MMLU") in told
+    error = fails(predict, *base)
+    assert "$YUE_BENCHMARK_ROOT" in error and os.path.join("clone", "data", "latest_data", "Yue-MMLU") in error
     assert "--shots" in fails(predict, *flags(models, data, out, "--shots", 6))
     assert "limit is 0; expected at least 1" in fails(predict, *flags(models, data, out, "--limit", 0))
     assert "temperature" in fails(predict, *flags(models, data, out, "--temperature", -1))
@@ -238,18 +239,18 @@ def test_bad_input_of_the_generation(models, data, tmp_path, fails, monkeypatch)
     plain = save(qwen2(), evaluated_of(models["source"]).tokenizer, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
     assert "no chat template" in fails(predict, *flags({"target": plain}, data, out))
-    for row, told in (({"question": "x"}, "item 1: expected strings"), ({"answer": "E"}, "item 1: the answer is 'E'")):
+    for row, error in (({"question": "x"}, "item 1: expected strings"), ({"answer": "E"}, "item 1: the answer is 'E'")):
         rows = json.loads((data / "arts.json").read_text())[:1]
         (data / "arts.json").write_text(json.dumps([rows[0], {**rows[0], **row} if "answer" in row else row]))
-        assert told in fails(predict, *flags(models, data, out))
+        assert error in fails(predict, *flags(models, data, out))
     (data / "arts.json").write_text(json.dumps(rows))
     assert "give fewer --shots" in fails(predict, *flags(models, data, out, "--shots", 1))
     assert not out.exists()
 
 
-def test_long_prompts_are_told(models, caplog, monkeypatch):
+def test_the_log_says_how_many_prompts_are_too_long(models, caplog, monkeypatch):
     evaluated = evaluated_of(models["target"])
-    monkeypatch.setattr(evaluated.model.config, "max_position_embeddings", 10)
+    monkeypatch.setattr(evaluated.loaded.config, "max_position_embeddings", 10)
     monkeypatch.setattr(generation, "continuations", lambda model, batch, shared: [[5]] * len(batch))
     answers(evaluated, ["cost", "cost " * 30], Decoding(2))
     assert "1 of 2 prompts" in caplog.text

@@ -16,7 +16,7 @@ from core.models.activations import extract
 from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
 from core.models.reading import Reading, text_batches
-from core.runs.plan_directory import row_memory
+from core.runs.row_recorder import row_memory
 
 
 @pytest.fixture(scope="module")

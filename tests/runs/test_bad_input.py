@@ -16,7 +16,7 @@ import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.errors import UserError
-from core.runs.plan_directory import write_activations
+from core.runs.plan_files import write_activations
 
 
 @pytest.mark.parametrize(

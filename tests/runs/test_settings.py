@@ -10,7 +10,7 @@ from core.errors import UserError
 from core.fusion.settings import FusionSettings
 from core.runs.command_line import Parser, load_experiment, parse_command
 from core.runs.settings import Experiment, all_settings
-from evaluation.scores import runner_flags
+from evaluation.runner import runner_flags
 
 DEMO = ROOT / "scripts/experiments/demo.yaml"
 

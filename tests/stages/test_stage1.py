@@ -14,14 +14,16 @@ import pytest
 import torch
 from conftest import ROOT, run_main
 from safetensors.torch import load_file
-from stages import digests, fuse
+from stages import data_flags, digests, fuse, pair_flags, plan, plan_flags
 from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core.data import DataSpec, load_rows
 from core.files import TEMPORARY
 from core.models.checkpoints import open_checkpoint
-from core.runs.plan_directory import PlanDirectory, part_file, write_part
+from core.runs import plan_solver, row_recorder
+from core.runs.plan_directory import PlanDirectory
+from core.runs.plan_files import layer_file, write_activations
 from core.runs.settings import Experiment
 
 
@@ -93,199 +95,136 @@ def test_plans_explain_more_than_shuffled_ones_on_every_side(plans):
 
 
 def test_two_runs_write_the_same_bytes(plans, models, texts, tmp_path):
-    run_main(
-        stage1,
-        "--model-a-path",
-        models["source"],
-        "--model-b-path",
-        models["target"],
-        "--data_subset",
-        "file",
-        "--data_file",
-        texts,
-        "--pooling",
-        "token",
-        "--max_tokens",
-        24,
-        "--out_dir",
-        tmp_path / "p",
-    )
+    """Also with the spelling of the flags in the seed's README."""
+    pair = ["--model-a-path", models["source"], "--model-b-path", models["target"]]
+    data = ["--data_subset", "file", "--data_file", texts]
+    run_main(stage1, *pair, *data, "--pooling", "token", "--max_tokens", 24, "--out_dir", tmp_path / "p")
     assert digests(tmp_path / "p") == digests(plans["token"])
     for name in ("a", "b"):
         fuse(tmp_path / "p", models, tmp_path / name)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
-@pytest.mark.parametrize("lost", ["everything", "source", "sides", "layers"])
-def test_a_killed_run_continues_to_the_same_bytes(plans, models, texts, tmp_path, monkeypatch, lost):
-    folder = tmp_path / "p"
-    shutil.copytree(plans["token"], folder)
+def interrupted(plans: Path, folder: Path, sides: list[str]) -> Path:
+    """A copy of a plan directory as a run leaves it that was killed when these sides were complete."""
+    shutil.copytree(plans, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     for key in ("shapes", "rows", "versions", "commit"):
         manifest.pop(key)
     manifest["status"] = "incomplete"
-    kept = {"everything": [], "source": [], "sides": ["q", "k"], "layers": ["q", "k"]}[lost]
-    manifest["sides"] = {side: manifest["sides"][side] for side in kept}
+    manifest["sides"] = {side: manifest["sides"][side] for side in sides}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for path in (folder / "plans").iterdir():
-        if path.stem not in kept:
+        if path.stem not in sides:
             path.unlink()
-    if lost in ("everything", "source"):
-        (folder / "activations" / "source.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("lost", ["everything", "source"])
+def test_a_run_that_was_killed_while_it_read_continues_to_the_same_bytes(plans, models, texts, tmp_path, lost):
+    folder = interrupted(plans["token"], tmp_path / "p", [])
+    (folder / "activations" / "source.safetensors").unlink()
     if lost == "everything":
         shutil.rmtree(folder / "activations")
         (folder / "selection.safetensors").unlink()
-    elif lost != "source":
-        monkeypatch.setattr(stage1, "extract", lambda *_: pytest.fail("activations are there already"))
-    flags = [
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--pooling",
-        "token",
-        "--max-tokens",
-        24,
-        "--out-dir",
-        folder,
-    ]
-    solved = []
-    if lost == "layers":  # killed in the middle of a side: two of three layers are there
-        solve, write = stage1.solve_layer, write_part
-
-        def dies(*arguments):
-            if len(solved) == 3:
-                raise KeyboardInterrupt
-            write(*arguments)
-
-        monkeypatch.setattr(stage1, "solve_layer", lambda zx, *a: solved.append(zx.shape) or solve(zx, *a))
-        monkeypatch.setattr(stage1.plan_directory, "write_part", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(stage1, *flags)
-        assert [part_file(folder, "v", layer).is_file() for layer in range(3)] == [True, True, False]
-        monkeypatch.setattr(stage1.plan_directory, "write_part", write)
-        solved.clear()
-    run_main(stage1, *flags)
+    plan(models, texts, folder, "--pooling", "token")
     assert digests(folder) == digests(plans["token"])
-    assert lost != "layers" or len(solved) == 1 + 3 * 3
 
 
-def test_processes_share_the_layers_and_write_the_same_bytes(plans, models, texts, tmp_path):
+@pytest.mark.parametrize("in_a_side", [False, True])
+def test_a_run_that_was_killed_while_it_solved_continues_to_the_same_bytes(
+    plans, models, texts, tmp_path, monkeypatch, in_a_side
+):
+    """Between two sides, or in the middle of one, when two of its three layers are on disk."""
+    folder = interrupted(plans["token"], tmp_path / "p", ["q", "k"])
+    monkeypatch.setattr(row_recorder, "extract", lambda *_: pytest.fail("the activations are on disk"))
+    solve, write, solved = plan_solver.solve_layer, plan_solver.write_layer, []
+    monkeypatch.setattr(plan_solver, "solve_layer", lambda zx, *a: solved.append(zx.shape) or solve(zx, *a))
+
+    def write_two(*arguments):
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    if in_a_side:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(plan_solver, "write_layer", write_two)
+            plan(models, texts, folder, "--pooling", "token")
+        assert [layer_file(folder, "v", layer).is_file() for layer in range(3)] == [True, True, False]
+        solved.clear()
+    plan(models, texts, folder, "--pooling", "token")
+    assert digests(folder) == digests(plans["token"])
+    assert len(solved) == 4 * 3 - (2 if in_a_side else 0)
+
+
+def test_processes_share_the_layers_and_write_the_same_bytes(models, texts, tmp_path):
     """Two processes of one thread each, and a memory budget that keeps no source layer, against one process."""
-    flags = [
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--pooling",
-        "token",
-        "--max-tokens",
-        "24",
-        "--tokens-per-batch",
-        "200",
-    ]
+    (tmp_path / "x.yaml").write_text("name: x")
+    tight = ["--pairs-budget-mb", "1", "--activations-budget-mb", "0", "--config", tmp_path / "x.yaml"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    (tmp_path / "x.yaml").write_text("name: x")
-    tight = ["--pairs-budget-mb", "1", "--activations-budget-mb", "0", "--config", str(tmp_path / "x.yaml")]
     environment["TRANSPORT_RESULTS_ROOT"] = str(tmp_path / "results")
-    for name, command, more in (("one", [], []), ("two", launch, tight)):
-        done = subprocess.run(
-            [
-                sys.executable,
-                *command,
-                str(ROOT / "run_activs_and_hot.py"),
-                *map(str, flags),
-                "--out-dir",
-                str(tmp_path / name),
-                *more,
-            ],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+    shared = ["--pooling", "token", "--tokens-per-batch", "200"]
+    for name, launcher, more in (("one", [], []), ("two", launch, tight)):
+        flags = plan_flags(models, texts, tmp_path / name, *shared, *more)
+        command = [sys.executable, *launcher, ROOT / "run_activs_and_hot.py", *flags]
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("Spearman") == 1
-        assert done.stderr.count("45 of 45 calibration texts") == (2 if command else 1)  # both took part
+        assert done.stderr.count("45 of 45 calibration texts") == (2 if launcher else 1)  # both processes took part
     one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
     assert one.pop("resolved.yaml") != two.pop("resolved.yaml") and one == two
-    told = (tmp_path / "results/x/log.txt").read_text()  # of the first process: two models read, two joined
-    assert told.count("are kept on disk") == 4
+    log = (tmp_path / "results/x/log.txt").read_text()  # of the first process, which reads two models and joins two
+    assert log.count("are kept on disk") == 4
 
 
 @pytest.mark.parametrize("pooling", ["token", "text"])
 @pytest.mark.parametrize("flags", [["--activations-budget-mb", 0], ["--device-map", "disk"]])
 def test_where_rows_and_weights_are_kept_does_not_change_the_bytes(plans, models, texts, tmp_path, pooling, flags):
-    folder = tmp_path / "p"
-    run_main(
-        stage1,
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--pooling",
-        pooling,
-        "--max-tokens",
-        24,
-        "--out-dir",
-        folder,
-        *flags,
-    )
+    folder = plan(models, texts, tmp_path / "p", "--pooling", pooling, *flags)
     got, expected = digests(folder), digests(plans[pooling])
     assert got.pop("resolved.yaml") != expected.pop("resolved.yaml")
-    if "--device-map" in flags:  # other devices round in other ways: it is part of the fingerprint
+    if "--device-map" in flags:  # other devices round in other ways, so it is part of the fingerprint
         assert got.pop("manifest.json") != expected.pop("manifest.json")
     assert got == expected
 
 
 def test_a_killed_reading_of_two_processes_continues(models, texts, tmp_path, monkeypatch):
     """Both processes in this one, one after the other; the first is killed when it begins to read the source."""
-    pair = {name: open_checkpoint(str(models[name])) for name in ("target", "source")}
-    experiment = Experiment(
-        data_subset="file", data_file=str(texts), pooling="token", max_tokens=24, tokens_per_batch=200
-    )
+    target, source = (open_checkpoint(str(models[name])) for name in ("target", "source"))
+    experiment = Experiment.of(pooling="token", max_tokens=24, tokens_per_batch=200)
     rows = load_rows(DataSpec("file", str(texts)), "calibration", 2000)
-    readings, aside = stage1.read_both(*pair.values(), rows, experiment)
-    extract, read = stage1.extract, []
+    readings, aside = stage1.read_both(target, source, rows, experiment)
+    extract, read = row_recorder.extract, []
 
     def process(folder: Path, index: int, count: int) -> list[str]:
+        """What the process `index` of `count` reads."""
         read.clear()
         state = SimpleNamespace(
             process_index=index, num_processes=count, is_main_process=index == 0, wait_for_everyone=lambda: None
         )
-        stage1.record_activations(folder, pair, readings, aside, experiment, state)
+        recorder = row_recorder.RowRecorder(folder, experiment, state)
+        recorder.record("target", target, readings["target"], aside)
+        recorder.record("source", source, readings["source"], aside)
         return list(read)
 
     def record(*arguments):
         read.append(arguments[4])
         return extract(*arguments)
 
-    def dies(*arguments):
+    def killed(*arguments):
         if arguments[4].startswith("source"):
             raise KeyboardInterrupt
         return extract(*arguments)
 
-    monkeypatch.setattr(stage1, "extract", record)
+    monkeypatch.setattr(row_recorder, "extract", record)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     both = ["target activations", "source activations"]
     assert process(tmp_path / "one", 0, 1) == both and process(tmp_path / "two", 1, 2) == both
-    with monkeypatch.context() as patch:
-        patch.setattr(stage1, "extract", dies)
-        with pytest.raises(KeyboardInterrupt):
-            process(tmp_path / "two", 0, 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(row_recorder, "extract", killed)
+        process(tmp_path / "two", 0, 2)
     assert process(tmp_path / "two", 1, 2) == []
     assert process(tmp_path / "two", 0, 2) == both[1:]
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
@@ -297,85 +236,43 @@ def test_a_killed_reading_of_two_processes_continues(models, texts, tmp_path, mo
 
 
 def test_what_a_killed_reading_left_is_removed(plans, models, texts, tmp_path):
-    folder = tmp_path / "p"
-    shutil.copytree(plans["text"], folder)
+    folder = shutil.copytree(plans["text"], tmp_path / "p")
     for name in ("rows", "offload"):
         (folder / f"{TEMPORARY}{name}-abc").mkdir()
         (folder / f"{TEMPORARY}{name}-abc" / "0").write_bytes(b"left")
-    run_main(
-        stage1,
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--max-tokens",
-        24,
-        "--out-dir",
-        folder,
-    )
+    plan(models, texts, folder)
     assert digests(folder) == digests(plans["text"])
 
 
 def test_a_finished_run_is_reused_and_a_changed_setting_runs_again(plans, models, texts, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "p"
-    shutil.copytree(plans["text"], folder)
-    flags = [
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--max-tokens",
-        24,
-        "--out-dir",
-        folder,
-    ]
+    folder = shutil.copytree(plans["text"], tmp_path / "p")
     with monkeypatch.context() as patch:
-        patch.setattr(stage1, "extract", lambda *_: pytest.fail("it is finished"))
-        run_main(stage1, *flags)
+        patch.setattr(row_recorder, "extract", lambda *_: pytest.fail("it is finished"))
+        plan(models, texts, folder)
     assert "Spearman" in capsys.readouterr().out
-    run_main(stage1, *flags, "--epsilon", "0.2")
+    plan(models, texts, folder, "--epsilon", "0.2")
     assert digests(folder)["plans/q.safetensors"] != digests(plans["text"])["plans/q.safetensors"]
 
 
-def test_plans_that_do_not_converge_are_told_once(models, texts, tmp_path, caplog):
+def test_plans_that_do_not_converge_are_reported_once(models, texts, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        run_main(
-            stage1,
-            "--target-model",
-            models["target"],
-            "--source-model",
-            models["source"],
-            "--data-subset",
-            "file",
-            "--data-file",
-            texts,
-            "--sinkhorn-iters",
-            1,
-            "--out-dir",
-            tmp_path / "p",
-        )
-    told = [r.getMessage() for r in caplog.records if "did not reach" in r.getMessage()]
-    assert len(told) == 1 and "attn_in" in told[0] and "--sinkhorn-iters" in told[0]
+        flags = [*pair_flags(models), *data_flags(texts), "--out-dir", tmp_path / "p"]
+        run_main(stage1, *flags, "--sinkhorn-iters", 1)
+    warnings = [r.getMessage() for r in caplog.records if "did not reach" in r.getMessage()]
+    assert len(warnings) == 1 and "attn_in" in warnings[0] and "--sinkhorn-iters" in warnings[0]
     assert not load_file(tmp_path / "p/plans/q.safetensors")["converged"].all()
 
 
 @pytest.mark.parametrize(("budget", "most", "reads"), [(1, 1, 3 * 9), (8, 8, 8)])
 def test_the_pairs_budget_bounds_the_rows_in_memory(tmp_path, monkeypatch, budget, most, reads):
-    """2 MB of source rows: all of them within the budget and read once, or one layer at a time (and the layer of the
-    same depth once more, for the share of the largest entries)."""
+    """There are 2 MB of source rows. Within the budget they are all in memory and read once; otherwise one layer at a
+    time is, and the layer of the same depth is read once more, to measure the largest entries."""
     generator = torch.Generator().manual_seed(0)
     for model, layers, size in (("target", 3, 12), ("source", 8, 64)):
         rows = {("q", k): torch.randn(1000, size, generator=generator) for k in range(layers)}
-        stage1.plan_directory.write_activations(tmp_path, model, rows, torch.zeros(1000, dtype=torch.bool), half=False)
+        write_activations(tmp_path, model, rows, torch.zeros(1000, dtype=torch.bool), half=False)
     alive, read = [], []
+    standardize_layer = plan_solver.standardize_layer
 
     def standardize(X, model, layer):
         made = standardize_layer(X, model, layer)
@@ -385,8 +282,8 @@ def test_the_pairs_budget_bounds_the_rows_in_memory(tmp_path, monkeypatch, budge
             assert len(alive) <= most
         return made
 
-    standardize_layer = stage1.standardize_layer
-    monkeypatch.setattr(stage1, "standardize_layer", standardize)
-    state, bar = SimpleNamespace(process_index=0, num_processes=1), SimpleNamespace(update=lambda count: None)
-    stage1.solve_side(tmp_path, "q", (3, 8), Experiment.of(pairs_budget_mb=budget), state, bar)
-    assert len(read) == reads and len(list((tmp_path / "plans/parts").iterdir())) == 3
+    monkeypatch.setattr(plan_solver, "standardize_layer", standardize)
+    solver = plan_solver.SideSolver(tmp_path, "q", (3, 8), Experiment.of(pairs_budget_mb=budget))
+    for layer in range(3):
+        solver.solve(layer, lambda: None)
+    assert len(read) == reads and all(layer_file(tmp_path, "q", layer).is_file() for layer in range(3))

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import llama, make_tokenizer, run_main, save
+from conftest import llama, make_tokenizer, save
 from safetensors.torch import load_file
-from stages import digests, fuse, logits
+from stages import digests, fuse, logits, plan
 from torch.testing import assert_close
 
-import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
+from core.fusion.projections import PROJECTIONS
 from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
@@ -108,10 +108,10 @@ def test_unselected_rows_and_columns_are_bit_identical(plans, models, tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (models["target"], out))
     directory = PlanDirectory(plans["token"])
     for layer in range(3):
-        for c in "qkvo":
-            name = f"model.layers.{layer}.self_attn.{c}_proj.weight"
-            changed = (before[name] != after[name]).any(1 if c != "o" else 0).nonzero().flatten()
-            strongest = directory.strongest("o_in" if c == "o" else c, layer)[:5]
+        for projection in PROJECTIONS.values():
+            name = f"model.layers.{layer}.{projection.path}.weight"
+            changed = (before[name] != after[name]).any(1 - projection.axis).nonzero().flatten()
+            strongest = directory.strongest(projection.selected_side, layer)[:5]
             assert changed.tolist() == sorted(strongest.tolist())
 
 
@@ -134,24 +134,10 @@ def test_coupling_only_damps_and_says_so(plans, models, tmp_path, caplog):
 
 def test_biases_fuse_where_both_models_have_them(models, texts, tmp_path):
     """The same pair the other way round: the Qwen2 target has q, k, v biases, the LLaMA source none."""
-    run_main(
-        stage1,
-        "--target-model",
-        models["source"],
-        "--source-model",
-        models["target"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--pooling",
-        "token",
-        "--out-dir",
-        tmp_path / "p",
-    )
+    plans = plan(models, texts, tmp_path / "p", "--pooling", "token", target="source", source="target")
     for feature_map, bias_moves in (("barycentric", False), ("regression", True)):
         out = fuse(
-            tmp_path / "p",
+            plans,
             models,
             tmp_path / feature_map,
             "--feature-map",
@@ -174,22 +160,9 @@ def test_sharded_half_precision_target_keeps_names_and_dtype(plans, models, text
     folder = save(model, make_tokenizer(400, 1), tmp_path / "sharded", max_shard_size="20KB")
     shards = sorted(p.name for p in folder.glob("*.safetensors"))
     assert len(shards) > 2
-    run_main(
-        stage1,
-        "--target-model",
-        folder,
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--max-tokens",
-        24,
-        "--out-dir",
-        tmp_path / "p",
-    )
-    out = fuse(tmp_path / "p", {**models, "target": folder}, tmp_path / "f", "--top-k", "4", "--max-shard-size", "16KB")
+    models = {**models, "target": folder}
+    plans = plan(models, texts, tmp_path / "p", "--max-tokens", 24)
+    out = fuse(plans, models, tmp_path / "f", "--top-k", "4", "--max-shard-size", "16KB")
     before = {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
     after = {}
     for path in sorted(out.glob("model-*.safetensors")):
@@ -202,20 +175,18 @@ def test_sharded_half_precision_target_keeps_names_and_dtype(plans, models, text
     assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
     fused_layers = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(fused_layers) == 3 * 4 and all("_proj.weight" in name for name in fused_layers)
-    whole = fuse(tmp_path / "p", {**models, "target": folder}, tmp_path / "g", "--top-k", "4")
+    whole = fuse(plans, models, tmp_path / "g", "--top-k", "4")
     assert [path.name for path in whole.glob("model*")] == ["model.safetensors"]
     assert torch.equal(logits(out), logits(whole))
 
 
-def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
-    """Source = target with hidden channels and heads permuted: W~ = W, so the fused model is the target at any alpha.
+SQUARE = dict(head_dim=8, num_key_value_heads=3, hidden_size=24, num_hidden_layers=2)
 
-    The maps are square here, so In and Out can be swapped: that must fail.
-    """
-    target = llama(head_dim=8, num_key_value_heads=3, hidden_size=24, num_hidden_layers=2)
+
+def permuted(target):
+    """The same model with its hidden channels and its heads in another order."""
     channels, heads = torch.randperm(24, generator=torch.Generator().manual_seed(5)), torch.tensor([2, 0, 1])
     neurons = (heads[:, None] * 8 + torch.arange(8)).flatten()
-    source = llama(head_dim=8, num_key_value_heads=3, hidden_size=24, num_hidden_layers=2)
     state = {}
     for name, value in target.state_dict().items():
         if name.endswith("o_proj.weight"):
@@ -227,41 +198,27 @@ def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
         else:
             value = value[:, channels]
         state[name] = value
+    source = llama(**SQUARE)
     source.load_state_dict(state)
+    return source
+
+
+def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
+    """Source = target with hidden channels and heads permuted: W~ = W, so the fused model is the target at any alpha.
+
+    The maps are square here, so In and Out can be swapped: that must fail.
+    """
+    target = llama(**SQUARE)
+    source = permuted(target)
     tokenizer = make_tokenizer(400, 1)
     models = {"target": save(target, tokenizer, tmp_path / "t"), "source": save(source, tokenizer, tmp_path / "s")}
     assert_close(logits(models["source"]), logits(models["target"]), atol=1e-4, rtol=1e-4)
-    run_main(
-        stage1,
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        "--data-subset",
-        "file",
-        "--data-file",
-        texts,
-        "--pooling",
-        "token",
-        "--out-dir",
-        tmp_path / "p",
-    )
-    assert PlanDirectory(tmp_path / "p").layer_plan("q").argmax(1).tolist() == [0, 1]
-    out = fuse(
-        tmp_path / "p",
-        models,
-        tmp_path / "f",
-        "--feature-map",
-        "regression",
-        "--alpha",
-        "1",
-        "--top-k",
-        "0",
-        "--ridge",
-        "1e-6",
-    )
+    plans = PlanDirectory(plan(models, texts, tmp_path / "p", "--pooling", "token"))
+    assert plans.layer_plan("q").argmax(1).tolist() == [0, 1]
+    flags = ("--feature-map", "regression", "--alpha", "1", "--top-k", "0", "--ridge", "1e-6")
+    out = fuse(plans.folder, models, tmp_path / "f", *flags)
     settings = FusionSettings("regression", ridge=1e-6)
-    transport = Transport(PlanDirectory(tmp_path / "p"), open_checkpoint(str(models["source"])), settings)
+    transport = Transport(plans, open_checkpoint(str(models["source"])), settings)
     for residual in load_residuals(out / "hot_residual.safetensors")[0]:
         W, layer, c = residual.original_weight, residual.layer, residual.projection
         assert float((W - residual.weight).norm() / W.norm()) <= 1e-3, (layer, c)

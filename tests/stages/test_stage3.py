@@ -111,10 +111,10 @@ def test_curve_and_card_describe_the_run(fused, tmp_path):
     trained = json.loads((out / "manifest.json").read_text())
     start = open_checkpoint(str(fused))
     texts = load_rows(DataSpec("file", trained["data"]["file"]), "validation", 3)
-    kept = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
+    examples = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
     for n, folder in ((0, fused), (-1, out)):
         model = open_checkpoint(str(folder)).load_model("float32")
-        nll = sum(text_nll(model, kept, 64, "x")) / sum(trained_tokens(kept))
+        nll = sum(text_nll(model, examples, 64, "x")) / sum(trained_tokens(examples))
         assert trained["validation"][n] == pytest.approx(nll, abs=1e-5)
 
 
@@ -136,8 +136,8 @@ def test_early_stop_takes_the_best_validation(fused, tmp_path):
     start = open_checkpoint(str(out))
     data = DataSpec("file", json.loads((out / "manifest.json").read_text())["data"]["file"])
     texts = load_rows(data, "validation", 32)
-    kept = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
-    nll = sum(text_nll(start.load_model("float32"), kept, 64, "x")) / sum(trained_tokens(kept))
+    examples = [sft_example(row, start.load_tokenizer(), 2048) for row in texts]
+    nll = sum(text_nll(start.load_model("float32"), examples, 64, "x")) / sum(trained_tokens(examples))
     assert nll == pytest.approx(best, abs=1e-5)
 
 

@@ -73,8 +73,8 @@ def test_distillation_by_sequences_where_they_differ(fused, models, tmp_path):
         prompt = torch.tensor([ids[: len(ids) // 2]])
         new = greedy(model.generate, prompt, len(ids) - len(ids) // 2, tokenizer)
         whole = tokenizer.decode([*prompt[0].tolist(), *new.tolist()], skip_special_tokens=True)
-        kept = tokenizer.decode(prompt[0], skip_special_tokens=True)
-        assert answers[n] == kept + whole.removeprefix(kept) and row.plain.startswith(kept)
+        start = tokenizer.decode(prompt[0], skip_special_tokens=True)
+        assert answers[n] == start + whole.removeprefix(start) and row.plain.startswith(start)
     assert losses(out) != losses(run(fused, tmp_path / "b", "--training-scenario", "no_hot"))
 
 

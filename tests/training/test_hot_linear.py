@@ -20,16 +20,15 @@ from core.training.hot_linear import (
 
 @pytest.fixture(params=["around the base", "through W_eff"])
 def way(request, monkeypatch):
-    """The two ways to compute the same: which one is taken depends on the number of tokens."""
-    monkeypatch.setattr(
-        hot_linear, "FOLD_FROM", dict.fromkeys(hot_linear.FOLD_FROM, 0 if request.param == "through W_eff" else 1e9)
-    )
-    return request.param
+    """The two ways to compute the same, of which the number of tokens decides: each is forced for all of them."""
+    fold_from = 0 if request.param == "through W_eff" else 1e9
+    monkeypatch.setattr(hot_linear, "FOLD_FROM", dict.fromkeys(hot_linear.FOLD_FROM, fold_from))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", ["interpolate", "additive"])
 @pytest.mark.parametrize(("axis", "k", "bias", "hot_bias"), CASES)
-def test_forward_equals_the_folded_weight(way, axis, k, bias, hot_bias, form):
+def test_forward_equals_the_folded_weight(axis, k, bias, hot_bias, form):
     linear, residual = random_residual(axis, k, bias, hot_bias)
     alpha, x = 0.3, torch.randn(4, 3, 6)
     W = fold_weight(linear.weight.detach(), residual, alpha, form)
@@ -48,10 +47,11 @@ def effective(W, W_tilde, index, axis, alpha, form):
     return base + alpha * placed
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", ["interpolate", "additive"])
 @pytest.mark.parametrize("trains", ["base", "residual", "both"])
 @pytest.mark.parametrize(("axis", "k", "bias", "hot_bias"), CASES)
-def test_gradients_are_those_of_the_effective_weight(way, axis, k, bias, hot_bias, form, trains):
+def test_gradients_are_those_of_the_effective_weight(axis, k, bias, hot_bias, form, trains):
     """Eqs. 15-18 in float64 by autograd through W_eff itself: (1 - alpha) dL/dW_eff on selected weights."""
     linear, residual = random_residual(axis, k, bias, hot_bias)
     alpha, x = 0.3, torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)

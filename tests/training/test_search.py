@@ -7,9 +7,9 @@ import torch
 from stages import digests, logits, train
 
 from core import train_hot_residual_sft as stage3
+from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint, write_folded
 from core.training import search
-from core.training.hot_linear import load_residuals
 
 
 def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, models, tmp_path):

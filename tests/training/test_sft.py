@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import family_model, make_tokenizer
+from conftest import make_tokenizer
+from family_models import family_model
 
 from core.data import Row
 from core.errors import UserError

@@ -1,0 +1,164 @@
+"""What the losses of all arms show: statistics, the table that ends the pipeline, and the sentence below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from core.fusion.controls import CONTROLS
+from evaluation.arms.run import TRAINED
+from evaluation.significance import below_zero, difference, interval
+
+# With fewer groups even the estimate of the variance varies so much that intervals are only a rough guide.
+FEW_GROUPS = 20
+# A diverged model can lose so many nats per token that no float holds its perplexity.
+LARGEST_EXPONENT = 700
+
+
+def statistics(
+    per_text: Mapping[str, Sequence[float]], tokens: Sequence[int], groups: Sequence[Hashable]
+) -> dict[str, dict[str, Any]]:
+    """The figures of every arm: its loss, its difference to base, and the difference of fused to it.
+
+    Trainings `ARM/SEED` make up one arm: its loss is the mean over seeds, `seeds` holds the difference of each seed,
+    and the spread of the seeds is part of the interval (`evaluation.significance.difference`).
+
+    Args:
+        per_text: arm, or `ARM/SEED` -> summed negative log-likelihood of every text, in nats.
+        tokens: number of tokens with loss of every text, each at least 1.
+        groups: group of every text.
+    Returns:
+        arm -> {"nll": nats per token, "ppl": perplexity, None where no float holds it, "n": texts, "groups", then the
+        difference to base as `Estimate.record` gives it, "better": texts with a smaller loss than base, "seeds",
+        "fused_minus_arm"}; `fused_adapted` also has "minus_no_hot" and "minus_distill" where these were trained.
+    """
+    runs: dict[str, dict[str, Sequence[float]]] = {}
+    for name, sums in per_text.items():
+        arm, _, seed = name.partition("/")
+        runs.setdefault(arm, {})[seed] = sums
+    total = sum(tokens)
+    mean = {arm: np.mean(list(by_seed.values()), axis=0) for arm, by_seed in runs.items()}
+
+    def values(arm: str, seeds: Sequence[str]) -> list[Sequence[float]]:
+        return [runs[arm][""]] if "" in runs[arm] else [runs[arm][seed] for seed in seeds]
+
+    def minus(a: str, b: str) -> dict[str, Any]:
+        """Arm a minus arm b; each seed is compared with the same seed where both arms have several."""
+        seeds = [seed for seed in {**runs[a], **runs[b]} if seed]
+        estimate = difference(values(a, seeds), values(b, seeds), tokens, groups)
+        by_seed = {"seeds": dict(zip(seeds, estimate.by_seed, strict=True))} if seeds else {}
+        return {**estimate.record(), "better": int((mean[a] < mean[b]).sum()), **by_seed}
+
+    figures: dict[str, dict[str, Any]] = {}
+    for arm in mean:
+        nll = float(mean[arm].sum() / total)
+        figures[arm] = {
+            "nll": nll,
+            "ppl": math.exp(nll) if nll < LARGEST_EXPONENT else None,
+            "n": len(tokens),
+            "groups": len(set(groups)),
+            **minus(arm, "base"),
+            "fused_minus_arm": minus("fused", arm),
+        }
+    for rival in TRAINED:
+        if rival in mean and rival != "fused_adapted":
+            figures["fused_adapted"][f"minus_{rival}"] = minus("fused_adapted", rival)
+    return figures
+
+
+def table(
+    arms: Mapping[str, Mapping[str, Any]],
+    held_out: Mapping[str, Any],
+    general: Mapping[str, Mapping[str, Any]] | None = None,
+    general_counts: Mapping[str, Any] | None = None,
+) -> str:
+    """The table that ends the pipeline: every arm, what the intervals rest on, and the sentence that sums it up.
+
+    Args:
+        arms: `statistics` of the held-out texts.
+        held_out: `TextSet.counts` of these, with "absent": arm -> why it could not be measured.
+        general: `statistics` of general text, where there is any.
+        general_counts: `TextSet.counts` of it.
+    """
+    lines = [
+        f"held out: {held_out['texts']} texts of {held_out['groups']} groups, {held_out['tokens']} tokens; nats per "
+        "token, negative is better",
+        f"{'arm':14} {'nll':>8} {'ppl':>8}  {'minus base [95 %]':>27} {'better':>10}  {'fused minus arm [95 %]':>27}",
+    ]
+    for arm, figures in arms.items():
+        base = "" if arm == "base" else interval(figures)
+        better = "" if arm == "base" else f"{figures['better']} of {figures['n']}"
+        versus = "" if arm == "fused" else interval(figures["fused_minus_arm"])
+        ppl = "inf" if figures["ppl"] is None else f"{figures['ppl']:.2f}"
+        lines.append(f"{arm:14} {figures['nll']:8.4f} {ppl:>8}  {base:>27} {better:>10}  {versus:>27}")
+    lines += [*notes(held_out), *seed_notes(arms), verdict(arms)]
+    for rival in ("no_hot", "distill"):
+        if rival in arms:
+            found = arms["fused_adapted"][f"minus_{rival}"]
+            lines.append(f"After fine-tuning: fused_adapted minus {rival} = {interval(found)}{by_seed(found)}.")
+    if general and general_counts:
+        changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", *TRAINED) if arm in general)
+        count = f"{general_counts['texts']} texts of {general_counts['groups']} groups"
+        lines.append(f"On general text ({count}, base {general['base']['nll']:.4f}), minus base: {changes}.")
+        lines += [f"General text: {note}" for note in notes(general_counts)]
+    return "\n".join(lines)
+
+
+def notes(counts: Mapping[str, Any]) -> list[str]:
+    """Sentences on a set of texts: what was left out, what losses include, and how many groups intervals rest on."""
+    lines = [f"{arm} is left out: {why}." for arm, why in counts.get("absent", {}).items()]
+    if counts.get("left_out"):
+        lines.append(f"{counts['left_out']} more texts have no token to score and are left out.")
+    if counts.get("end_of_turn"):
+        lines.append("Losses are on answers and include the token that ends an answer.")
+    groups = counts["groups"]
+    if groups == 1:
+        lines.append("All texts belong to one group: no interval can be given, and nothing can be shown.")
+    elif groups < FEW_GROUPS:
+        lines.append(f"The intervals rest on only {groups} groups and are rough.")
+    return lines
+
+
+def seed_notes(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence on the arms that were trained with a single seed, where there are any."""
+    trained = {arm: len(figures["seeds"]) for arm, figures in arms.items() if "seeds" in figures}
+    single = [arm for arm, count in trained.items() if count == 1]
+    if not single:
+        return []
+    whose = "Each training has" if len(single) == len(trained) else f"{', '.join(single)} has"
+    return [f"{whose} one seed: what is said after fine-tuning speaks of this seed alone."]
+
+
+def trial_notes(trials: Mapping[str, int]) -> list[str]:
+    """A sentence where some arm was chosen among several trials, because it then had more chances than the others.
+
+    Args:
+        trials: trained arm -> its number of trials.
+    """
+    if set(trials.values()) <= {1}:
+        return []
+    counts = ", ".join(f"{arm} {count}" for arm, count in trials.items())
+    return [f"Each training is the best of several trials, chosen on validation rows: {counts}."]
+
+
+def verdict(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether anything was transferred: fused has to be reliably better than base and than every control.
+
+    Each of these tests has to succeed, so the chance of a false alarm is not above that of a single test.
+    """
+    rivals = [arm for arm in ("base", *CONTROLS) if arm in arms]
+    unbeaten = [arm for arm in rivals if not below_zero(arms[arm]["fused_minus_arm"])]
+    if unbeaten:
+        return f"No transfer shown: fused is not reliably better than {', '.join(unbeaten)}."
+    missing = [control for control in CONTROLS if control not in arms]
+    controls = f"every control that was measured (without {', '.join(missing)})" if missing else "every control"
+    return f"Transfer: without training, fused is better than base and than {controls} (95 % intervals)."
+
+
+def by_seed(found: Mapping[str, Any]) -> str:
+    """The difference of each seed as text, `; by seed -0.04, -0.05`; empty for a single seed."""
+    seeds = found.get("seeds", {})
+    return "; by seed " + ", ".join(f"{value:+.4f}" for value in seeds.values()) if len(seeds) > 1 else ""

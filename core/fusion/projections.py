@@ -104,15 +104,23 @@ def planned_sides(projections: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(side for side in recorded_sides(projections) if side in needed), *sorted(needed)]))
 
 
+def source_sides(projections: Iterable[str]) -> tuple[str, ...]:
+    """What is recorded of the source: its outputs, and the inputs from which layers are matched. The input of down is
+    as wide as the outputs of gate and up, and nothing reads the source's."""
+    projections = tuple(projections)
+    needed = {*projections, *planned_sides(projections)}
+    return tuple(side for side in recorded_sides(projections) if side in needed)
+
+
 def forward_order(side: str) -> int:
     """The place of a side in the forward pass of a layer."""
     order = [end for projection in PROJECTIONS.values() for end in (projection.input_side, projection.name)]
     return order.index(side)
 
 
-def first_reader(side: str, projections: Iterable[str]) -> str:
-    """The first of some projections that reads a side, at which the side is recorded."""
-    return next(name for name in projections if PROJECTIONS[name].input_side == side)
+def first_reader(side: str) -> str:
+    """The first projection that reads a side, at which the side is recorded."""
+    return next(name for name, one in PROJECTIONS.items() if one.input_side == side)
 
 
 def selected_sides(projections: Iterable[str]) -> set[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.fusion.projections import SIDES
+from core.fusion.projections import parse_projections, planned_sides
 from core.hot_transport import (
     SinkhornResult,
     compute_P,
@@ -47,9 +47,10 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
     """
     L, M = shape
     transport = experiment.transport
+    planned = planned_sides(parse_projections(experiment.fusion.projections))
     sides = manifest.record.setdefault("sides", {})
-    with tqdm(total=len(SIDES) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
-        for done, side in enumerate(SIDES, 1):
+    with tqdm(total=len(planned) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
+        for done, side in enumerate(planned, 1):
             if side not in sides or not plans_file(folder, side).is_file():
                 solver = SideSolver(folder, side, shape, experiment)
                 for layer in range(state.process_index, L, state.num_processes):

@@ -148,7 +148,8 @@ def preflight(job: Job, report: bool) -> None:
     cost = stage1_cost(*sizes, job.experiment, timed=False)
     if report:
         print(checks.stage1_report(job.target, job.source, cost))
-    problems = [problem for role, model in job.pair.items() for problem in checks.model_problems(role, model)]
+    fused = job.experiment.fusion.fused
+    problems = [problem for role, model in job.pair.items() for problem in checks.model_problems(role, model, fused)]
     problems += checks.disk_problems(job.folder, cost.disk)
     too_little_memory = checks.memory_problems(cost.memory, compute.device)
     if report:
@@ -170,9 +171,7 @@ def calibration_rows(division: Division, experiment: Experiment) -> list[Row]:
     return rows
 
 
-def read_both(
-    target: Checkpoint, source: Checkpoint, rows: list[Row], experiment: Experiment
-) -> Readings:
+def read_both(target: Checkpoint, source: Checkpoint, rows: list[Row], experiment: Experiment) -> Readings:
     """What each model reads of the texts."""
     tokenizers = target.load_tokenizer(), source.load_tokenizer()
     reading = experiment.reading

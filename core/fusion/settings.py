@@ -51,9 +51,14 @@ class FusionSettings:
     )
     ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal", range=POSITIVE)
 
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The names of the projections, in the order of the table. Raises UserError for an unknown one."""
+        return parse_projections(self.projections)
+
     def check(self) -> None:
         """Raise UserError for settings that exclude each other."""
-        wide = set(parse_projections(self.projections)) - set(ATTENTION)
+        wide = set(self.fused) - set(ATTENTION)
         if wide and FEATURE_MAPS[self.feature_map].reads_feature_plans:
             raise UserError(
                 f"projections {', '.join(sorted(wide))} have no feature plans, which {self.feature_map} reads; take "

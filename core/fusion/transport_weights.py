@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.fusion.feature_maps import FEATURE_MAPS, Transported
 from core.fusion.inputs import Plans, Weights
-from core.fusion.projections import COLUMNS, PROJECTIONS, ROWS, parse_projections
+from core.fusion.projections import COLUMNS, PROJECTIONS, ROWS
 from core.fusion.residual import Residual, check_finite, select
 from core.fusion.settings import FusionSettings
 
@@ -112,7 +112,7 @@ def fuse_attention_only_from_hot_dir(
         UserError: a target layer has no corresponding source layer.
         ValueError: a weight or W~ is not finite, or the ridge is too small.
     """
-    transport, projections = Transport(plans, source, settings), parse_projections(settings.projections)
+    transport, projections = Transport(plans, source, settings), settings.fused
     for layer in range(plans.shape[0]) if layers is None else layers:
         empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in projections]
         for residual in transport_into(empty, transport, layer):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from dataclasses import dataclass
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -70,7 +70,11 @@ def extract(
     texts = sorted(n for batch in batches for n in batch)
     *starts, total = accumulate(map(reading.count, texts), initial=0)
     start = dict(zip(texts, starts, strict=True))
-    out = {(side, layer): recording.allocate(total, layout.size(side)) for side in recording.sides for layer in range(layout.n_layers)}
+    out = {
+        (side, layer): recording.allocate(total, layout.size(side))
+        for side in recording.sides
+        for layer in range(layout.n_layers)
+    }
     recorder = _Recorder(model, layout, out)
     waiting, limit = deque(batches), math.inf
     try:

@@ -122,7 +122,8 @@ def read_aligned(
     for number, token in kept:
         picks[number].append(token)
     weight = len(alone) / len(kept) / (fitted / int((~aside).sum())) if kept and fitted else 1.0
-    return *readings, aside, Unaligned(Reading(readings[0].ids, picks), len(alone), fitted, weight)
+    unaligned = Unaligned(Reading(readings[0].ids, picks), len(alone), fitted, weight)
+    return readings[0], readings[1], aside, unaligned
 
 
 def is_aside(text_number: int) -> bool:

@@ -109,9 +109,7 @@ class PlanDirectory:
         """Raise UserError for a projection whose sides stage 1 did not record."""
         made = parse_projections(self.manifest.inputs["settings"]["projections"])
         if missing := [name for name in projections if name not in made]:
-            raise UserError(
-                f"{self.folder} has no activations of {', '.join(missing)}; run run_activs_and_hot.py with --projections"
-            )
+            raise UserError(f"{self.folder} has no activations of {', '.join(missing)}; run stage 1 with --projections")
 
     def mean(self, model: str, side: str, layer: int) -> Tensor:
         """Mean activation [n] of each neuron over all rows."""

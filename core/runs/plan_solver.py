@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.fusion.projections import parse_projections, planned_sides
+from core.fusion.projections import planned_sides
 from core.hot_transport import (
     SinkhornResult,
     compute_P,
@@ -47,7 +47,7 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
     """
     L, M = shape
     transport = experiment.transport
-    planned = planned_sides(parse_projections(experiment.fusion.projections))
+    planned = planned_sides(experiment.fusion.fused)
     sides = manifest.record.setdefault("sides", {})
     with tqdm(total=len(planned) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
         for done, side in enumerate(planned, 1):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import TEMPORARY, write_safetensors
-from core.fusion.projections import parse_projections, recorded_sides, source_sides
+from core.fusion.projections import recorded_sides, source_sides
 from core.models.activations import Recording, extract, row_bytes
 from core.models.checkpoints import Checkpoint
 from core.models.families import AttentionLayout
@@ -82,7 +82,7 @@ class RowRecorder:
             half = self.experiment.reading.pooling == "token"
             strengths = write_activations(self.folder, model, rows, aside, half)
         if model == "target":
-            write_selection(self.folder, strengths, parse_projections(self.experiment.fusion.projections))
+            write_selection(self.folder, strengths, self.experiment.fusion.fused)
         self.remove_shares(model)
 
     def _write_share(self, model: str, checkpoint: Checkpoint, reading: Reading) -> None:
@@ -135,7 +135,7 @@ class RowRecorder:
 
     def sides(self, model: str) -> tuple[str, ...]:
         """What is recorded of a model in every layer."""
-        projections = parse_projections(self.experiment.fusion.projections)
+        projections = self.experiment.fusion.fused
         return source_sides(projections) if model == "source" else recorded_sides(projections)
 
     def _memory(self, model: str, checkpoint: Checkpoint, n_rows: int) -> AbstractContextManager[Allocate]:

@@ -25,7 +25,7 @@ import torch
 
 from core.batching import pad_with_mask
 from core.data import load_rows
-from core.models.activations import extract
+from core.models.activations import Recording, extract
 from core.models.checkpoints import Checkpoint, open_pair
 from core.models.reading import Reading, text_batches
 from core.runs.command_line import load_experiment
@@ -45,7 +45,8 @@ def main() -> None:
     experiment.check()
     target, source = open_pair(experiment.models, experiment.compute.device)
     rows = load_rows(experiment.data.spec, "calibration", experiment.reading.calibration_samples)
-    readings, _ = read_both(target, source, rows, experiment)
+    read = read_both(target, source, rows, experiment)
+    readings = {"target": read.target, "source": read.source}
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; pooling {experiment.reading.pooling}, "
         f"{experiment.compute.tokens_per_batch} tokens per batch"
@@ -84,7 +85,7 @@ def measure(
         backbone(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def hooked(batch: list[int]) -> None:
-        extract(model, checkpoint.layout, reading, [batch], "with hooks")
+        extract(model, checkpoint.layout, reading, [batch], "with hooks", Recording())
 
     spent: dict[Callable[[list[int]], None], list[list[float]]] = {bare: [], hooked: []}
     for batch in batches:

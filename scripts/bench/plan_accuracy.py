@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.fusion.projections import SIDES
+from core.fusion.projections import ATTENTION, planned_sides
 from core.hot_transport import corr_distance_matrix, sinkhorn_uniform_streaming
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import activations_file
@@ -40,7 +40,7 @@ def main() -> None:
     everything = [(layer, m) for layer in range(L) for m in range(M)]
     print(f"torch {torch.__version__}, POT {ot.__version__}, {torch.get_num_threads()} threads; {plans.folder}")
     print("side      pairs   rows L1   columns L1   TV to POT at 0.1   at 0.03   (n, m)")
-    for side in SIDES:
+    for side in planned_sides(ATTENTION):
         pairs = everything if arguments.pairs in (0, L * M) else random.Random(0).sample(everything, arguments.pairs)
         rows, columns = 0.0, 0.0
         for layer, m in tqdm(pairs, desc=side, leave=False):

@@ -30,7 +30,7 @@ import ot
 import torch
 from torch import Tensor
 
-from core.fusion.projections import SIDES
+from core.fusion.projections import ATTENTION, planned_sides
 from core.hot_transport import corr_distance_matrix, solve_layer, standardize
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import read_rows
@@ -87,7 +87,7 @@ def accuracy(plans: PlanDirectory, _repeats: int) -> None:
     """Errors against POT's float64 log-domain plan."""
     generator = torch.Generator().manual_seed(0)
     problems = {}
-    for side in SIDES:
+    for side in planned_sides(ATTENTION):
         X, Y = layers(plans, side)
         problems[side] = corr_distance_matrix(X[len(X) // 2], Y[len(Y) // 2])
         problems[f"{side}, first layers"] = corr_distance_matrix(X[0], Y[0])
@@ -182,7 +182,7 @@ def speed(plans: PlanDirectory, repeats: int) -> None:
 
 def pairs(plans: PlanDirectory, _repeats: int) -> None:
     """All problems of the pair with 256 rows, C included, against a loop over POT and the bound of the machine."""
-    sides = {side: layers(plans, side, 256) for side in SIDES}
+    sides = {side: layers(plans, side, 256) for side in planned_sides(ATTENTION)}
     for reg in (0.1, 0.03):
         total, iterations, ours = 0, 0, 0.0
         reads = entries = flops = 0.0

@@ -49,7 +49,7 @@ def extract(
     reading: Reading,
     batches: Sequence[list[int]],
     desc: str,
-    recording: Recording,
+    recording: Recording | None = None,
 ) -> dict[tuple[str, int], Tensor]:
     """Run the backbone (no LM head) over batches of texts and record what every projection reads and gives.
 
@@ -61,12 +61,13 @@ def extract(
         reading: token ids and picked positions.
         batches: the numbers of the texts to read, batch by batch.
         desc: label of the progress bar.
-        recording: what is recorded in every layer, and where it goes.
+        recording: what is recorded in every layer, and where it goes; by default the sides of attention, in memory.
     Returns:
         {(side, layer): [rows, n]}: the mean over each text's tokens, or the picked tokens, in the order of the texts.
     Raises:
         UserError: a text does not fit in memory on its own.
     """
+    recording = recording or Recording()
     texts = sorted(n for batch in batches for n in batch)
     *starts, total = accumulate(map(reading.count, texts), initial=0)
     start = dict(zip(texts, starts, strict=True))

@@ -25,7 +25,7 @@ import torch
 
 from core.batching import pad_with_mask
 from core.data import load_rows
-from core.models.activations import Recording, extract
+from core.models.activations import extract
 from core.models.checkpoints import Checkpoint, open_pair
 from core.models.reading import Reading, text_batches
 from core.runs.command_line import load_experiment
@@ -85,7 +85,7 @@ def measure(
         backbone(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def hooked(batch: list[int]) -> None:
-        extract(model, checkpoint.layout, reading, [batch], "with hooks", Recording())
+        extract(model, checkpoint.layout, reading, [batch], "with hooks")
 
     spent: dict[Callable[[list[int]], None], list[list[float]]] = {bare: [], hooked: []}
     for batch in batches:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
-from core.fusion.projections import SIDES
+from core.fusion.projections import ATTENTION, recorded_sides
 from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint
 from core.runs.plan_directory import PlanDirectory
@@ -67,7 +67,7 @@ def test_as_target_and_as_source(name, models, texts, tmp_path):
         plans, out = fuse_pair(pair["target"], pair["source"], texts, tmp_path / role)
         widths = load_file(plans / "activations" / f"{role}.safetensors")
         model = stock(own)
-        for side in SIDES:
+        for side in recorded_sides(ATTENTION):
             linear = layout.linear(model, 1, side[0] if side in "qkvo" else {"attn_in": "q", "o_in": "o"}[side])
             neurons = linear.out_features if side in "qkvo" else linear.in_features
             assert layout.size(side) == neurons == widths[f"{side}.1"].shape[1]

@@ -79,6 +79,9 @@ def main(argv: list[str]) -> None:
     setup_logging()
     command = parse(argv)
     dry_run = "dry_run" in command.modes
+    if dry_run and (waiting := command.waits_for("hot_dir", "plans", "plans")):
+        print(waiting)
+        return
     job = open_job(command)
     preflight(job, report=dry_run)
     if dry_run:

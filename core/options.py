@@ -1,7 +1,7 @@
 """Settings declared once: a field of a frozen dataclass that knows its flag, its range and what its value changes.
 
-`core.runs.settings.Experiment` is made of groups of such fields. Command lines, `--help`, experiment files, the checks
-of values and the fingerprints of output folders are all read from these declarations.
+`core.runs.settings.Experiment` consists of groups of such fields. Command lines, `--help`, experiment files, the checks
+of values and the fingerprints of output folders are all read from these declarations, so a new setting is one line.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Range:
 
     Attributes:
         low, high: the bounds, both included.
-        expected: what an error says.
-        above: `low` itself is excluded.
+        expected: how an error message describes the range.
+        above: whether `low` itself is excluded.
     """
 
     low: float
@@ -51,16 +51,20 @@ def option(
     only_with: str | None = None,
     alias: str | None = None,
 ) -> Any:
-    """A dataclass field that is also a flag of the commands in `stages` (1, 2, 3; e for evaluation).
+    """Declare a field of a dataclass as a setting.
 
     Args:
-        choices, range: the values it may have; of a tuple every entry.
-        changes: those of `stages` whose output has other bytes when the value is another one; there the value is part
-            of the fingerprint. The default is all of them. It is narrower for a setting that names an input (a model,
+        default: its value where neither the experiment file nor a flag gives one.
+        stages: the commands that take it as a flag: 1, 2 and 3 are the stages, e is the comparison on held-out texts
+            and b the benchmarks. A setting of no command can still stand in an experiment file.
+        help: what `--help` says.
+        choices, range: the values it may have; for a tuple, the values that each entry may have.
+        changes: those of `stages` whose output gets other bytes when the value changes; there the value is part of the
+            fingerprint. The default is all of `stages`. Fewer are given for a setting that names an input (a model or
             rows), whose contents are in the fingerprint instead, and for one that only decides where or how fast
             something is done.
-        only_with: the condition (one of `core.runs.settings.CONDITIONS`) without which the value changes nothing; None:
-            it always counts.
+        only_with: the condition (a key of `core.runs.settings.CONDITIONS`) without which the value changes nothing;
+            None when it always matters.
         alias: a second name that flags and experiment files may use.
     """
     return field(
@@ -82,10 +86,10 @@ class Setting:
     """One declared setting.
 
     Attributes:
-        group: the attribute of the experiment that holds it.
-        kind: str, int, float, bool, or tuple, whose entries are of the type `entry`.
+        group: the attribute of the experiment that holds it; empty for the experiment itself.
+        kind: str, int, float, bool, or tuple, whose entries have the type `entry`.
         optional: whether it may be None.
-        the others: as `option` takes them.
+        default, stages, help, choices, range, changes, only_with, alias: as `option` takes them.
     """
 
     group: str
@@ -103,9 +107,11 @@ class Setting:
     alias: str | None
 
     def read(self, value: Any) -> Any:
-        """A value as YAML gives it in this setting's type: YAML reads 2e-5 as a string and 1 as an integer.
+        """Convert a value from YAML to this setting's type. YAML reads `2e-5` as a string and `1` as an integer, and
+        both are meant as floats where the setting is one.
 
-        Raises ValueError, which says what was expected.
+        Raises:
+            ValueError: the value has another type; the message says what was expected.
         """
         if value is None and self.optional:
             return None
@@ -133,7 +139,7 @@ class Setting:
             raise ValueError("expected a list of numbers") from None
 
     def check(self, value: Any) -> None:
-        """Raise UserError for a value that this setting may not have."""
+        """Raise UserError for a value that is not among `choices` or not in `range`."""
         if self.choices and value not in (None, "") and value not in self.choices:
             raise UserError(f"{self.name} is {value!r}; expected one of {', '.join(self.choices)}")
         if self.range is not None and value is not None:
@@ -143,7 +149,7 @@ class Setting:
 
 
 def settings_of(group: type, name: str) -> list[Setting]:
-    """The settings that a dataclass declares by `option`; fields of other kinds are left out."""
+    """The settings that a dataclass declares with `option`, as those of the group `name`. Other fields are left out."""
     hints = get_type_hints(group)
     return [
         Setting(group=name, name=f.name, default=f.default, **_type_of(hints[f.name]), **f.metadata)
@@ -153,6 +159,7 @@ def settings_of(group: type, name: str) -> list[Setting]:
 
 
 def _type_of(hint: Any) -> dict[str, Any]:
+    """Type, type of entries and optionality that an annotation such as `float | None` or `tuple[str, ...]` states."""
     optional = isinstance(hint, types.UnionType)
     if optional:
         (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
@@ -162,5 +169,5 @@ def _type_of(hint: Any) -> dict[str, Any]:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """`0.03,0.1` as numbers. Raises ValueError."""
+    """Read `0.03,0.1` as (0.03, 0.1). Raises ValueError for anything that is not a number."""
     return tuple(float(part) for part in text.split(",") if part.strip())

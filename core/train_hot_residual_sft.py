@@ -20,6 +20,7 @@ from core.hub import push_folder
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
 from core.models.checkpoints import Checkpoint
+from core.runs import preflight as checks
 from core.runs.card import CARD, adapted_card
 from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.lineage import adapted_lineage
@@ -43,8 +44,16 @@ def main(argv: list[str]) -> None:
     """Read the flags, open what they name, train, and write the adapted checkpoint."""
     setup_logging()
     command, output_default = parse(argv)
+    dry_run = "dry_run" in command.modes
+    if dry_run and (waiting := command.waits_for("model_dir", "fused", "fused")):
+        print(waiting)
+        return
     job = open_job(command, output_default)
     rows = read_rows(job)
+    if dry_run:
+        strengths, counts = job.start.strengths(job.experiment.training), (len(rows.sft), len(rows.validation))
+        print(checks.stage3_report(job.start.checkpoint, job.folder, job.experiment, strengths, counts))
+        return
     if job.process.is_main_process:
         Manifest.begin(job.folder, STAGE, job.inputs(rows))
     job.process.wait_for_everyone()
@@ -77,6 +86,7 @@ def parse(argv: list[str]) -> tuple[Command, str]:
             "output_dir": "adapted checkpoint to write (default runs/<name>/adapted/<scenario>/seed<seed>)",
         },
         {"alpha": "train_alpha"},
+        {"dry_run": "check everything that can be checked without training, print it, and stop"},
     )
     experiment = command.experiment
     return command, f"adapted/{experiment.training.training_scenario}/seed{experiment.compute.seed}"

@@ -16,7 +16,7 @@ import yaml
 from core.errors import UserError
 from core.files import MANIFEST, read_json, write_json, write_text
 from core.locks import hold, outputs_held
-from core.runs.command_line import Parser
+from core.runs.command_line import RUN_FILE, Parser, load_experiment
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import results_root
 from evaluation.arms.run import training_folders
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     # All tasks are written, whichever are printed, so that all.md has no section of an earlier state.
     tables = {}
     for task, names in runs.items():
-        collected = collect(task, {name: results / name for name in names}, results / task)
+        collected = collect(task, {name: results / name for name in names})
         write_json(folder / f"{task}.json", collected)
         tables[task] = task_tables(collected)
         write_text(folder / f"{task}.md", tables[task])
@@ -86,28 +86,27 @@ def find_runs(results: Path) -> dict[str, list[str]]:
     return runs
 
 
-def collect(task: str, runs: Mapping[str, Path], shared: Path) -> dict[str, Any]:
+def collect(task: str, runs: Mapping[str, Path]) -> dict[str, Any]:
     """All figures of one task.
 
     Args:
         runs: name -> folder of each run of the task.
-        shared: the folder of the run that has the scores of the base where a run has none of its own.
     Returns:
         {"task", "paper": its entry in paper_results.json, "runs": {name: as `collect_run` returns it}}.
     """
     paper = read_json(PAPER)
-    found = {name: collect_run(task, folder, shared, paper) for name, folder in runs.items()}
+    found = {name: collect_run(task, folder, paper) for name, folder in runs.items()}
     return {"task": task, "paper": paper.get(_paper_task(task), {}), "runs": found}
 
 
-def collect_run(task: str, run: Path, shared: Path, paper: Mapping[str, Any]) -> dict[str, Any]:
+def collect_run(task: str, run: Path, paper: Mapping[str, Any]) -> dict[str, Any]:
     """All figures of one run of a task.
 
     Where something of the run cannot be used, the log and the entry say why, and everything else is collected: what has
     to be made or scored again must not hide the rest.
 
     Args:
-        run, shared: folders, as in `collect`.
+        run: its folder.
         paper: contents of paper_results.json.
     Returns:
         {"sets": {task or `general`: as `benchmark_rows` returns it}, "models": as `settings_of` returns it, "held_out":
@@ -121,7 +120,7 @@ def collect_run(task: str, run: Path, shared: Path, paper: Mapping[str, Any]) ->
         return found | {"models": None, "held_out": {"absent": str(error)}}
     for kind in (task, "general"):
         try:
-            arms = {arm: scores for arm in ARMS if (scores := arm_scores(run, shared, kind, arm))}
+            arms = {arm: scores for arm in ARMS if (scores := arm_scores(run, base_run(run, task), kind, arm))}
             check_scores(run, arms)
             if set(arms) - {"base"}:
                 found["sets"][kind] = benchmark_rows(arms, paper.get(_paper_task(kind), {}))
@@ -137,6 +136,13 @@ def collect_run(task: str, run: Path, shared: Path, paper: Mapping[str, Any]) ->
             log.warning("%s: %s", run.name, error)
             found["held_out"] = {"absent": str(error)}
     return found
+
+
+def base_run(run: Path, task: str) -> Path:
+    """The folder of the run that has the scores of the base where `run` has none of its own: the one that its
+    experiment file names, or else the run of the task's own pair."""
+    settings = load_experiment(run / RUN_FILE) if (run / RUN_FILE).is_file() else {}
+    return run.with_name(settings.get("base_from") or task)
 
 
 def _paper_task(task: str) -> str:

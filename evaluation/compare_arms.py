@@ -16,30 +16,38 @@ from core.errors import UserError
 from core.locks import hold, outputs_held
 from core.models.checkpoints import open_pair
 from core.runs.card import add_results, results_section
-from core.runs.command_line import parse_command
+from core.runs.command_line import Command, parse_command, unfinished
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.settings import Experiment
 from evaluation.arms.models import Arms
 from evaluation.arms.results import Results
-from evaluation.arms.run import Run
+from evaluation.arms.run import TRAINED, Run, training_folders
 from evaluation.arms.texts import TextSet, text_sets
 from evaluation.arms.verdict import table, trial_notes
 
 log = logging.getLogger("compare")
+MODES = {"dry_run": "check everything that can be checked without loading a model, print it, and stop"}
 FOLDERS = {"run_dir": "run directory (default runs/<name>)", "hot_dir": "plan directory (default plans, in it)"}
 
 
 @outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
-    command = parse_command(argv, "e", __doc__ or "", FOLDERS)
+    command = parse_command(argv, "e", __doc__ or "", FOLDERS, modes=MODES)
     experiment, folder = command.experiment, command.path("run_dir", ".")
-    plans = PlanDirectory(command.paths["hot_dir"] or folder / "plans", experiment.compute.device)
+    plan_folder = plan_folder_of(command)
+    if "dry_run" in command.modes and (waiting := what_is_unfinished(folder, plan_folder)):
+        print(waiting)
+        return
+    plans = PlanDirectory(plan_folder, experiment.compute.device)
     run = Run.open(folder, plans)
     target, source = open_pair(experiment.models, experiment.compute.device)
     plans.check_models(target, source)
     sets = text_sets(experiment, run, target.load_tokenizer())
+    if "dry_run" in command.modes:
+        print(report(Arms(run, target, source, experiment), sets))
+        return
     hold(folder)
     log_to_file(command.log_file("run_dir", "."))
     arms = Arms(run, target, source, experiment)
@@ -51,6 +59,27 @@ def main(argv: list[str]) -> None:
     text = "\n".join([text, *trial_notes(run.trials)])
     print(text)
     write_to_cards(run, sets["held_out"].identity, text)
+
+
+def plan_folder_of(command: Command) -> Path:
+    """The plan directory: the one that is given, or else the one in the run directory that is given, or else the one
+    that the experiment says."""
+    if command.paths["hot_dir"] is None and command.paths["run_dir"] is not None:
+        return command.paths["run_dir"] / "plans"
+    return command.path("hot_dir", "plans")
+
+
+def what_is_unfinished(run: Path, plans: Path) -> str | None:
+    """What a dry run says while an earlier stage has not finished its folder; None when all of them have."""
+    trainings = [folder for arm in TRAINED for folder in training_folders(run, arm)]
+    stages = {plans: "plans", run / "fused": "fused", **dict.fromkeys(trainings, "adapted")}
+    return next(filter(None, (unfinished(folder, stage) for folder, stage in stages.items())), None)
+
+
+def report(arms: Arms, sets: Mapping[str, TextSet]) -> str:
+    """What would be compared."""
+    lines = [f"{name}: {len(texts.examples)} texts, {sum(texts.tokens)} tokens" for name, texts in sets.items()]
+    return "\n".join([*lines, f"arms: {', '.join(arms.made_from)}; nothing is missing"])
 
 
 def inputs_of(run: Run, sets: Mapping[str, TextSet], experiment: Experiment) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Benchmarks: one model on all of a task, `--task malay`, or on the paper's general abilities, `--task general`."""
+"""Benchmarks: one model, or all models of a run, on those of a task or on the paper's general abilities."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from core.errors import UserError
 from core.files import write_json
 from core.locks import hold, outputs_held
 from core.runs.process import run_command, setup_logging
-from core.runs.settings import results_root
+from core.runs.settings import Experiment, results_root
 from evaluation.benchmarks.harness import members
 from evaluation.benchmarks.harness_scores import score_tasks
 from evaluation.benchmarks.local_rows import READERS
 from evaluation.benchmarks.local_tasks import local_files, local_tasks, why_not_in_hub
 from evaluation.benchmarks.own import OWN
 from evaluation.benchmarks.prompts import PromptSettings, prompt_flags
-from evaluation.benchmarks.registry import STAND_INS, TASK_FILE, task_benchmarks
+from evaluation.benchmarks.registry import STAND_INS, TASK_FILE, models_of_run, task_benchmarks
 from evaluation.runner import Scoring, data_folder, runner_flags
 from evaluation.scores import read_score
 
@@ -35,9 +35,16 @@ ABSENT, DAMAGED = "absent", "damaged"
 @outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
-    parser = runner_flags(__doc__ or "", "runs/benchmarks/TASK/MODEL, MODEL the path with - for /")
-    parser.add_argument("--task", required=True, help="an experiment with benchmarks (malay, thai, ...), or general")
+    default = "runs/benchmarks/TASK/MODEL, MODEL the path with - for /; with --config in the folder of the run"
+    parser = runner_flags(__doc__ or "", default, needs_model=False)
     parser.add_argument(
+        "--config", type=Path, help="experiment file of a run; without --model, all models of the run are scored"
+    )
+    parser.add_argument(
+        "--task", help="an experiment with benchmarks (malay, thai, ...), or general; default that of --config"
+    )
+    parser.add_argument(
+        "--benchmark-data",
         "--data-dir",
         type=Path,
         default=os.environ.get("BENCHMARK_DATA"),
@@ -49,27 +56,58 @@ def main(argv: list[str]) -> None:
         help="say where the items are, and read those that are here; opens no model, writes nothing",
     )
     prompt_flags(parser, llama_name=True)
-    given = parser.parse(argv)
-    task, data_dir = given["task"], data_folder(given["data_dir"])
-    names = task_benchmarks(task)
+    given, experiment = parser.parse_with_config(argv)
+    task, models = what_to_score(given, experiment)
+    own = experiment.scoring.benchmarks if experiment and not given["task"] else ()
+    names, data_dir = own or task_benchmarks(task), data_folder(given["benchmark_data"])
     for name in names:  # a name that nothing knows is refused before hours of scoring
         if name not in OWN:
             members(name)
     benchmarks = find_benchmarks(names, data_dir)
     if given["dry_run"]:
+        print("\n".join(f"scores of {model} -> {folder}" for model, folder in models.items()))
         dry_run(task, benchmarks, data_dir)
         return
-    default = results_root() / "benchmarks" / task / given["model"].strip("/").replace("/", "-")
-    scoring = Scoring.from_flags({**given, "output_dir": given["output_dir"] or default})
+    for model, folder in models.items():
+        score_model({**given, "task": task, "model": model, "output_dir": folder}, benchmarks, data_dir)
+
+
+def what_to_score(given: Mapping[str, Any], experiment: Experiment | None) -> tuple[str, dict[str, Path]]:
+    """The task, and the models to score, each with the folder of its scores.
+
+    Args:
+        given: the flags.
+        experiment: that of `--config`.
+    Raises:
+        UserError: the flags name no task, or no model.
+    """
+    task = given["task"] or (experiment and (experiment.shared.task or experiment.name))
+    if not task:
+        raise UserError("--task is missing (or give --config FILE.yaml)")
+    if given["model"]:
+        default = results_root() / "benchmarks" / task / given["model"].strip("/").replace("/", "-")
+        return task, {given["model"]: given["output_dir"] or default}
+    if experiment is None:
+        raise UserError("--model is missing (or give --config FILE.yaml, the experiment file of a run)")
+    return task, models_of_run(experiment, task)
+
+
+def score_model(given: Mapping[str, Any], benchmarks: Mapping[str, Benchmark], data_dir: Path | None) -> None:
+    """Score one model, record what was scored in its folder, and print the table.
+
+    Raises:
+        UserError: no benchmark could be scored.
+    """
+    scoring = Scoring.from_flags(given)
     hold(scoring.output_dir)
     prompts = PromptSettings(given["prompt"], given["llama_name"])
     results = score_benchmarks(scoring, benchmarks, data_dir, prompts)
-    record = {"task": task, "model": given["model"], "limit": scoring.limit, "benchmarks": results}
+    names = {name: given[name] for name in ("task", "model")}
     scoring.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(scoring.output_dir / TASK_FILE, record)
+    write_json(scoring.output_dir / TASK_FILE, {**names, "limit": scoring.limit, "benchmarks": results})
     print(table(scoring.output_dir, results))
     if not any("file" in result for result in results.values()):
-        raise UserError(f"no benchmark of {task} was scored; the reasons are above")
+        raise UserError(f"no benchmark of {given['task']} was scored; the reasons are above")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from core.runs.settings import check_device
 from evaluation.evaluated_model import EvaluatedModel
 
 
-def runner_flags(description: str, default_folder: str | None = None) -> Parser:
+def runner_flags(description: str, default_folder: str | None = None, needs_model: bool = True) -> Parser:
     """A parser with the flags that every such command takes.
 
     Args:
         default_folder: what `--help` says of the default of --output-dir; None when that flag must be given.
+        needs_model: whether --model must be given.
     """
     parser = Parser(description)
-    parser.add_argument("--model", required=True, help="folder, GGUF file, id in $MODELS_ROOT, or hub id")
+    parser.add_argument("--model", required=needs_model, help="folder, GGUF file, id in $MODELS_ROOT, or hub id")
     default = f" (default {default_folder})" if default_folder else ""
     parser.add_argument(
         "--output-dir", type=Path, required=default_folder is None, help=f"gets one file per benchmark{default}"

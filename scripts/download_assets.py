@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Fetch all that a paper's task needs, for offline use: models, fine-tuning rows and benchmarks. Sizes are shown first.
+"""Fetch everything that a task needs for offline use: models, fine-tuning rows and benchmarks. Sizes are shown first.
 
 python scripts/download_assets.py --task malay thai [--sizes] [--data-dir data]
 
-What is there already is left alone; a download that was cut goes on. Afterwards
+What is already there is left alone, and a download that was interrupted is continued. Afterwards
 `HF_HUB_OFFLINE=1 DATA_DIR=data bash scripts/run_train_final.sh` runs without a network.
 """
 
@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,14 +31,15 @@ from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.locks import file_lock
 from core.models.locate import CARD_FILES, HUB_FILES, model_folder, models_root
-from core.runs.command_line import Parser, load_experiment
+from core.runs.command_line import EXPERIMENTS, Parser, load_experiment
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import Experiment
 from evaluation.benchmarks.harness import members, task_manager
 from evaluation.benchmarks.registry import STAND_INS, task_benchmarks
 
 log = logging.getLogger("download")
-# Benchmarks that are repositories of their own: variable of run_train_final.sh, folder, address.
+# Benchmarks that are repositories of their own -> the variable of run_train_final.sh that names a clone, the folder
+# that a new clone gets, and its address.
 REPOSITORIES = {
     "malay_mmlu": ("MALAY_REPO", "MalayMMLU", "https://github.com/UMxYTL-AI-Labs/MalayMMLU"),
     "yue_mmlu": ("YUE_BENCHMARK_ROOT", "Yue-Benchmark", "https://github.com/jiangjyjy/Yue-Benchmark"),
@@ -47,7 +48,14 @@ REPOSITORIES = {
 
 @dataclass(frozen=True)
 class Asset:
-    """One thing to fetch: what it is, its id, how large it is (bytes; None: not known before), how to get it."""
+    """One thing to fetch.
+
+    Attributes:
+        kind: model, rows, or benchmark.
+        name: what the log calls it.
+        size: a function that gives the bytes that are still to be fetched, or None where they are not known before.
+        fetch: a function that fetches it.
+    """
 
     kind: str
     name: str
@@ -71,19 +79,51 @@ def main(argv: list[str]) -> None:
     wanted: dict[tuple[str, str], Asset] = {}
     for task in given["task"]:
         for asset in assets(task, given["data_dir"], given["workspace"]):
-            wanted.setdefault((asset.kind, asset.name), asset)
+            wanted.setdefault((asset.kind, asset.name), asset)  # several tasks may need the same one
+    show_sizes(wanted.values())
+    if not given["sizes"]:
+        fetch(wanted.values())
+
+
+def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
+    """Everything that a task reads. Raises UserError for an unknown task."""
+    found = []
+    names = list(task_benchmarks(task))
+    if task != "general":
+        experiment = Experiment.of(**load_experiment(EXPERIMENTS / f"{task}.yaml"))
+        for name in (experiment.models.target_model, experiment.models.source_model):
+            found.append(Asset("model", name, partial(_model_size, name), partial(_fetch_model, name)))
+        spec, path = experiment.data.spec, data_dir / f"{task}.jsonl"
+        if spec.subset in HUB_IDS:
+            name = f"{HUB_IDS[spec.subset]} -> {path}"
+            found.append(Asset("rows", name, partial(_size_of_missing, path), partial(_fetch_rows, spec, path)))
+    for name in list(names):
+        if name in REPOSITORIES:
+            names.remove(name)
+            names += STAND_INS.get(name, ())
+            variable, folder, address = REPOSITORIES[name]
+            clone = Path(os.environ.get(variable, workspace / folder))
+            size, action = partial(_size_of_missing, clone), partial(_clone, address, clone)
+            found.append(Asset("benchmark", f"{address} -> {clone}", size, action))
+    return found + (_harness_assets(names) if names else [])
+
+
+def show_sizes(wanted: Collection[Asset]) -> None:
+    """Log the size of each asset, and of all that have one."""
     total = 0
-    for asset in wanted.values():
-        size = _or_reason(asset, asset.size)
+    for asset in wanted:
+        size = _result_or_reason(asset, asset.size)
         total += size if isinstance(size, int) else 0
-        told = size if isinstance(size, str) else "size not known before" if size is None else _gib(size)
-        log.info("%-10s %-60s %s", asset.kind, asset.name, told)
+        shown = size if isinstance(size, str) else "size not known before" if size is None else _gib(size)
+        log.info("%-10s %-60s %s", asset.kind, asset.name, shown)
     log.info("%s to fetch, %s free here", _gib(total), _gib(shutil.disk_usage(".").free))
-    if given["sizes"]:
-        return
+
+
+def fetch(wanted: Collection[Asset]) -> None:
+    """Fetch all assets. Raises UserError at the end, with what could not be fetched and why."""
     failed = []
-    for asset in tqdm(wanted.values(), desc="fetching", unit="asset"):
-        reason = _or_reason(asset, asset.fetch)
+    for asset in tqdm(wanted, desc="fetching", unit="asset"):
+        reason = _result_or_reason(asset, asset.fetch)
         if isinstance(reason, str):
             failed.append(f"{asset.kind} {asset.name}: {reason}")
     if failed:
@@ -93,45 +133,20 @@ def main(argv: list[str]) -> None:
         )
 
 
-def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
-    """Everything a task reads. Raises UserError for an unknown task."""
-    found = []
-    names = list(task_benchmarks(task))
-    if task != "general":
-        keys = load_experiment(Path(__file__).with_name("experiments") / f"{task}.yaml")
-        for role in ("target_model", "source_model"):
-            name = keys[role]
-            found.append(Asset("model", name, partial(_model_size, name), partial(_fetch_model, name)))
-        spec, path = Experiment.of(**keys).data.spec, data_dir / f"{task}.jsonl"
-        name, fetch = f"{HUB_IDS[spec.subset]} -> {path}", partial(_fetch_rows, spec, path)
-        found.append(Asset("rows", name, partial(_missing, path), fetch))
-    for name in list(names):
-        if name in REPOSITORIES:
-            names.remove(name)
-            names += STAND_INS.get(name, ())
-            variable, folder, address = REPOSITORIES[name]
-            place = Path(os.environ.get(variable, workspace / folder))
-            found.append(
-                Asset("benchmark", f"{address} -> {place}", partial(_missing, place), partial(_clone, address, place))
-            )
-    return found + (_harness_assets(names) if names else [])
-
-
 def _harness_assets(names: list[str]) -> list[Asset]:
-    """The data sets of tasks of the harness."""
+    """The data sets of tasks of lm-evaluation-harness."""
     index = task_manager().task_index
     names = [part for name in names for part in members(name)]
     sets = {(index[name].cfg["dataset_path"], index[name].cfg.get("dataset_name")) for name in names}
-    return [
-        Asset(
-            "benchmark", f"{path} {config or ''}".strip(), partial(_data_size, path), partial(_fetch_data, path, config)
-        )
-        for path, config in sorted(sets, key=str)
-    ]
+    found = []
+    for path, config in sorted(sets, key=str):
+        name = f"{path} {config or ''}".strip()
+        found.append(Asset("benchmark", name, partial(_data_size, path), partial(_fetch_data, path, config)))
+    return found
 
 
-def _or_reason(asset: Asset, action: Callable[[], Any]) -> Any:
-    """What `action` returns, or in one line why it cannot be done."""
+def _result_or_reason(asset: Asset, action: Callable[[], Any]) -> Any:
+    """What `action` returns, or one line that says why it failed."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
@@ -141,13 +156,13 @@ def _or_reason(asset: Asset, action: Callable[[], Any]) -> Any:
         return hub_refusal(asset.name, None, error) or first_line(error)
 
 
-def _missing(place: Path) -> int | None:
-    """0 for what is there; the size of what is not cannot be known before."""
-    return 0 if place.exists() else None
+def _size_of_missing(path: Path) -> int | None:
+    """0 for what is there; the size of rows or a clone is not known before it is fetched."""
+    return 0 if path.exists() else None
 
 
 def _model_size(name: str) -> int:
-    """Bytes of a model that are still to be fetched."""
+    """The bytes of a model that are still to be fetched."""
     from huggingface_hub import HfApi, snapshot_download
 
     if (models_root() / name).exists():
@@ -158,11 +173,11 @@ def _model_size(name: str) -> int:
 
 
 def _fetch_model(name: str) -> None:
-    model_folder(name, None, trust_remote_code=False)  # also those with .bin weights alone, which it converts
+    model_folder(name, None, trust_remote_code=False)  # this also converts models that have only .bin weights
 
 
 def _data_size(name: str) -> int | None:
-    """Bytes of a data set's repository (all its configurations)."""
+    """The bytes of a data set's repository, with all its configurations."""
     from huggingface_hub import HfApi
 
     files = HfApi().dataset_info(name, files_metadata=True, timeout=HUB_TIMEOUT_S).siblings or []
@@ -180,19 +195,19 @@ def _fetch_rows(spec: DataSpec, path: Path) -> None:
         export_rows(spec, path)
 
 
-def _clone(address: str, place: Path) -> None:
-    """A repository's last state; a clone that was cut leaves nothing under its name."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".cloning-{place.name}")
-    with file_lock(place.with_name(f"{LOCK}-{place.name}"), str(place), wait=True):
-        if place.is_dir():
+def _clone(address: str, folder: Path) -> None:
+    """Clone the last state of a repository. An interrupted clone leaves nothing under the name of the folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".cloning-{folder.name}")
+    with file_lock(folder.with_name(f"{LOCK}-{folder.name}"), str(folder), wait=True):
+        if folder.is_dir():
             return
         shutil.rmtree(temporary, ignore_errors=True)
         command = ["git", "clone", "--quiet", "--depth", "1", address, str(temporary)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
         if done.returncode:
             raise UserError(f"git clone {address}: {done.stderr.strip() or done.returncode}")
-        temporary.rename(place)
+        temporary.rename(folder)
 
 
 def _gib(size: int) -> str:

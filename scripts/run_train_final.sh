@@ -1,119 +1,61 @@
 #!/usr/bin/env bash
-# The paper's six tasks: bash scripts/run_train_final.sh
-#   TASKS="malay thai"            which (default all six; finance_paper is the paper's own finance pair)
-#   STEPS="plans fuse train eval" which steps (general: also the paper's Figure 6); finished ones are skipped
-#   DRY_RUN=1                     print every command with its settings, check models and data, run nothing
-#   FEATURE_MAP=regression        our map on token rows, dense, alpha 0.1, in place of the paper's coupling and alphas
-#   SEEDS="0 1 2", NUM_GPUS=2     trainings to average; read and train on so many GPUs (default: on the CPU)
-#   VARIANT=source_size           Table 7; source_family: Figure 4; alpha: Figure 5 (scripts/experiments/variants.txt)
-#   WORKSPACE_ROOT, MODELS_ROOT, TRANSPORT_RESULTS_ROOT   here; where models are, results go (default models/, runs/)
-#   LM_EVAL_REPO, MALAY_REPO, YUE_BENCHMARK_ROOT          checkouts of the benchmarks (default $WORKSPACE_ROOT/NAME)
-#   DATA_DIR, BENCHMARK_DATA      hold TASK.jsonl (or a folder TASK), and benchmark files (LM_EVAL_TASKS: your own tasks)
-#   TARGET_MODEL, SOURCE_MODEL, ALPHA    one pair, one strength (of fusion and in training) for all tasks
-#   MAX_SAMPLES, SFT_SAMPLES, HELD_OUT_SAMPLES, MAX_TOKENS, LIMIT   less text, fewer items; PROMPT=plain: without chat template
+# The paper's six tasks, from two models and texts to a table beside the paper's figures:
+#   bash scripts/run_train_final.sh                                      everything, with the paper's settings
+#   TASKS="malay thai" DRY_RUN=1 bash scripts/run_train_final.sh         check models and texts, say what would be done
+#   bash scripts/run_train_final.sh --target-model X --max-samples 160   any setting of any stage
+# A task is a file scripts/experiments/TASK.yaml; --help lists what can be set. The same command goes on after a kill.
+# Times below: models of 1B and 8B on one GPU (estimated) / the demo pair with 160 texts on two CPU cores.
 set -euo pipefail
-# Paths are meant from where the script is started; a model that is no path is an id.
-for name in {WORKSPACE,MODELS,TRANSPORT_RESULTS,YUE_BENCHMARK}_ROOT {LM_EVAL,MALAY}_REPO LM_EVAL_TASKS DATA_DIR BENCHMARK_DATA {TARGET,SOURCE}_MODEL; do
-  [[ -z ${!name:-} || ${!name} == /* || ($name == *_MODEL && ! -e ${!name}) ]] || export "$name=$PWD/${!name}"
-done
+started_in=$PWD
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
 . scripts/environment.sh
 
-WORKSPACE_ROOT=${WORKSPACE_ROOT:-$PWD}
-export MODELS_ROOT=${MODELS_ROOT:-$WORKSPACE_ROOT/models}
-export MALAY_REPO=${MALAY_REPO:-$WORKSPACE_ROOT/MalayMMLU} YUE_BENCHMARK_ROOT=${YUE_BENCHMARK_ROOT:-$WORKSPACE_ROOT/Yue-Benchmark}
-harness=${LM_EVAL_REPO:-$WORKSPACE_ROOT/lm-evaluation-harness}
-[[ -z ${LM_EVAL_REPO:-} || -d $harness/lm_eval ]] || { echo "error: LM_EVAL_REPO=$harness is no clone of lm-evaluation-harness" >&2 && exit 2; }
-[[ ! -d $harness ]] || export PYTHONPATH=$harness${PYTHONPATH:+:$PYTHONPATH}
-export TRANSPORT_RESULTS_ROOT=${TRANSPORT_RESULTS_ROOT:-$WORKSPACE_ROOT/runs} && RESULTS=$TRANSPORT_RESULTS_ROOT
-STEPS=${STEPS:-plans fuse train eval} FEATURE_MAP=${FEATURE_MAP:-coupling} failed=()
+# What is set, in one YAML per task (CONFIGS) and in TASKS, STEPS, SEEDS, LAUNCH, DRY_RUN. Wrong values end it here.
+work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+python core/runs/resolve.py --started-in "$started_in" --work-dir "$work" "$@"
+[[ -f $work/settings.sh ]] || exit 0 # --help was all that was asked for
+# shellcheck source=/dev/null
+. "$work/settings.sh"
 
-known() { [[ " $3 " == *" $2 "* ]] || { echo "error: $1 is $2; expected one of: $3" >&2 && exit 2; }; }
-
-failing() { # $1: what failed just now, $2: its exit code; Ctrl-C stops everything
-  (($2 != 130)) && failed+=("$1 (exit code $2, see the last error above)") || exit 130
+failed=()
+step() { # NAME COMMAND...: run a command when STEPS has NAME. The first one that fails is noted, and ends its task.
+  local name=$1 status error
+  [[ -z $stopped && " ${STEPS[*]} " == *" $name "* ]] || return 0
+  shift
+  printf '\n$%s\n' "$(printf ' %q' "${@/#"$work"/"$TRANSPORT_RESULTS_ROOT"}")" # a dry run's YAML is in $work
+  if ((${#DRY_RUN[@]})); then # the stage itself says what is missing; it needs no launcher for that
+    while [[ $1 != *.py ]]; do shift; done
+    set -- python "$@" "${DRY_RUN[@]}"
+  fi
+  { "$@" 2>&1 >&3 | tee -i "$work/errors" >&2; } 3>&1 && return # errors to the screen and to a file
+  status=$?
+  ((status != 130)) || kill -INT $$ # Ctrl-C ends everything
+  error=$(grep -ao 'error: .*' "$work/errors" | tail -n 1) || error=$(tr -s '\r\n' '\n' < "$work/errors" | tail -n 1)
+  failed+=("$run, $name: $error (exit code $status)")
+  ((${#DRY_RUN[@]})) || stopped=yes
 }
 
-run() { # a stage's command
-  local command=(python "$@")
-  if ((${NUM_GPUS:-0} > 0)) && [[ $1 != evaluation/collect_results.py ]]; then
-    command+=(--device cuda)
-    [[ $NUM_GPUS == 1 || $1 == core/generate_hot_residual.py || $1 == evaluation/* ]] ||
-      command=(accelerate launch --num_processes "$NUM_GPUS" "${command[@]:1}")
-  fi
-  if [[ -z ${DRY_RUN:-} ]]; then
-    "${command[@]}"
-  else
-    printf ' %s\n' "$(printf ' %q' "${command[@]}")"
-    [[ $1 != run_activs_and_hot.py && $* != evaluation/run_task.py*"/base --model "* ]] || python "$@" --dry-run || wrong=$?
-  fi
-}
-
-task() { # $1: name of an experiment; false at the first command that fails
-  local name=$1 config=scripts/experiments/$1.yaml place=$RESULTS/$1${SUFFIX:-} alpha=${ALPHA:-} kind seed wrong=0
-  local pair=(${TARGET_MODEL:+--target-model "$TARGET_MODEL"} ${SOURCE_MODEL:+--source-model "$SOURCE_MODEL"})
-  local data=() cut=(${MAX_TOKENS:+--max-tokens "$MAX_TOKENS"}) maps=(--feature-map "$FEATURE_MAP") texts
-  texts=("${cut[@]}" ${MAX_SAMPLES:+--calibration-samples "$MAX_SAMPLES"})
-  [[ -f $config ]] || { echo "error: there is no $config" >&2 && return 2; }
-  [[ -z ${DATA_DIR:-} ]] || data=(--data-file "$DATA_DIR/$name$([[ ! -e $DATA_DIR/$name.jsonl && -e $DATA_DIR/$name ]] || echo .jsonl)")
-  local plans=$place # strengths, and maps on the same rows, share one folder, one after the other
-  [[ ${SUFFIX:-} != -alpha* ]] || plans=$RESULTS/$name
-  [[ $FEATURE_MAP == coupling ]] || place+=-$FEATURE_MAP
-  if [[ $FEATURE_MAP == regression ]]; then
-    plans+=-regression
-    texts+=(--pooling token)
-    maps+=(--top-k 0)
-    alpha=${alpha:-0.1}
-  fi
-  [[ -z ${DRY_RUN:-} ]] || { echo "== $name: $config" && grep -v '^#' "$config" | grep . | sed 's/^/    /'; }
-  if [[ " $STEPS " == *" plans "* ]]; then
-    run run_activs_and_hot.py --config "$config" "${pair[@]}" "${data[@]}" "${texts[@]}" --out-dir "$plans/plans" || return
-  fi
-  if [[ " $STEPS " == *" fuse "* ]]; then
-    run core/generate_hot_residual.py --config "$config" "${pair[@]}" "${maps[@]}" ${alpha:+--alpha "$alpha"} \
-      --hot-dir "$plans/plans" --output-dir "$place/fused" || return
-  fi
-  for seed in ${SEEDS:-0}; do for kind in no_hot hot; do
-    [[ " $STEPS " == *" train "* ]] || continue
-    run core/train_hot_residual_sft.py --config "$config" "${data[@]}" ${SFT_SAMPLES:+--sft-samples "$SFT_SAMPLES"} \
-      ${alpha:+--train-alpha "$alpha"} --training-scenario "$kind" --seed "$seed" --model-dir "$place/fused" \
-      --output-dir "$place/adapted/$kind/seed$seed" || return
-  done; done
-  if [[ " $STEPS " == *" eval "* ]]; then
-    run evaluation/compare_arms.py --config "$config" "${pair[@]}" "${data[@]}" "${cut[@]}" \
-      ${HELD_OUT_SAMPLES:+--held-out-samples "$HELD_OUT_SAMPLES"} --hot-dir "$plans/plans" --run-dir "$place" || return
-  fi
-  for kind in eval general; do
-    [[ " $STEPS " == *" $kind "* ]] || continue
-    local list=${kind/eval/$name} scores=(run evaluation/run_task.py ${LIMIT:+--limit "$LIMIT"} ${PROMPT:+--prompt "$PROMPT"})
-    scores+=(--task "$list" --output-dir)
-    "${scores[@]}" "$RESULTS/$name/benchmarks/$list/base" \
-      --model "${TARGET_MODEL:-$(sed -n 's/^target_model: *//p' "$config")}" || return
-    "${scores[@]}" "$place/benchmarks/$list/fused" --model "$place/fused" || return
-    for seed in ${SEEDS:-0}; do
-      [[ " $STEPS " == *" train "* || -d $place/adapted/hot/seed$seed ]] || continue
-      "${scores[@]}" "$place/benchmarks/$list/no_hot/seed$seed" --model "$place/adapted/no_hot/seed$seed" || return
-      "${scores[@]}" "$place/benchmarks/$list/fused_adapted/seed$seed" --model "$place/adapted/hot/seed$seed" || return
-    done
+for config in "${CONFIGS[@]}"; do
+  run=$(basename "$(dirname "$config")") stopped=
+  printf '\n== %s\n%s\n' "$run" "$(< "$config")"
+  # Stage 1: both models read the texts, and optimal transport matches their layers and neurons. 10 min / 5 min
+  step plans "${LAUNCH[@]}" run_activs_and_hot.py --config "$config"
+  # Stage 2: the source's attention weights, moved by the plans, are fused into the target. 1 min / 1 min
+  step fuse python core/generate_hot_residual.py --config "$config"
+  # Stage 3: fine-tuning from the plain target (no_hot) and from the fused model (hot). 10 min / 2 min each
+  for seed in "${SEEDS[@]}"; do
+    step train "${LAUNCH[@]}" core/train_hot_residual_sft.py --config "$config" --training-scenario no_hot --seed "$seed"
+    step train "${LAUNCH[@]}" core/train_hot_residual_sft.py --config "$config" --training-scenario hot --seed "$seed"
   done
-  return "$wrong"
-}
+  # Stage 4: the loss of all models and controls on held-out texts. 5 min / 4 min
+  step eval python evaluation/compare_arms.py --config "$config"
+  # The scores of all models on the task's benchmarks, and on general ones. Minutes to hours / 5 min with LIMIT=5
+  step eval python evaluation/run_task.py --config "$config"
+  step general python evaluation/run_task.py --config "$config" --task general
+done
 
-[[ ${NUM_GPUS:-0} =~ ^[0-9]+$ ]] || { echo "error: NUM_GPUS is $NUM_GPUS; expected a number" >&2 && exit 2; }
-known FEATURE_MAP "$FEATURE_MAP" "coupling barycentric calibrated regression"
-for step in $STEPS; do known STEPS "$step" "plans fuse train eval general"; done
-if [[ -n ${VARIANT:-} ]]; then
-  known VARIANT "$VARIANT" "source_size source_family alpha"
-  while read -r variant suffix setting; do
-    [[ $variant == "$VARIANT" ]] || continue
-    env -u VARIANT TASKS="${TASKS:-malay}" SUFFIX="$suffix" "$setting" bash scripts/run_train_final.sh </dev/null || failing "$suffix" $?
-  done < scripts/experiments/variants.txt
-else
-  TASKS=${TASKS:-medical thai finance cantonese indonesian malay}
-  for name in $TASKS; do task "$name" || failing "$name" $?; done
-  if [[ $STEPS == *eval* || $STEPS == *general* ]]; then # shellcheck disable=SC2086  # names of tasks, one word each
-    run evaluation/collect_results.py --results-dir "$RESULTS" --tasks $TASKS || failing "the tables" $?
-  fi
-fi
-((${#failed[@]} == 0)) || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit 1; }
+# One table per task, of all its runs that are there, in TRANSPORT_RESULTS_ROOT/tables. Seconds.
+run="the tables" stopped=
+step tables python evaluation/collect_results.py --tasks "${TASKS[@]}"
+((${#failed[@]} == 0)) || { printf '\nfailed: %s' "${failed[@]}" >&2 && echo >&2 && exit 1; }

@@ -26,7 +26,8 @@ if __package__ in (None, ""):
 
 from core.files import write_text
 from core.options import Setting
-from core.runs.settings import Experiment, all_settings
+from core.runs.command_line import group_heading
+from core.runs.settings import all_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "stages.md"
@@ -38,6 +39,8 @@ STAGES = {
     "core/train_hot_residual_sft.py": "3",
     "evaluation/compare_arms.py": "e",
 }
+# It takes the settings of all stages, for scripts/run_train_final.sh.
+RESOLVE = "core/runs/resolve.py"
 SETTINGS, OTHERS = "settings", "other commands"
 
 
@@ -97,8 +100,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def flags_of(command: str) -> str:
     """The flags of a command. Of a stage those that are no settings: its folders, and what else it can be asked."""
-    left_out = {"help", *(all_settings() if command in STAGES else ())}
-    actions = [action for action in parser_of(command)._actions if action.dest not in left_out]
+    left_out = {"help", *(all_settings() if command in (*STAGES, RESOLVE) else ())}
+    shown = [action for action in parser_of(command)._actions if action.help != argparse.SUPPRESS]
+    actions = [action for action in shown if action.dest not in left_out]
     rows = [
         (flags_text(action.option_strings), action.help % vars(action) if action.help else "") for action in actions
     ]
@@ -115,8 +119,7 @@ def groups_of(command: str) -> str:
 
 def title_of(group: str) -> str:
     """The heading of a group of settings."""
-    title = (getattr(Experiment(), group).__doc__ or group).strip().split("\n")[0] if group else "the run"
-    return title[:1].upper() + title[1:]
+    return group_heading(group)[0] if group else "The run"
 
 
 def other_commands() -> str:
@@ -164,8 +167,9 @@ def flags_text(names: Iterable[str]) -> str:
 
 
 def stages_text(setting: Setting) -> str:
-    """The stages that take a setting, by number; the comparison is the fourth."""
-    return ", ".join(setting.stages.replace("e", "4")) or "file only"
+    """The stages that take a setting, by number; the comparison is the fourth, and benchmarks have a name."""
+    numbers = ", ".join(setting.stages.replace("e", "4"))
+    return numbers.replace("b", "benchmarks") or "file only"
 
 
 def values_text(setting: Setting) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -151,6 +152,30 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in sentences(120, 3)), "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def hub_root(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with someone/small (the target) and someone/big (the source), both without cards."""
+    folder = tmp_path_factory.mktemp("root")
+    shutil.copytree(models["target"], folder / "someone/small")
+    shutil.copytree(models["source"], folder / "someone/big")
+    return folder
+
+
+@pytest.fixture
+def licensed(hub_root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function (front matter of the card of someone/small, of someone/big) that writes both cards; None: no card."""
+    monkeypatch.setenv("MODELS_ROOT", str(hub_root))
+
+    def write(*front_matters: str | None) -> None:
+        for name, text in zip(("small", "big"), front_matters, strict=True):
+            card = hub_root / "someone" / name / "README.md"
+            card.unlink(missing_ok=True)
+            if text is not None:
+                card.write_text(f"---\n{text}\n---\n# A model\n")
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -55,32 +55,40 @@ SCORED = {
 
 
 def make_environment(models: dict[str, Path], benchmark_data: Path, folder: Path, python: Path) -> dict[str, str]:
-    """The script's variables: pico models, generated rows with the columns of the real data sets, results nowhere.
+    """The script's variables: generated rows with the columns of the real data sets, and the pico models under the
+    names of the paper's.
 
-    `python` is the folder of the `python` that runs the commands."""
+    Args:
+        python: folder of the `python` that runs the commands.
+    """
     texts = sentences(240, 3)
     (folder / "data").mkdir()
     for name, row in COLUMNS.items():
         lines = [json.dumps(row(q, a), ensure_ascii=False) for q, a in zip(texts[::2], texts[1::2], strict=True)]
         (folder / f"data/{name}.jsonl").write_text("\n".join(lines), "utf-8")
+    for target, source, *_ in SETTINGS.values():
+        for name, model in ((target, models["target"]), (source, models["source"])):
+            (folder / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (folder / "models" / name).exists():
+                (folder / "models" / name).symlink_to(model)
     cleared = {name: value for name, value in os.environ.items() if not name.endswith(("_REPO", "_ROOT"))}
     return cleared | {
         "PATH": f"{python}:{os.environ['PATH']}",
-        "MODELS_ROOT": str(folder / "models"),
-        "TARGET_MODEL": str(models["target"]),
-        "LIMIT": "3",
-        "SOURCE_MODEL": str(models["source"]),
         "WORKSPACE_ROOT": str(folder),
         "BENCHMARK_DATA": str(benchmark_data),
         "DATA_DIR": str(folder / "data"),
         "MAX_SAMPLES": "24",
         "SFT_SAMPLES": "8",
+        "LIMIT": "3",
     }
 
 
-def script(environment: dict[str, str], results: Path, **variables: str) -> subprocess.CompletedProcess:
+def script(
+    environment: dict[str, str], results: Path, *flags: str, name: str = "run_train_final", **variables: str
+) -> subprocess.CompletedProcess:
+    """Run one of the scripts, from its own folder."""
     return subprocess.run(
-        ["bash", "run_train_final.sh"],
+        ["bash", f"{name}.sh", *flags],
         cwd=ROOT / "scripts",
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_main
+from huggingface_hub import ModelCard
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
@@ -35,6 +36,17 @@ def plan(models: dict[str, Path], texts: Path | str, out: Path, *flags) -> Path:
 def fuse(plans: Path, models: dict[str, Path], out: Path, *flags, target="target", source="source") -> Path:
     run_main(stage2, "--hot_dir", plans, *pair_flags(models, target, source), "--output_dir", out, *flags)
     return out
+
+
+def fuse_by_id(plans: dict[str, Path], out: Path, *flags) -> Path:
+    """Stage 2 with the two models of the fixture `hub_root`, in the spelling of the seed's README."""
+    pair = ["--modelA_id", "someone/small", "--modelB_id", "someone/big"]
+    run_main(stage2, "--hot_dir", plans["token"], *pair, "--feature-map", "regression", "--output_dir", out, *flags)
+    return out
+
+
+def front_matter(folder: Path) -> dict:
+    return ModelCard.load(folder / "README.md").data.to_dict()
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -97,6 +97,7 @@ def serve_command(client: socket.socket) -> None:
 def main() -> None:
     """Import what the commands import, listen, and fork for each command."""
     import lm_eval.models.huggingface  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401
     import scipy.stats  # noqa: F401
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Trainer  # noqa: F401

@@ -19,7 +19,7 @@ _WITHOUT_FEATURE_PLANS = " or ".join(name for name, kind in FEATURE_MAPS.items()
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """fusion"""
+    """Fusion: how plans become weights, and how strongly they are mixed in."""
 
     feature_map: str = option("coupling", "2", "how plans become linear maps (docs/method.md)", tuple(FEATURE_MAPS))
     residual_form: str = option("interpolate", "2", "(1-a) W + a W~, or W + a W~ (additive)", RESIDUAL_FORMS)

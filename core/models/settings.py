@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from core.errors import UserError
 from core.options import AT_LEAST_ONE, NOT_NEGATIVE, option
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """the two models"""
+    """Models: the pair, by folder or by name."""
 
     target_model: str = option(
         "", "12e", "small model that is improved: folder, id in $MODELS_ROOT, or hub id", changes=""
@@ -24,7 +27,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """how to compute"""
+    """Computing: where, how precisely, and from which seed."""
 
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
     dtype: str = option(
@@ -43,3 +46,15 @@ class ComputeSettings:
     tokens_per_batch: int = option(
         4096, "13e", "tokens per forward pass, padding included; a longer text goes alone", range=AT_LEAST_ONE
     )
+
+
+def check_device(name: str) -> None:
+    """Raise UserError for a device that this machine does not have."""
+    try:
+        device = torch.device(name)
+        present = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
+        usable = (device.index or 0) < present
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU")

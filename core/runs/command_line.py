@@ -1,4 +1,4 @@
-"""Command lines of the stages: an experiment file, its keys as flags, the folders."""
+"""Command lines of the stages: an experiment file, its settings as flags, and the folders of a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,47 @@ from typing import Any, NoReturn
 import yaml
 
 from core.errors import UserError
-from core.files import write_text
-from core.options import numbers
+from core.files import MANIFEST, read_json, write_text
+from core.manifest import COMMANDS
+from core.options import Setting, numbers
 from core.runs.settings import Experiment, all_settings
+
+# What scripts/run_train_final.sh writes into the folder of a run: all that its stages were asked for.
+RUN_FILE = "experiment.yaml"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 
 
 def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
-    """Read the keys of an experiment YAML; `quick` applies its `quick:` section (same run on less data).
+    """Read the settings that an experiment file gives, by their names.
 
-    Raises UserError for a missing file, an unknown key (with the known ones) or a value of the wrong type.
+    Args:
+        quick: let the file's `quick:` section replace what it names, for the same run on less data.
+    Raises:
+        UserError: the file is missing, has an unknown key, or a value has the wrong type.
     """
+    keys = _read_yaml(path)
+    quick_keys = keys.pop("quick", None) or {}
+    if not isinstance(quick_keys, dict):
+        raise UserError(f"{path}: `quick:` must hold `key: value` lines of its own")
+    if quick:
+        if not quick_keys:
+            raise UserError(f"{path} has no `quick:` section")
+        keys = {**keys, **quick_keys, "name": f"{keys.get('name', path.stem)}-quick"}
+    keys.setdefault("name", path.stem)
+    known = all_settings() | {setting.alias: setting for setting in all_settings().values() if setting.alias}
+    for key in (*keys, *quick_keys):
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(all_settings())}")
+    settings = {}
+    for key, value in keys.items():
+        try:
+            settings[known[key].name] = known[key].read(value)
+        except ValueError as error:
+            raise UserError(f"{path}: {key} is {value!r}; {error}") from None
+    return settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -31,75 +62,95 @@ def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(keys, dict):
         raise UserError(f"{path} must hold `key: value` lines")
-    less = keys.pop("quick", None) or {}
-    if not isinstance(less, dict):
-        raise UserError(f"{path}: `quick:` must hold `key: value` lines of its own")
-    if quick:
-        if not less:
-            raise UserError(f"{path} has no `quick:` section")
-        keys = {**keys, **less, "name": f"{keys.get('name', path.stem)}-quick"}
-    keys.setdefault("name", path.stem)
-    known = all_settings() | {setting.alias: setting for setting in all_settings().values() if setting.alias}
-    for key in (*keys, *less):
-        if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(all_settings())}")
-    read = {}
-    for key, value in keys.items():
-        try:
-            read[known[key].name] = known[key].read(value)
-        except ValueError as error:
-            raise UserError(f"{path}: {key} is {value!r}; {error}") from None
-    return read
+    return keys
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags with dashes or underscores, and a `--no-` form of every one that takes no value; a bad one is a
-    UserError."""
+    """A parser whose flags may be written with dashes or underscores; a bad command line is a UserError."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
 
     def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
-        """As in argparse, but every switch gets a `--no-` form, which turns off what the experiment file turns on."""
+        """As in argparse, but every switch also gets a `--no-` form, which turns off what an experiment file turns
+        on."""
         if options.get("action") == "store_true":
             options = {"default": False, **options, "action": argparse.BooleanOptionalAction}
         return super().add_argument(*flags, **options)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Flag (with underscores) -> value."""
-        return vars(self.parse_args([_flag_of(token) for token in argv]))
+        """The values of all flags, by their names with underscores."""
+        return vars(self.parse_args([_with_dashes(token) for token in argv]))
+
+    def parse_with_config(self, argv: Sequence[str]) -> tuple[dict[str, Any], Experiment | None]:
+        """The values of all flags, and the experiment of `--config`, whose settings are the defaults of the flags that
+        have their names."""
+        given = self.parse(argv)
+        if given["config"] is None:
+            return given, None
+        experiment = Experiment.of(**load_experiment(given["config"]))
+        values = {name: experiment.value(setting) for name, setting in all_settings().items() if name in given}
+        self.set_defaults(**{name: value for name, value in values.items() if value is not None})
+        return self.parse(argv), experiment
 
     def error(self, message: str) -> NoReturn:
+        """Raise a UserError in place of argparse's exit."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line: the experiment, the folders given as flags (None where not given), and the modes."""
+    """A parsed command line of a stage.
+
+    Attributes:
+        experiment: its settings, from the experiment file and the flags.
+        paths: the folders that were given as flags; None for one that was not.
+        from_config: whether there is an experiment file, and so a run folder.
+        modes: the switches that were given, such as `dry_run`.
+    """
 
     experiment: Experiment
     paths: dict[str, Path | None]
     from_config: bool
     modes: frozenset[str] = frozenset()
 
-    def log_file(self, name: str, default: str) -> Path | None:
-        """Log beside the results: in X, where the output `path(name, default)` is X/<default>, else in the run
-        directory. Commands without --config log to the screen only."""
-        if not self.from_config:
-            return None
-        folder, depth = self.path(name, default), len(Path(default).parts)
-        run = [folder, *folder.parents][depth] if depth < len(folder.parts) else Path()
-        beside = run.name and run / default == folder
-        return (run if beside else self.experiment.run_dir) / "log.txt"
-
     def path(self, name: str, default: str) -> Path:
-        """A folder given by flag, else its place in the run directory."""
+        """The folder that the flag `name` gives, else `default` in the run folder."""
         given = self.paths[name]
         if given is not None:
             return given
         if not self.from_config:
             raise UserError(f"--{name} is missing (or give --config FILE.yaml)")
-        return self.experiment.run_dir / default
+        return self.experiment.folder(default)
+
+    def waits_for(self, name: str, default: str, stage: str) -> str | None:
+        """What a dry run says while an earlier stage of the run has not finished its folder; None when it has.
+
+        A folder that a flag gives is not waited for: if it is not there, the stage itself says what is wrong.
+
+        Args:
+            stage: the earlier stage, as manifests name it.
+        """
+        if self.paths[name] is not None or not self.from_config:
+            return None
+        return unfinished(self.path(name, default), stage)
+
+    def log_file(self, name: str, default: str) -> Path | None:
+        """The log, which stands beside the results: in X where the output `path(name, default)` is X/<default>, else
+        in the run folder. Commands without `--config` log to the screen only."""
+        if not self.from_config:
+            return None
+        folder, depth = self.path(name, default), len(Path(default).parts)
+        run = [folder, *folder.parents][depth] if depth < len(folder.parts) else Path()
+        is_in_run = run.name and run / default == folder
+        return (run if is_in_run else self.experiment.run_dir) / "log.txt"
+
+
+def unfinished(folder: Path, stage: str) -> str | None:
+    """What a dry run says of a folder that an earlier stage has not finished; None when it has."""
+    if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("status") == "complete":
+        return None
+    return f"{folder} is not finished yet; what depends on it can be checked after {COMMANDS[stage]}"
 
 
 def parse_command(
@@ -110,73 +161,81 @@ def parse_command(
     aliases: dict[str, str] | None = None,
     modes: dict[str, str] | None = None,
 ) -> Command:
-    """Parse a stage's command line: its experiment keys as flags, `--config`, `--quick` and its folders.
+    """Parse a stage's command line: `--config`, `--quick`, the stage's settings, its folders and its switches.
 
-    Dashes and underscores are interchangeable in every flag; flags override the YAML.
+    Flags override the experiment file.
 
     Args:
-        stage: `1`, `2`, `3` or `e`.
+        stage: `1`, `2`, `3`, or `e` for the comparison on held-out texts.
         paths: folder flag -> help.
-        aliases: extra flag -> experiment key (the seed README's spellings).
-        modes: flag -> help, of switches that make the command do something else with the same settings.
+        aliases: further flag -> setting (the spellings of the authors' README).
+        modes: switch -> help; a switch makes the command do something else with the same settings.
     Raises:
         UserError: unknown flag or key, wrong type, value out of range.
     """
     parser = Parser(description)
     parser.add_argument("--config", type=Path, help="experiment file; flags override it")
-    parser.add_argument("--quick", action="store_true", help="apply the experiment's `quick:` section")
+    parser.add_argument("--quick", action="store_true", help="apply the `quick:` section of the experiment file")
     for name, text in paths.items():
         parser.add_argument(_flag(name), dest=name, type=Path, help=text)
     for name, text in (modes or {}).items():
         parser.add_argument(_flag(name), dest=name, action="store_true", help=text)
-    add_settings(parser, stage, aliases or {})
+    add_settings(parser, [s for s in all_settings().values() if stage in s.stages], aliases or {})
     given = parser.parse(argv)
     config, quick = given.pop("config"), given.pop("quick")
     folders = {name: given.pop(name) for name in paths}
     chosen = {name for name in modes or {} if given.pop(name)}
     if quick and config is None:
         raise UserError("--quick needs --config")
-    keys = load_experiment(config, quick) if config else {}
-    keys |= {key: value for key, value in given.items() if value is not None}
-    experiment = Experiment.of(**keys)
+    settings = load_experiment(config, quick) if config else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    experiment = Experiment.of(**settings)
     experiment.check()
     return Command(experiment, folders, config is not None, frozenset(chosen))
 
 
-def add_settings(parser: Parser, stage: str, aliases: Mapping[str, str]) -> None:
-    """Give a parser the settings of a stage as flags, in the groups of the experiment; None where one is not given.
+def add_settings(parser: Parser, settings: Sequence[Setting], aliases: Mapping[str, str]) -> None:
+    """Give a parser settings as flags, in the groups of the experiment. A flag that is not used has the value None.
 
     Args:
-        aliases: extra flag -> setting.
+        aliases: further flag -> setting. One that is also the alias of another setting stands for this one here.
     """
     groups: dict[str, Any] = {}
-    for setting in all_settings().values():
-        if stage not in setting.stages:
-            continue
+    for setting in settings:
         if setting.group not in groups:
-            group = getattr(Experiment(), setting.group)
-            groups[setting.group] = parser.add_argument_group(group.__doc__)
+            groups[setting.group] = parser.add_argument_group(*group_heading(setting.group))
         names = [setting.name, *(alias for alias, name in aliases.items() if name == setting.name)]
-        names += [setting.alias] if setting.alias else []
-        choices = f" {{{','.join(setting.choices)}}}" if setting.choices else ""
-        shown = setting.default not in (None, "", ()) and "default" not in setting.help + choices
-        text = setting.help + choices + (f" (default {setting.default})" if shown else "")
+        if setting.alias and setting.alias not in aliases:
+            names.append(setting.alias)
         options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if setting.kind is tuple:
             options = {"type": numbers, "metavar": "FLOAT,FLOAT"}
         elif setting.kind is not bool:
             options = {"type": setting.kind, "choices": setting.choices, "metavar": setting.kind.__name__.upper()}
-        flags = map(_flag, names)
         groups[setting.group].add_argument(
-            *flags, dest=setting.name, default=None, help=text.replace("%", "%%"), **options
+            *map(_flag, names), dest=setting.name, default=None, help=_help(setting), **options
         )
+
+
+def group_heading(group: str) -> tuple[str, str]:
+    """The title of a group of settings, and what it is about: its docstring says `Title: what it is about.`"""
+    title, _, text = (getattr(Experiment(), group).__doc__ or group).rstrip(".").partition(": ")
+    return title[:1].upper() + title[1:], text
+
+
+def _help(setting: Setting) -> str:
+    choices = f" {{{','.join(setting.choices)}}}" if setting.choices else ""
+    text = setting.help + choices
+    if setting.default not in (None, "", ()) and "default" not in text:
+        text += f" (default {setting.default})"
+    return text.replace("%", "%%")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _flag_of(token: str) -> str:
+def _with_dashes(token: str) -> str:
     if not token.startswith("--"):
         return token
     flag, equals, value = token.partition("=")
@@ -184,6 +243,6 @@ def _flag_of(token: str) -> str:
 
 
 def save_resolved(experiment: Experiment, stage: str, folder: Path) -> None:
-    """Write the settings a stage really used beside its output."""
+    """Write the settings that a stage really used beside its output."""
     used = {name: experiment.value(setting) for name, setting in all_settings().items() if stage in setting.stages}
     write_text(folder / "resolved.yaml", yaml.safe_dump({"name": experiment.name, **used}, sort_keys=False))

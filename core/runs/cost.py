@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.fusion.projections import planned_sides, recorded_sides
-from core.hot_transport import STANDARDIZE_BYTES, entry_bytes
 from core.models.activations import row_bytes
 from core.runs.cost_timing import Workload, side_seconds, time_budget, token_seconds
 from core.runs.model_size import ModelSize
 from core.runs.plan_solver import PROBE_ROWS
 from core.runs.settings import Experiment
-from core.transport.scaling import CACHED_BYTES, PLAN_BLOCK_ROWS
+from core.transport.correlation import STANDARDIZE_BYTES
+from core.transport.layer_pairs import entry_bytes
+from core.transport.problem import PLAN_BLOCK_ROWS
+from core.transport.scaling import CACHED_BYTES
 
 # At epsilon 0.1 a plan of the demo pair usually converges within so many iterations. For a smaller epsilon the number
 # grows as (0.1 / epsilon) to this power.

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from core.hot_transport import solve_layer, standardize
 from core.models.settings import ComputeSettings
 from core.runs.model_size import ModelSize
 from core.runs.plan_solver import PROBE_ROWS
 from core.runs.settings import Experiment
+from core.transport.correlation import standardize
+from core.transport.layer_pairs import solve_layer
+from core.transport.problem import SinkhornSettings
 
 # Seconds for the measurements of all shapes together.
 CALIBRATION_S = 2.0
@@ -60,11 +62,11 @@ def side_seconds(n: int, m: int, work: Workload, experiment: Experiment, budget:
     X, Y = (torch.randn(work.rows, max(1, int(size / shrink)), device=experiment.compute.device) for size in (n, m))
     probe = torch.arange(min(work.rows, PROBE_ROWS))
     zx, zy = standardize(X), standardize(Y)
-    result = next(solve_layer(zx, [zy], experiment.epsilon, 2, mode="paper", probe_rows=probe))
+    result = next(solve_layer(zx, [zy], SinkhornSettings(experiment.epsilon, 2, mode="paper"), probe))
 
     def solve_two(iterations: int) -> Callable[[], Any]:
-        problem = (experiment.epsilon, iterations)
-        return lambda: [list(solve_layer(zx, [zy] * 2, *problem, mode="paper", probe_rows=probe))]
+        settings = SinkhornSettings(experiment.epsilon, iterations, mode="paper")
+        return lambda: [list(solve_layer(zx, [zy] * 2, settings, probe))]
 
     measured = {
         "few": solve_two(2),

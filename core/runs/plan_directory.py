@@ -11,10 +11,11 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.fusion.projections import PROJECTIONS, WIDTHS, parse_projections
-from core.hot_transport import SinkhornResult, correlation_cost_rows, effective_layer_plan, standardize
+from core.hot_transport import SinkhornResult, effective_layer_plan
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint
 from core.runs.plan_files import STAGE, activations_file, plans_file, read_tensor, selection_file
+from core.transport.correlation import correlation_cost_rows, standardize
 
 # How many layers of standardised rows, and how many of centred rows, stay in memory between reads.
 ROWS_CACHE = 4

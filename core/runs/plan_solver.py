@@ -14,18 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.fusion.projections import planned_sides
-from core.hot_transport import (
-    SinkhornResult,
-    compute_P,
-    correlation_cost_rows,
-    reconstruction_fit,
-    reconstruction_overlaps,
-    solve_layer,
-    standardize_layer,
-)
+from core.hot_transport import SinkhornResult, compute_P, reconstruction_fit, reconstruction_overlaps
 from core.manifest import Manifest
 from core.runs.plan_files import join_layers, layer_file, plans_file, read_rows, write_layer
 from core.runs.settings import Experiment
+from core.transport.correlation import correlation_cost_rows, standardize_layer
+from core.transport.layer_pairs import solve_layer
+from core.transport.problem import SinkhornSettings
 from core.transport.sinkhorn import no_cost
 
 log = logging.getLogger(__name__)
@@ -98,16 +93,11 @@ class SideSolver:
             return
         transport = self.experiment.transport
         target = self._standardized("target", layer)
-        found = solve_layer(
-            target,
-            map(self.source, range(self.source_layers)),
-            self.experiment.epsilon,
-            transport.sinkhorn_iters,
-            transport.sinkhorn_tol,
-            transport.sinkhorn_mode,
-            self.probe,
-            self.batch_bytes,
+        settings = SinkhornSettings(
+            self.experiment.epsilon, transport.sinkhorn_iters, transport.sinkhorn_tol, transport.sinkhorn_mode
         )
+        source = map(self.source, range(self.source_layers))
+        found = solve_layer(target, source, settings, self.probe, self.batch_bytes)
         results, probed = keep_potentials(found, self.source_layers, advance)
         measured = reconstruction_overlaps(target[self.probe], probed)
         measured["top_mass"] = torch.tensor(self._top_mass(target, layer, results))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from core.models.checkpoints import Checkpoint
 from core.runs.cost import BASE_BYTES, Cost
 from core.runs.cost_table import cost_table
 from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
+from core.runs.settings import Experiment
 
 GIB = 2**30
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -149,3 +151,33 @@ def stage2_report(
         )
     lines.append(f"peak memory about {memory / GIB:.1f} GiB, on disk {disk / GIB:.2f} GiB")
     return "\n".join(lines)
+
+
+def stage3_report(
+    start: Checkpoint, folder: Path, experiment: Experiment, strengths: Sequence[float], rows: tuple[int, int]
+) -> str:
+    """What stage 3 would do.
+
+    Args:
+        start: the model to train.
+        strengths: the alphas to train with.
+        rows: the numbers of rows to train on and to validate on.
+    Raises:
+        UserError: the tokenizer cannot be read, or the disk has too little space.
+    """
+    start.check_tokenizer()
+    training, parameters = experiment.training, sum(math.prod(shape) for shape, _ in start.headers.values())
+    # A resume point holds the weights and both moments of AdamW in float32, and a finished trial its weights.
+    disk = sum(start.sizes.values()) + 16.0 * parameters
+    refuse(disk_problems(folder, disk))
+    alphas = f", alpha {', '.join(f'{alpha:g}' for alpha in strengths)}" if training.hot else ""
+    rates = ", ".join(f"{rate:g}" for rate in training.lr_search or (training.learning_rate,))
+    updates = math.ceil(rows[0] * training.epochs / (training.train_batch_size * training.gradient_accumulation))
+    return "\n".join(
+        [
+            describe("start", start),
+            f"{training.training_scenario}{alphas}, learning rate {rates}, seed {experiment.compute.seed}",
+            f"{rows[0]} rows to train on, about {updates} updates; {rows[1]} rows to validate on",
+            f"on disk at most {disk / GIB:.2f} GiB in {folder}; nothing is missing",
+        ]
+    )

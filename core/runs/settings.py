@@ -1,6 +1,6 @@
-"""One experiment is one YAML file and one frozen dataclass, whose groups hold the settings.
+"""All settings of one run: a YAML file on disk, one frozen dataclass in memory, whose groups hold the settings.
 
-Every key of the file is a flag of the commands that use it.
+Every key of the file is also a flag of the commands that use it. A new setting is one `option` in a group.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.data import DATA_SUBSETS, MAX_ROWS_READ, DataSpec, epsilon_of
 from core.errors import UserError
 from core.fusion.settings import FusionSettings
 from core.hub import check_repo_id
-from core.models.settings import ComputeSettings, ModelSettings
-from core.options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Range, Setting, option, settings_of
+from core.models.settings import ComputeSettings, ModelSettings, check_device
+from core.options import AT_LEAST_ONE, NOT_NEGATIVE, Range, Setting, option, settings_of
 from core.training.settings import AdapterSettings, DistillSettings, TrainingSettings
+from core.transport.settings import TransportSettings
 
-# Plans need so many texts or rows.
+# The correlations of stage 1 mean nothing on fewer texts or rows than these.
 MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
-# Conditions of `option`: whether a setting can change a byte of a stage, with the others as they are. In stage 1 the
-# seed draws the rows of token pooling and nothing else; in the other stages it always counts.
+# The conditions that `option(only_with=...)` may name: whether a setting can change a byte of a stage's output while
+# the other settings are as they are. In stage 1 the seed draws the rows of token pooling and nothing else; in the other
+# stages it always matters.
 CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
     "token pooling": lambda e, stage: stage != "1" or e.reading.pooling == "token",
     "hot": lambda e, _: e.training.training_scenario == "hot",
@@ -47,7 +47,7 @@ def results_root() -> Path:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """texts"""
+    """Texts: which rows are read, and how they are divided."""
 
     split_seed: int = option(
         0,
@@ -88,12 +88,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ReadingSettings:
-    """reading activations"""
+    """Activations: what both models read, and where its rows are kept."""
 
     calibration_samples: int = option(
         2000,
         "1",
-        "at most so many texts are read by both models",
+        "at most so many texts are read by both models (in scripts/run_train_final.sh: --max-samples)",
         range=Range(MIN_TEXTS, f"plans need at least {MIN_TEXTS} texts"),
         changes="",
     )
@@ -111,8 +111,8 @@ class ReadingSettings:
     activations_budget_mb: int = option(
         16384,
         "1",
-        "memory for one model's rows in each process; beyond it they are "
-        "kept in a temporary file of the plan directory",
+        "memory for one model's rows in each process; where they need more, they are kept in a temporary file of the "
+        "plan directory",
         range=Range(0, "expected 0 (all on disk) or more"),
         changes="",
     )
@@ -122,33 +122,8 @@ class ReadingSettings:
 
 
 @dataclass(frozen=True)
-class TransportSettings:
-    """transport plans"""
-
-    epsilon: float | None = option(
-        None, "1", "entropic regularisation of Q; default 0.1, and 0.03 for gsm8k", range=POSITIVE
-    )
-    eta: float = option(0.1, "1", "entropic regularisation of P", range=POSITIVE)
-    sinkhorn_iters: int = option(1000, "1", "upper bound on Sinkhorn iterations", range=AT_LEAST_ONE)
-    sinkhorn_tol: float = option(1e-6, "1", "bound on the larger L1 marginal error of Q", range=POSITIVE)
-    sinkhorn_mode: str = option(
-        "auto", "1", "auto, or paper: exactly --sinkhorn-iters plain iterations (it used 200)", ("auto", "paper")
-    )
-    pairs_budget_mb: int = option(
-        8192,
-        "1",
-        "memory for the source's rows of one side; beyond it they are read again for every target layer",
-        range=AT_LEAST_ONE,
-        changes="",
-    )
-    layer_cost_scale: str = option(
-        "median", "1", "scale of the layer cost: median, or none (the paper's letter)", ("median", "none")
-    )
-
-
-@dataclass(frozen=True)
 class OutputSettings:
-    """checkpoints"""
+    """Checkpoints: how weights are written, and where they are uploaded."""
 
     push_to_hub: str | None = option(
         None,
@@ -182,20 +157,50 @@ class OutputSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """evaluation"""
+    """Held-out texts: on which losses are compared."""
 
     held_out_samples: int = option(64, "e", "at most so many held-out texts", range=AT_LEAST_ONE, changes="")
     general_file: str | None = option(
         None, "e", "local general text; what fusion costs there is reported beside the gain", changes=""
     )
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """Benchmarks: which ones belong to the experiment, and how models are asked."""
+
     benchmarks: tuple[str, ...] = option(
         (), "", "what evaluation/run_task.py runs: malay_mmlu, yue_mmlu, and names of lm-evaluation-harness"
+    )
+    limit: int | None = option(
+        None, "b", "only the first so many items of every benchmark file (for a trial)", range=AT_LEAST_ONE
+    )
+    prompt: str = option(
+        "chat", "b", "chat: in the model's chat template; plain: for models without one", ("chat", "plain")
+    )
+    llama_name: str = option(
+        "auto",
+        "b",
+        "whether MalayMMLU asks the model as one whose name contains llama; auto: by the name of the target",
+        ("yes", "no", "auto"),
+    )
+    benchmark_data: str | None = option(
+        None, "b", "folder with files of the benchmarks; what it does not have comes from the hub"
     )
 
 
 @dataclass(frozen=True)
+class SharedFolders:
+    """Shared folders: what a run takes from another run of the same pair instead of making it again."""
+
+    task: str = option("", "", "the experiment that a run belongs to; default the name of the run")
+    plans_from: str = option("", "", "the run whose plan directory is used; default its own")
+    base_from: str = option("", "", "the run that keeps the benchmark scores of the unfused target; default its own")
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """All settings of one run, in groups. In files and flags the names of the settings stand alone, without a group."""
+    """All settings of one run, in groups. In files and flags a setting is named without its group."""
 
     name: str = option("experiment", "", "name of the run; outputs go to runs/<name>/")
     models: ModelSettings = field(default_factory=ModelSettings)
@@ -209,14 +214,16 @@ class Experiment:
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    scoring: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+    shared: SharedFolders = field(default_factory=SharedFolders)
 
     @classmethod
     def of(cls, **values: Any) -> Experiment:
-        """The defaults with some settings changed, by their names alone: `Experiment.of(alpha=0.3, seed=1)`."""
+        """The defaults with some settings changed, each by its own name: `Experiment.of(alpha=0.3, seed=1)`."""
         return cls().changed(**values)
 
     def changed(self, **values: Any) -> Experiment:
-        """This experiment with some settings changed, by their names alone."""
+        """A copy of this experiment with some settings changed, each by its own name."""
         declared = all_settings()
         groups: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
@@ -232,27 +239,35 @@ class Experiment:
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this experiment's outputs."""
+        """The folder of this run's outputs."""
         return results_root() / self.name
+
+    def folder(self, part: str) -> Path:
+        """Where a part of this run is, such as `fused`. Its `plans` may be those of another run."""
+        run = self.shared.plans_from if part == "plans" else ""
+        return results_root() / (run or self.name) / part
 
     @property
     def epsilon(self) -> float:
-        """Regularisation of Q: the one given, or the paper's for the data."""
+        """The regularisation of Q: the one that was given, else the paper's for the data set."""
         given = self.transport.epsilon
         return epsilon_of(self.data.data_subset) if given is None else given
 
     def deciding(self, stage: str) -> dict[str, Any]:
-        """The settings that change the bytes of a stage's output, for its fingerprint: None where the others make it
-        change nothing, and of a device its kind (which of two equal GPUs makes no difference)."""
+        """The settings that change the bytes of a stage's output, for its fingerprint.
+
+        A setting that changes nothing while the others are as they are is None, so that no finished folder is emptied
+        for it. Of a device only the kind is recorded, because it makes no difference which of two equal GPUs computes.
+        """
         found = {}
         for name, setting in all_settings().items():
             if stage in setting.changes:
-                idle = setting.only_with and not CONDITIONS[setting.only_with](self, stage)
-                found[name] = None if idle else self.value(setting)
+                matters = setting.only_with is None or CONDITIONS[setting.only_with](self, stage)
+                found[name] = self.value(setting) if matters else None
         return {**found, "device": self.compute.device.partition(":")[0]}
 
     def check(self) -> None:
-        """Raise UserError for a value out of range, for settings that exclude each other, or a device not here."""
+        """Raise UserError for a value out of range, settings that exclude each other, or a device that is absent."""
         for setting in all_settings().values():
             setting.check(self.value(setting))
         for group in (self.fusion, self.training, self.output):
@@ -267,23 +282,11 @@ def all_settings() -> dict[str, Setting]:
     """Every setting by its name, in the order of the groups."""
     found = settings_of(Experiment, "")
     for group in dataclasses.fields(Experiment):
-        if not group.metadata:
-            found += settings_of(group.default_factory, group.name)  # type: ignore[arg-type]  # the group's class
+        if not group.metadata:  # the field of a group, whose default factory is the class of the group
+            found += settings_of(group.default_factory, group.name)  # type: ignore[arg-type]
     return {setting.name: setting for setting in found}
 
 
 def of_one_scenario() -> set[str]:
-    """The settings that only one scenario of stage 3 has: two trainings of different scenarios may differ in them."""
+    """The settings that only one scenario of stage 3 reads, in which trainings of different scenarios may differ."""
     return {name for name, setting in all_settings().items() if setting.only_with in ("hot", "distill")}
-
-
-def check_device(name: str) -> None:
-    """Raise UserError for a device that this machine does not have."""
-    try:
-        device = torch.device(name)
-        present = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
-        usable = (device.index or 0) < present
-    except RuntimeError:
-        usable = False
-    if not usable:
-        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU")

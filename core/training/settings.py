@@ -15,7 +15,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """training"""
+    """Training: what is trained, and how."""
 
     model_type: str | None = option(
         None, "3", "family of --model_dir; detected when left out", tuple(SEED_MODEL_TYPES), changes=""
@@ -133,7 +133,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """LoRA adapters"""
+    """LoRA adapters: what trains in place of the base weights."""
 
     use_lora: bool = option(False, "3", "train LoRA adapters (merged at the end) instead of the base weights")
     lora_rank: int = option(8, "3", "rank of the adapters", range=AT_LEAST_ONE, only_with="LoRA")
@@ -148,7 +148,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """distillation"""
+    """Distillation: how much the source teaches."""
 
     distill_weight: float = option(
         0.5,

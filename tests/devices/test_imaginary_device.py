@@ -130,7 +130,7 @@ def test_what_is_on_the_cpu(device, name):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_what_mixes_devices_is_refused(device, name):
-    with pytest.raises(PlacementError, match=r"same device.*tests/test_imaginary_device\.py:\d+"):
+    with pytest.raises(PlacementError, match=r"same device.*tests/devices/test_imaginary_device\.py:\d+"):
         MIXED[name]()
 
 
@@ -203,7 +203,7 @@ def test_products_are_counted_by_place(device):
         return a(2, 2, device=place) @ a(2, 2, device=place)
 
     assert product("cuda").tolist() == product("cpu").tolist() == [[7, 10], [15, 22]]
-    where = "tests/test_imaginary_device.py, product"
+    where = "tests/devices/test_imaginary_device.py, product"
     assert device.products == {("cuda", where): 1, ("cpu", where): 1}
 
 

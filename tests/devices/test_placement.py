@@ -54,9 +54,9 @@ HARMLESS = {
     "core/models/activations.py mask.to(device)": "transformers moves a mask to its model",
     "core/batching.py mask.to(device)": "transformers moves a mask to its model",
     "evaluation/benchmarks/option_scores.py torch.tensor(owners": "indices of a tensor of the device may be on the CPU",
-    "core/transport/scaling.py torch.ones(count, 1": "replaced before it is used",
-    "core/transport/scaling.py torch.zeros(n, ": "replaced before it is used",
     "core/training/trainer.py value.to('cpu')": "what writes the file moves it as well",
+    "core/transport/batch.py torch.ones(count, 1": "replaced before it is used",
+    "core/transport/log_domain.py torch.zeros(n, ": "replaced before it is used",
     "core/train_hot_residual_sft.py value.to('cpu')": "what writes the file moves it as well",
     "core/files.py t.detach().cpu()": "safetensors moves what it writes",
 }

@@ -65,7 +65,7 @@ def test_a_task_is_fetched_once_and_its_rows_divide_as_the_hubs(hub, tmp_path, c
     assert (tmp_path / "data/thai.jsonl").read_bytes() == kept
 
 
-def test_what_cannot_be_fetched_is_told_at_the_end(hub, tmp_path, fails, monkeypatch):
+def test_the_end_says_what_could_not_be_fetched(hub, tmp_path, fails, monkeypatch):
     def refused(name, *_, **__):
         raise OSError("no route to host")
 

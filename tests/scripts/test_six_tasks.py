@@ -11,10 +11,14 @@ from conftest import ROOT
 from six_tasks import SETTINGS, check_task, run_tasks, script
 
 from core.runs.command_line import load_experiment
+from core.runs.settings import Experiment, all_settings
 
 TASKS = ("medical", "thai", "finance")
 SHARED = {
     "calibration_samples": 2000,
+    "pooling": "text",
+    "residual_form": "interpolate",
+    "seed": 0,
     "top_k": 128,
     "feature_map": "coupling",
     "epochs": 1,
@@ -26,7 +30,8 @@ SHARED = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_are_the_papers(name):
-    found = load_experiment(ROOT / f"scripts/experiments/{name}.yaml")
+    experiment = Experiment.of(**load_experiment(ROOT / f"scripts/experiments/{name}.yaml"))
+    found = {key: experiment.value(setting) for key, setting in all_settings().items()}
     keys = ("target_model", "source_model", "alpha", "train_alpha", "learning_rate", "data_subset", "sft_samples")
     assert tuple(found[key] for key in keys) == SETTINGS[name] and found["name"] == name
     assert {key: found[key] for key in SHARED} == SHARED

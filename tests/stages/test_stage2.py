@@ -134,7 +134,7 @@ def test_coupling_only_damps_and_says_so(plans, models, tmp_path, caplog):
 
 def test_biases_fuse_where_both_models_have_them(models, texts, tmp_path):
     """The same pair the other way round: the Qwen2 target has q, k, v biases, the LLaMA source none."""
-    plans = plan(models, texts, tmp_path / "p", "--pooling", "token", target="source", source="target")
+    plans = plan({"target": models["source"], "source": models["target"]}, texts, tmp_path / "p", "--pooling", "token")
     for feature_map, bias_moves in (("barycentric", False), ("regression", True)):
         out = fuse(
             plans,

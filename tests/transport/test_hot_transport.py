@@ -1,4 +1,4 @@
-"""Plans against POT in float64, and the laws that any plan obeys."""
+"""Costs, plans and reconstructions against POT in float64 and against the formulas written out densely."""
 
 import math
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from core import hot_transport
 from core.hot_transport import (
     compute_P,
     compute_Q_and_layer_costs,
@@ -18,14 +17,16 @@ from core.hot_transport import (
     reconstruction_fit,
     reconstruction_overlaps,
     sinkhorn_uniform_streaming,
-    solve_layer,
     standardize,
 )
-from core.transport import scaling, sinkhorn
+from core.transport import layer_pairs, log_domain, sinkhorn
+from core.transport.layer_pairs import solve_layer
+from core.transport.precision import full_float32
+from core.transport.problem import SinkhornSettings
 
 
 def activations(T: int, n: int, seed: int) -> torch.Tensor:
-    """Correlated columns, so that the cost has structure."""
+    """Activations with correlated neurons, so that their cost has structure."""
     generator = torch.Generator().manual_seed(seed)
     factors = torch.randn(T, 6, generator=generator)
     return factors @ torch.randn(6, n, generator=generator) + 0.3 * torch.randn(T, n, generator=generator) + 2.0
@@ -62,7 +63,7 @@ def test_cost_is_full_float32_whatever_the_global_setting():
     try:
         chosen = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
         assert torch.equal(corr_distance_matrix(X, Y), exact)
-        with scaling.full_float32():
+        with full_float32():
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         after = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
         assert after == chosen and "ieee" not in chosen
@@ -123,11 +124,11 @@ def test_small_epsilon_takes_a_wider_range_and_still_equals_pot(reg, solver):
 def test_log_domain_blocks_do_not_matter(monkeypatch):
     C = torch.rand(13, 11, generator=torch.Generator().manual_seed(1)) * 2
     whole = sinkhorn_uniform_streaming(C, 0.002, 50)
-    monkeypatch.setattr(scaling, "PLAN_BLOCK_ROWS", 4)
+    monkeypatch.setattr(log_domain, "PLAN_BLOCK_ROWS", 4)
     assert_close(sinkhorn_uniform_streaming(C, 0.002, 50).f, whole.f, atol=1e-12, rtol=0)
 
 
-def test_unreached_tolerance_is_told_and_potentials_are_finite():
+def test_an_unreached_tolerance_is_reported_and_potentials_are_finite():
     C = corr_distance_matrix(activations(64, 40, 0), activations(64, 56, 1))
     for reg in (0.03, 0.001):
         result = sinkhorn_uniform_streaming(C, reg, n_iters=2)
@@ -170,13 +171,13 @@ def test_bad_problems_are_refused(C, reg, n_iters, message):
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.02, 0.002])
 def test_a_probe_is_multiplied_by_the_plan(epsilon):
-    """In the exp domain of both widths, in place or not, and in the log domain."""
+    """In the exp domain of both widths, with K over its matrix or beside it, and in the log domain."""
     zx, zy = standardize(activations(40, 18, 0)), standardize(activations(40, 12, 1))
     rows = torch.tensor([3, 0, 17])
     for small in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hot_transport, "CACHED_BYTES", 32 << 20 if small else 0)
-            (result,) = solve_layer(zx, [zy], epsilon, 5000, 1e-6, "auto", rows)
+            patch.setattr(layer_pairs, "CACHED_BYTES", 32 << 20 if small else 0)
+            (result,) = solve_layer(zx, [zy], SinkhornSettings(epsilon, 5000), rows)
         assert_close(result.probed, result.apply(zy[rows].T), atol=1e-7, rtol=1e-4)
 
 

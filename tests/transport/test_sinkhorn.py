@@ -1,51 +1,20 @@
-"""The solver: over-relaxation against plain iterations, laws of any plan, adversarial costs."""
+"""The solver: over-relaxation against plain iterations, the laws that any plan obeys, adversarial costs."""
 
 import math
-import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from transport_costs import batch, correlated, errors, plain, random_cost
 
-from core import hot_transport
-from core.hot_transport import corr_distance_matrix
+from core.hot_transport import corr_distance_matrix, standardize
 from core.transport import scaling, sinkhorn
-from core.transport.sinkhorn import SinkhornResult, sinkhorn_uniform_streaming
-
-
-def plain(C: torch.Tensor, reg: float, tol: float, n_iters: int) -> tuple[int, torch.Tensor]:
-    """Textbook Sinkhorn in float64: (iterations until the L1 row error is at most tol, plan)."""
-    K = torch.exp(-C.double() / reg)
-    n, m = K.shape
-    v = torch.ones(m, dtype=torch.float64)
-    done = 0
-    while done < n_iters:
-        u = 1 / (n * (K @ v))
-        v = 1 / (m * (u @ K))
-        done += 1
-        if float((u * (K @ v) - 1 / n).abs().sum()) <= tol:
-            break
-    return done, u[:, None] * K * v
-
-
-def errors(result: SinkhornResult, C: torch.Tensor) -> float:
-    """Larger L1 marginal error, recomputed in float64 from the potentials."""
-    Q = torch.exp((result.f[:, None] + result.g - C.double()) / result.reg)
-    n, m = Q.shape
-    return max(float((Q.sum(1) - 1 / n).abs().sum()), float((Q.sum(0) - 1 / m).abs().sum()))
-
-
-def correlated(n: int, m: int, seed: int, noise: float = 0.3, factors: int = 6) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shared = torch.randn(80, factors, generator=generator)
-    X, Y = (
-        shared @ torch.randn(factors, k, generator=generator) + noise * torch.randn(80, k, generator=generator)
-        for k in (n, m)
-    )
-    return corr_distance_matrix(X, Y)
-
+from core.transport.log_domain import scale_log
+from core.transport.problem import AffineCost, SinkhornSettings
+from core.transport.sinkhorn import sinkhorn_uniform_streaming
 
 HARD = [(30, 50, 0, 0.03, 0.1), (64, 48, 1, 0.03, 0.05), (40, 40, 2, 0.027, 0.05), (100, 80, 3, 0.03, 0.02)]
 EASY = [(30, 50, 4, 0.3, 0.3), (80, 60, 5, 0.1, 0.5), (50, 50, 6, 0.1, 1.0), (20, 90, 7, 0.05, 0.3)]
@@ -95,7 +64,7 @@ def test_the_log_domain_does_exactly_the_iterations_of_pot(n_iters, size):
     ot = pytest.importorskip("ot")
     C, reg = random_cost(*size, 3).double(), 0.02
     n, m = size
-    scaled = scaling.scale_log(C, reg, n_iters, 1e-6, paper=True)
+    scaled = scale_log(C, SinkhornSettings(reg, n_iters, mode="paper"))
     a, b = (torch.full((size,), 1 / size, dtype=torch.float64) for size in (m, n))
     _, log = ot.bregman.sinkhorn_log(a, b, C.T, reg, n_iters, stopThr=0, log=True, warn=False)
     assert scaled.n_iters == n_iters
@@ -115,7 +84,7 @@ def test_costs_and_settings_that_are_no_numbers_are_refused(value):
     with pytest.raises(ValueError, match="NaN or infinite"):
         sinkhorn_uniform_streaming(C, 0.1)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        hot_transport.standardize(C)
+        standardize(C)
 
 
 @pytest.mark.parametrize("reg", [0.1, 0.03])
@@ -133,9 +102,9 @@ def test_row_blocks_do_not_matter(monkeypatch, reg):
 def test_a_cost_given_as_correlation_is_the_same_problem(in_place):
     C = correlated(30, 20, 2)
     R = (1 - C).numpy().copy()
-    K = R if in_place else R * 0
+    memory = None if in_place else np.empty_like(R)
     given_C = sinkhorn_uniform_streaming(C, 0.1)
-    given_R = sinkhorn.solve_one(R, (1.0, -1.0), (0.0, 2.0), 0.1, 1000, 1e-6, "auto", C.__getitem__, K)
+    given_R = sinkhorn.solve_one(R, AffineCost(0.0, 2.0, 1.0, -1.0), SinkhornSettings(0.1), C.__getitem__, memory)
     assert_close(given_R.plan(), given_C.plan(), atol=1e-8, rtol=1e-4)
     assert given_R.cost == pytest.approx(given_C.cost, abs=1e-6)
     assert in_place != bool(((1 - C).numpy() == R).all())
@@ -152,20 +121,17 @@ def test_top_mass_is_the_share_of_the_largest_entries(monkeypatch):
 problems = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(0, 10**6), st.sampled_from([1.0, 0.1, 0.03]))
 
 
-def random_cost(n: int, m: int, seed: int) -> torch.Tensor:
-    return torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) * 2
-
-
 @settings(max_examples=40, deadline=None)
 @given(problems)
 def test_laws_of_the_plan(problem):
-    """Transposing, permuting, shifting, and scaling cost and epsilon together; flags tell the truth."""
+    """Transposing, permuting, shifting, and scaling cost and epsilon together; the reported error is the true one."""
     n, m, seed, reg = problem
     C = random_cost(n, m, seed)
     result = sinkhorn_uniform_streaming(C, reg, 20000)
     Q = result.plan()
-    recomputed = errors(result, C)
-    assert result.converged == (result.error <= 1e-6) and abs(recomputed - result.error) <= 2e-6
+    assert result.converged == (result.error <= 1e-6)
+    # The exponent of K is rounded to float32, so the mass of an entry is off by up to 2^-24 C / reg.
+    assert abs(errors(result, C) - result.error) <= 5e-7 + 2**-24 * float(C.max()) / reg
     if not result.converged:
         return
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -201,7 +167,7 @@ def adversarial() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("reg", [0.1, 0.03, 0.01, 0.001])
 @pytest.mark.parametrize("name", adversarial())
-def test_adversarial_costs_stay_finite_and_are_told(name, reg):
+def test_adversarial_costs_stay_finite_and_report_their_error(name, reg):
     C = adversarial()[name]
     result = sinkhorn_uniform_streaming(C, reg, 3000)
     assert torch.isfinite(result.f).all() and torch.isfinite(result.g).all() and math.isfinite(result.cost)
@@ -233,97 +199,3 @@ def test_tolerance_zero_uses_every_iteration():
 def test_bad_mode_is_refused():
     with pytest.raises(ValueError, match="expected one of auto, paper"):
         sinkhorn_uniform_streaming(torch.ones(2, 2), 0.1, mode="fast")
-
-
-def batch(costs: list[torch.Tensor], reg: float, n_iters: int = 20000, mode: str = "auto") -> list[SinkhornResult]:
-    """What an accelerator runs, on the CPU."""
-    rows = [C.__getitem__ for C in costs]
-    return sinkhorn.solve_batch(torch.stack(costs), (0.0, 1.0), (0.0, 2.0), reg, n_iters, 1e-6, mode, rows)
-
-
-COMPANY = [(0.02, 1), (1.0, 2), (0.1, 3), (0.3, 4), (0.05, 5)]
-
-
-@pytest.mark.parametrize("reg", [0.1, 0.03, 0.01])
-def test_batches_solve_each_problem_and_stop_it_by_itself(reg):
-    costs = [correlated(30, 50, seed, noise) for noise, seed in COMPANY]
-    together = batch(costs, reg)
-    for C, result in zip(costs, together, strict=True):
-        (alone,) = batch([C], reg)
-        assert (result.n_iters, result.solver) == (alone.n_iters, alone.solver)
-        assert result.converged and errors(result, C) <= 5e-6
-        assert float((result.plan() - alone.plan()).abs().sum() / 2) <= 1e-6
-        assert float((result.plan() - sinkhorn_uniform_streaming(C, reg, 20000).plan()).abs().sum() / 2) <= 5e-6
-        assert result.cost == pytest.approx(float((result.plan() * C).sum()), abs=1e-6)
-    assert reg == 0.1 or len({result.n_iters for result in together}) > 1
-
-
-def test_batches_beyond_a_floats_range_take_the_log_domain():
-    costs = [random_cost(12, 15, seed) for seed in (0, 1)]
-    for C, result in zip(costs, batch(costs, 0.003, 100), strict=True):
-        alone = sinkhorn_uniform_streaming(C, 0.003, 100)
-        assert result.solver == "log-float64" and result.error == alone.error > 1e-6 and not result.converged
-        assert_close(result.f, alone.f, atol=1e-12, rtol=0)
-
-
-def test_batched_paper_mode_is_plain():
-    costs = [correlated(40, 56, seed, 0.1) for seed in (0, 1, 2)]
-    for n_iters in (1, 10, 25):
-        for C, result in zip(costs, batch(costs, 0.03, n_iters, "paper"), strict=True):
-            _, Q = plain(C, 0.03, -1.0, n_iters)
-            assert result.n_iters == n_iters
-            assert float((result.plan().double() - Q).abs().sum() / 2) <= 1e-6
-
-
-def test_a_batch_reads_the_device_once_per_check(monkeypatch):
-    K = torch.stack([correlated(30, 50, seed, noise) for noise, seed in COMPANY])
-    reads = []
-    as_list = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append("check") or as_list(tensor))
-    for name in ("item", "__float__", "__int__", "__bool__", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name: reads.append(name) or 0.0)
-    scaled = scaling._scale_batch(K, (0.0, 1.0), 0.0, 0.05, 2000, 1e-6, False, None)
-    monkeypatch.undo()
-    assert reads == ["check"] * (max(one.n_iters for one in scaled) // scaling.CHECK_EVERY + 1)
-
-
-@pytest.mark.parametrize("small", [True, False])
-def test_layers_in_turn_in_batches_and_alone_give_the_same_plans(small, monkeypatch):
-    if not small:
-        monkeypatch.setattr(hot_transport, "CACHED_BYTES", 0)
-    generator = torch.Generator().manual_seed(0)
-    zx, *Zy = (hot_transport.standardize(torch.randn(30, k, generator=generator)) for k in (12, 20, 20, 20))
-    rows = torch.tensor([1, 5])
-    in_turn = list(hot_transport.solve_layer(zx, Zy, 0.1, probe_rows=rows))
-    together = hot_transport._solve_together(zx, Zy, (0.1, 1000, 1e-6, "auto"), rows)
-    for zy, one, other in zip(Zy, in_turn, together, strict=True):
-        C = 1 - (zx.T @ zy)
-        alone = sinkhorn_uniform_streaming(C, 0.1)
-        for result in (one, other):
-            assert_close(result.plan(), alone.plan(), atol=1e-8, rtol=1e-4)
-            assert_close(result.probed, alone.apply(zy[rows].T), atol=1e-6, rtol=1e-4)
-            assert result.cost == pytest.approx(alone.cost, abs=1e-6)
-
-
-def test_batches_let_go_of_their_layers_before_the_next_are_read():
-    """Two layers of 5 x 4 and their matrices of 3 x 4 fit, or one where a solve needs float64."""
-    zx = torch.zeros(5, 3)
-
-    def sizes(reg, budget):
-        refs, found = [], []
-
-        def layers():
-            for _ in range(5):
-                held = sum(ref() is not None for ref in refs)
-                assert held < max(1, budget // pair)  # those of the batch that is being filled
-                layer = torch.zeros(5, 4)
-                refs.append(weakref.ref(layer))
-                yield layer
-                del layer
-
-        for group in hot_transport._batches(zx, layers(), reg, budget):
-            found.append(len(group))
-        return found
-
-    pair = 4 * 3 * 4 + 4 * 5 * 4
-    assert sizes(0.1, 2 * pair) == [2, 2, 1] and sizes(0.01, 2 * pair) == [1] * 5 and sizes(0.1, 0) == [1] * 5

@@ -56,8 +56,8 @@ SET_BY_SCRIPT = ("training_scenario", "distill_weight", "distill_temperature")
 # What VARIANT chose in earlier versions, and the script that runs it now.
 VARIANTS = {"source_size": "scripts/table7.sh", "source_family": "scripts/figure4.sh", "alpha": "scripts/figure5.sh"}
 PATHS = ("data_dir", *FOLDERS, "data_file", "general_file", "benchmark_data")
-# What comes with a map that is fitted on rows where an experiment has another one: token rows and all neurons are fused,
-# with the strength that was best where we measured it.
+# What comes with a map that is fitted on rows, where an experiment has another one: token rows, all neurons, and the
+# strength that was best where we measured it.
 FITTED_MAPS = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
 
 # What the script itself reads of what is asked for; the rest are settings of its stages.

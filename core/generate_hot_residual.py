@@ -139,6 +139,7 @@ def open_job(command: Command) -> Job:
     target, source = open_pair(experiment.models, experiment.compute.device)
     check_output_folder(folder, plans.folder, target.folder, source.folder)
     plans.check_models(target, source)
+    experiment.fusion.check_feature_map()
     plans.check_projections(experiment.fusion.fused)
     return Job(experiment, plans, target, source, folder)
 

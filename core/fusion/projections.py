@@ -92,16 +92,20 @@ def parse_projections(text: str) -> tuple[str, ...]:
 
 
 def recorded_sides(projections: Iterable[str]) -> tuple[str, ...]:
-    """The sides of some projections: the outputs, then the inputs, which is their order on disk."""
+    """What is recorded for some projections: their outputs, their inputs, and the sides from which layers are matched.
+
+    This is the order on disk.
+    """
     found = [PROJECTIONS[name] for name in projections]
-    return tuple(dict.fromkeys([*(one.name for one in found), *(one.input_side for one in found)]))
+    ends = [*(one.name for one in found), *(one.input_side for one in found)]
+    return tuple(dict.fromkeys([*ends, *(side for one in found for side in one.layer_sides)]))
 
 
 def planned_sides(projections: Iterable[str]) -> tuple[str, ...]:
     """Those of the recorded sides from whose plans layers are matched."""
     projections = tuple(projections)
     needed = {side for name in projections for side in PROJECTIONS[name].layer_sides}
-    return tuple(dict.fromkeys([*(side for side in recorded_sides(projections) if side in needed), *sorted(needed)]))
+    return tuple(side for side in recorded_sides(projections) if side in needed)
 
 
 def source_sides(projections: Iterable[str]) -> tuple[str, ...]:

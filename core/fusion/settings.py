@@ -58,6 +58,15 @@ class FusionSettings:
 
     def check(self) -> None:
         """Raise UserError for settings that exclude each other."""
+        parse_projections(self.projections)
+        if self.q_topk is not None and not FEATURE_MAPS[self.feature_map].reads_feature_plans:
+            raise UserError(f"q_topk thins out plans, which {self.feature_map} does not read; leave it out")
+
+    def check_feature_map(self) -> None:
+        """Raise UserError where the feature map cannot fuse these projections, or has no rows to choose.
+
+        Stage 1 does not ask, because it records the same for every feature map.
+        """
         wide = set(self.fused) - set(ATTENTION)
         if wide and FEATURE_MAPS[self.feature_map].reads_feature_plans:
             raise UserError(
@@ -66,5 +75,3 @@ class FusionSettings:
             )
         if self.rows != "aligned" and FEATURE_MAPS[self.feature_map].reads_feature_plans:
             raise UserError(f"rows {self.rows} is of regression; {self.feature_map} reads plans")
-        if self.q_topk is not None and not FEATURE_MAPS[self.feature_map].reads_feature_plans:
-            raise UserError(f"q_topk thins out plans, which {self.feature_map} does not read; leave it out")

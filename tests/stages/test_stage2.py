@@ -12,7 +12,7 @@ from stages import digests, fuse, logits, plan
 from torch.testing import assert_close
 
 from core import generate_hot_residual as stage2
-from core.fusion.projections import PROJECTIONS
+from core.fusion.projections import ATTENTION, PROJECTIONS
 from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
@@ -108,7 +108,7 @@ def test_unselected_rows_and_columns_are_bit_identical(plans, models, tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (models["target"], out))
     directory = PlanDirectory(plans["token"])
     for layer in range(3):
-        for projection in PROJECTIONS.values():
+        for projection in map(PROJECTIONS.get, ATTENTION):
             name = f"model.layers.{layer}.{projection.path}.weight"
             changed = (before[name] != after[name]).any(1 - projection.axis).nonzero().flatten()
             strongest = directory.strongest(projection.selected_side, layer)[:5]

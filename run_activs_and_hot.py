@@ -20,7 +20,7 @@ from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
 from core.models.checkpoints import Checkpoint, open_pair
 from core.models.locate import missing_step
-from core.models.reading import Reading, is_aside, read_aligned, read_texts
+from core.models.reading import Reading, Unaligned, is_aside, read_aligned, read_texts
 from core.runs import preflight as checks
 from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.cost import stage1_cost
@@ -52,6 +52,21 @@ class Job:
         return {"target": self.target, "source": self.source}
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What the two models read.
+
+    Attributes:
+        aside: [T] bool, the rows that are kept out of regressions.
+        unaligned: the target's positions without a partner; None with text pooling.
+    """
+
+    target: Reading
+    source: Reading
+    aside: Tensor
+    unaligned: Unaligned | None = None
+
+
 @outputs_held()
 def main(argv: list[str]) -> None:
     """Parse the command line, open the models, make the plans unless the folder is finished, and print a summary."""
@@ -79,7 +94,7 @@ def main(argv: list[str]) -> None:
         print(f"{len(rows)} texts; nothing is missing")
         return
     # Reading comes before the manifest is begun, so that texts that cannot be read leave no folder behind.
-    readings, aside = read_both(target, source, rows, experiment)
+    readings = read_both(target, source, rows, experiment)
     state = process_state(experiment.compute.device)
     manifest = begin(job, division.identity(rows), state)
     log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
@@ -89,7 +104,7 @@ def main(argv: list[str]) -> None:
         if state.is_main_process:
             save_resolved(experiment, "1", job.folder)
             write_rows_read(job.folder, {"calibration": division.marks(rows)}, recorded(target, source))
-        write_plan_directory(job, manifest, readings, aside, state)
+        write_plan_directory(job, manifest, readings, state)
     if state.is_main_process:
         print(summary(manifest.record))
 
@@ -133,7 +148,8 @@ def preflight(job: Job, report: bool) -> None:
     cost = stage1_cost(*sizes, job.experiment, timed=False)
     if report:
         print(checks.stage1_report(job.target, job.source, cost))
-    problems = [problem for role, model in job.pair.items() for problem in checks.model_problems(role, model)]
+    fused = job.experiment.fusion.fused
+    problems = [problem for role, model in job.pair.items() for problem in checks.model_problems(role, model, fused)]
     problems += checks.disk_problems(job.folder, cost.disk)
     too_little_memory = checks.memory_problems(cost.memory, compute.device)
     if report:
@@ -155,19 +171,15 @@ def calibration_rows(division: Division, experiment: Experiment) -> list[Row]:
     return rows
 
 
-def read_both(
-    target: Checkpoint, source: Checkpoint, rows: list[Row], experiment: Experiment
-) -> tuple[dict[str, Reading], Tensor]:
-    """What each model reads of the texts, and which rows of activations are kept out of regressions ([T] bool)."""
+def read_both(target: Checkpoint, source: Checkpoint, rows: list[Row], experiment: Experiment) -> Readings:
+    """What each model reads of the texts."""
     tokenizers = target.load_tokenizer(), source.load_tokenizer()
     reading = experiment.reading
     if reading.pooling == "token":
         seed = experiment.compute.seed
-        to_target, to_source, aside = read_aligned(rows, *tokenizers, reading.max_tokens, reading.max_rows, seed)
-    else:
-        to_target, to_source = (read_texts(rows, tokenizer, reading.max_tokens) for tokenizer in tokenizers)
-        aside = torch.tensor([is_aside(number) for number in range(len(rows))])
-    return {"target": to_target, "source": to_source}, aside
+        return Readings(*read_aligned(rows, *tokenizers, reading.max_tokens, reading.max_rows, seed))
+    to_target, to_source = (read_texts(rows, tokenizer, reading.max_tokens) for tokenizer in tokenizers)
+    return Readings(to_target, to_source, torch.tensor([is_aside(number) for number in range(len(rows))]))
 
 
 def begin(job: Job, data: dict[str, Any], state: Any) -> Manifest:
@@ -183,31 +195,36 @@ def begin(job: Job, data: dict[str, Any], state: Any) -> Manifest:
     return Manifest(job.folder, read_json(job.folder / MANIFEST))
 
 
-def write_plan_directory(job: Job, manifest: Manifest, readings: dict[str, Reading], aside: Tensor, state: Any) -> None:
+def write_plan_directory(job: Job, manifest: Manifest, readings: Readings, state: Any) -> None:
     """Record the activations of both models, solve the plans, and mark the directory complete.
 
     What an earlier run has finished is not done again.
     """
     recorder = RowRecorder(job.folder, job.experiment, state)
-    for role, model in job.pair.items():
-        recorder.record(role, model, readings[role], aside)
+    recorder.record("target", job.target, readings.target, readings.aside)
+    recorder.record("source", job.source, readings.source, readings.aside)
+    unaligned = readings.unaligned
+    if unaligned is not None and unaligned.reading.n_rows:
+        none_aside = torch.zeros(unaligned.reading.n_rows, dtype=torch.bool)
+        recorder.record("unaligned", job.target, unaligned.reading, none_aside)
     state.wait_for_everyone()
     shape = (job.target.layout.n_layers, job.source.layout.n_layers)
     make_plans(job.folder, manifest, shape, job.experiment, state)
     if state.is_main_process:
         # A run that was killed while it cleaned up may have left these.
         shutil.rmtree(job.folder / "plans" / "parts", ignore_errors=True)
-        for role in job.pair:
+        for role in (*job.pair, "unaligned"):
             recorder.remove_shares(role)
+        found = {} if unaligned is None else {"unaligned": unaligned.record()}
         shapes = {role: vars(model.layout) for role, model in job.pair.items()}
-        manifest.finish(shapes=shapes, rows=readings["target"].n_rows, **provenance())
+        manifest.finish(shapes=shapes, rows=readings.target.n_rows, **found, **provenance())
         log.info("%s is finished", job.folder)
 
 
 def summary(record: dict[str, Any]) -> str:
     """The table that ends stage 1, from the record of the manifest (see `core.runs.plan_solver.side_record`)."""
     lines = [
-        f"{record['rows']} rows per layer and side",
+        f"{record['rows']} rows per layer and side{share_aligned(record)}",
         f"{'':8}{'iterations':>14}{'marginal':>10}{'Spearman of layer':>19}"
         f"{'R^2 of X from Y':>20}{'correlation':>20}{'mass in':>9}",
         f"{'side':8}{'(median, max)':>14}{'error':>10}{'match and depth':>19}"
@@ -221,6 +238,14 @@ def summary(record: dict[str, Any]) -> str:
             f"{fits}{r['top_mass']:9.3f}"
         )
     return "\n".join(lines)
+
+
+def share_aligned(record: dict[str, Any]) -> str:
+    """Which share of the target's positions has a partner in the source's tokens; nothing with text pooling."""
+    if "unaligned" not in record:
+        return ""
+    alone, aligned = record["unaligned"]["positions"], record["unaligned"]["aligned"]
+    return f"; {100 * aligned / (alone + aligned):.0f} % of the target's positions are aligned with the source's"
 
 
 if __name__ == "__main__":

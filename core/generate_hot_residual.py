@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
-from core.fusion.projections import PROJECTIONS
 from core.fusion.residual import fold_bias, fold_weight
 from core.fusion.residual_file import RESIDUAL_FILE, join_residuals, load_residuals, save_residuals
 from core.fusion.settings import FusionSettings
@@ -141,6 +140,8 @@ def open_job(command: Command) -> Job:
     target, source = open_pair(experiment.models, experiment.compute.device)
     check_output_folder(folder, plans.folder, target.folder, source.folder)
     plans.check_models(target, source)
+    experiment.fusion.check_feature_map()
+    plans.check_projections(experiment.fusion.fused)
     return Job(experiment, plans, target, source, folder)
 
 
@@ -152,10 +153,12 @@ def preflight(job: Job, report: bool) -> None:
     """
     settings = job.experiment.fusion
     disk = checks.stage2_disk(job.target, settings)
-    memory = checks.stage2_memory(job.plans, job.target, job.source, job.experiment.output.max_shard_bytes)
+    memory = checks.stage2_memory(
+        job.plans, job.target, job.source, settings.fused, job.experiment.output.max_shard_bytes
+    )
     problems = [
-        *checks.model_problems("target", job.target),
-        *checks.model_problems("source", job.source),
+        *checks.model_problems("target", job.target, settings.fused),
+        *checks.model_problems("source", job.source, settings.fused),
         *checks.disk_problems(job.folder, disk),
     ]
     if report:
@@ -215,10 +218,10 @@ def transport_layers(job: Job) -> list[dict[str, Any]]:
         UserError: a layer has no corresponding source layer, or a weight is not finite.
     """
     (job.folder / PARTS).mkdir(exist_ok=True)
-    settings = job.experiment.fusion
+    settings, projections = job.experiment.fusion, job.experiment.fusion.fused
     missing = [layer for layer, path in enumerate(job.parts) if not path.is_file()]
     fused = fuse_attention_only_from_hot_dir(job.plans, job.target, job.source, settings, missing)
-    found = tqdm(fused, total=len(missing) * len(PROJECTIONS), desc="fusing", unit="projection")
+    found = tqdm(fused, total=len(missing) * len(projections), desc="fusing", unit="projection")
     try:
         for layer, of_layer in groupby(found, key=lambda one: one[0].layer):
             residuals, lines = zip(*of_layer, strict=True)
@@ -236,7 +239,7 @@ def fold_from(parts: Sequence[Path], target: Checkpoint, settings: FusionSetting
     fused = {
         target.tensor_name(layer, projection): (layer, projection)
         for layer in range(len(parts))
-        for projection in PROJECTIONS
+        for projection in settings.fused
     }
     of_layer = lru_cache(1)(lambda layer: {one.projection: one for one in load_residuals(parts[layer])[0]})
 
@@ -254,7 +257,7 @@ def fold_from(parts: Sequence[Path], target: Checkpoint, settings: FusionSetting
 def means_by_projection(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Projection -> figure of the report -> its mean over layers; None where no layer has it."""
     means: dict[str, dict[str, float | None]] = {}
-    for projection in PROJECTIONS:
+    for projection in dict.fromkeys(line["projection"] for line in lines):
         means[projection] = {}
         for key in FIGURES:
             values = [x[key] for x in lines if x["projection"] == projection and x[key] is not None]

@@ -4,9 +4,11 @@ import torch
 
 from core.fusion.projections import PROJECTIONS
 
-L, M, T = 2, 3, 60
-TARGET = {"q": 6, "k": 4, "v": 4, "o": 5, "attn_in": 5, "o_in": 6}
-SOURCE = {"q": 8, "k": 4, "v": 4, "o": 7, "attn_in": 7, "o_in": 8}
+L, M, T, U = 2, 3, 60, 25
+ATTENTION_SIZES = {"q": 6, "k": 4, "v": 4, "o": 5, "attn_in": 5, "o_in": 6}
+TARGET = ATTENTION_SIZES | {"gate": 9, "up": 9, "down": 5, "mlp_in": 5, "down_in": 9}
+SOURCE = {"q": 8, "k": 4, "v": 4, "o": 7, "attn_in": 7, "o_in": 8, "gate": 11, "up": 11, "down": 7, "mlp_in": 7}
+SOURCE |= {"down_in": 11}
 
 
 def draw(*shape, seed):
@@ -35,13 +37,16 @@ class RandomWeights:
 
 
 class RandomPlans:
-    """Implements `core.fusion.inputs.Plans`. Its rows obey the law of real ones: the target's outputs are its weights
-    times its inputs."""
+    """Implements `core.fusion.inputs.Plans`. Its rows obey the law of real ones: the outputs of both models are their
+    weights times their inputs."""
 
     shape = (L, M)
+    unaligned_weight = 1.5
 
-    def __init__(self, target):
+    def __init__(self, target, source):
+        self.models = {"target": target, "source": source}
         self.target = target
+        self.n_unaligned = U
 
     def layer_plan(self, projection):
         return torch.softmax(draw(L, M, seed=number(projection)), 1).double() / L
@@ -51,15 +56,22 @@ class RandomPlans:
         Q = torch.softmax(draw(n * m, seed=target_layer + 10 * source_layer + len(side)), 0).reshape(n, m)
         return Q if rows is None else Q[rows]
 
-    def raw(self, model, side, layer):
+    def raw(self, model, side, layer, rows=T):
         """Rows as a model would give them, not centred."""
-        if model == "target" and side in PROJECTIONS:
-            x = self.raw(model, PROJECTIONS[side].input_side, layer)
-            bias = self.target.bias(layer, side)
-            return x @ self.target.weight(layer, side).T + (0 if bias is None else bias)
-        n = (TARGET if model == "target" else SOURCE)[side]
-        mixed = draw(T, n, seed=1000 + layer + len(side) + (500 if model == "source" else 0)) @ draw(n, n, seed=n)
-        return mixed + draw(n, seed=3)
+        weights = self.models[model]
+        if side in PROJECTIONS:
+            x = self.raw(model, PROJECTIONS[side].input_side, layer, rows)
+            bias = weights.bias(layer, side)
+            return x @ weights.weight(layer, side).T + (0 if bias is None else bias)
+        n = weights.sizes[side]
+        seed = 1000 + layer + number(side) + (500 if model == "source" else 0) + rows
+        return draw(rows, n, seed=seed) @ draw(n, n, seed=n) + draw(n, seed=3)
+
+    def unaligned(self, side, layer):
+        return self.raw("target", side, layer, U)[: self.n_unaligned] - self.fit_mean(side, layer)
+
+    def fit_mean(self, side, layer):
+        return self.raw("target", side, layer)[: T - 20].mean(0)
 
     def rows(self, model, side, layer, part):
         rows = self.raw(model, side, layer)[: T - 20] if part == "fit" else self.raw(model, side, layer)[T - 20 :]
@@ -78,4 +90,5 @@ class RandomPlans:
 def random_pair(target_biases=(), source_biases=("q", "k", "v")):
     """(plans, target, source); `biases` are the projections that have one."""
     target = RandomWeights(TARGET, 0, target_biases)
-    return RandomPlans(target), target, RandomWeights(SOURCE, 300, source_biases)
+    source = RandomWeights(SOURCE, 300, source_biases)
+    return RandomPlans(target, source), target, source

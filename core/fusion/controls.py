@@ -15,7 +15,7 @@ from torch import Generator
 
 from core.errors import UserError
 from core.fusion.residual import Residual
-from core.fusion.transport_weights import Transport, keep_mean, transport_into
+from core.fusion.transport_weights import Transport, transport_into
 
 
 def damped(fused: Residual, transport: Transport, generator: Generator) -> Residual:
@@ -26,7 +26,7 @@ def damped(fused: Residual, transport: Transport, generator: Generator) -> Resid
 
 def damped_mean(fused: Residual, transport: Transport, generator: Generator) -> Residual:
     """W~ = y_bar x_bar^T / |x_bar|^2: only the target's mean output is kept. A bias, where there is one, takes it."""
-    return keep_mean(damped(fused, transport, generator), transport.plans)
+    return transport.keep_mean(damped(fused, transport, generator))
 
 
 def permuted(fused: Residual, transport: Transport, generator: Generator) -> Residual:
@@ -60,8 +60,17 @@ def wrong_layer(fused: Residual, transport: Transport, generator: Generator) -> 
 def self_regressed(fused: Residual, transport: Transport, generator: Generator) -> Residual:
     """W~ regressed from the target's own inputs to its own outputs, which smooths W without any source. The mean output
     is kept."""
-    weight = transport.self_map(fused.layer, fused.projection).index_select(fused.axis, fused.index)
-    return keep_mean(replace(fused, weight=weight, bias=None), transport.plans)
+    return transport.regress_own(fused)
+
+
+def filtered_self(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """`self_regressed` on outputs that were first given the spectrum which transport gives the source's outputs, in
+    their own principal components. A gain that this control shares is denoising, not knowledge of the source.
+
+    Raises:
+        UserError: the feature map has no responses whose spectrum could be taken.
+    """
+    return transport.regress_own(fused, filtered=True)
 
 
 CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
@@ -70,4 +79,5 @@ CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
     "permuted": permuted,
     "wrong_layer": wrong_layer,
     "self": self_regressed,
+    "filtered_self": filtered_self,
 }

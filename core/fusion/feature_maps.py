@@ -11,8 +11,10 @@ For target layer l and projection c, with m running over the source layers:
 | calibrated  | as barycentric          | diag(s_t) n Q_out diag(1 / s_s)  | diag(s_s) m' Q_in^T diag(1 / s_t) |
 | regression  | as barycentric, largest | source outputs -> target outputs | target inputs -> source inputs    |
 
+In the sum, m is a source layer; in the shapes, n and n' are numbers of target neurons, and m and m' of source neurons.
 Here n Q and m' Q^T have rows that sum to 1, s_t and s_s are the standard deviations of the target's and the source's
-neurons, and `largest` means that by default only the largest entry of the row takes part.
+neurons, and `largest` means that by default only the largest entry of the row takes part. `regression` never forms In: `Regression`
+says why.
 
 To add a feature map, derive a class from `FeatureMap` or from one of the four and add it to `FEATURE_MAPS` at the end.
 Settings, `--help`, fusion and the controls read all they need from the class.
@@ -21,19 +23,25 @@ Settings, `--help`, fusion and the controls read all they need from the class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.fusion.inputs import Plans
-from core.fusion.ridge import ridge_factor, solve_ridge
+from core.fusion.anchored import Anchors, regress
+from core.fusion.inputs import Plans, Weights
+from core.fusion.projections import PROJECTIONS, ROWS
+from core.fusion.ridge import Ridge
 
 # A source layer with less than this share of a row of P_eff takes no part unless `p_topk` asks for it.
 NEGLIGIBLE_SHARE = 1e-4
-# Ridge factors that are kept per model: neighbouring target layers often read the same source layer.
-KEPT_FACTORS = 8
+# Regressions that are kept: neighbouring target layers often read the same source layer.
+KEPT_FITS = 8
+# projection -> (W~, b~ or None)
+Transported = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class FeatureMap(ABC):
@@ -53,9 +61,16 @@ class FeatureMap(ABC):
     fuses_biases = True
     keeps_mean = False
 
-    def __init__(self, plans: Plans, p_topk: int | None = None, q_topk: int | None = None, ridge: float = 0.01):
+    def __init__(
+        self,
+        plans: Plans,
+        p_topk: int | None = None,
+        q_topk: int | None = None,
+        ridge: float = 0.01,
+        rows: str = "aligned",
+    ):
         self.plans, self.p_topk, self.q_topk = plans, p_topk, q_topk
-        self.regressions = Regressions(plans, ridge)
+        self.fits = Fits(plans, ridge, rows)
 
     def shares(self, layer: int, projection: str) -> dict[int, float]:
         """p[m] of every source layer that takes part: the largest entries of the row of P_eff, rescaled so that leaving
@@ -82,6 +97,37 @@ class FeatureMap(ABC):
         """What the shares of a target layer sum to, when its row of P_eff sums to `total`."""
         return torch.ones_like(total)
 
+    def transported(self, source: Weights, layer: int, indices: Mapping[str, Tensor]) -> Transported:
+        """W~ and b~ of projections of one target layer, on the selected rows [k, n'] or columns [n, k].
+
+        b~ [k] or [n] is Out applied to the source's bias; it is None where the source has no bias or this map
+        transports none. Source layers are the outer loop, so that projections that read the same input share its map.
+
+        Args:
+            source: the source's weights.
+            indices: projection -> selected rows or columns [k].
+        """
+        shares = {c: self.shares(layer, c) for c in indices}
+        whole_in = lru_cache(1)(lambda side, m: self.in_map(side, layer, m, None))
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor] = {}
+        for m in sorted(set().union(*shares.values())):
+            for c, index in indices.items():
+                p, projection = shares[c].get(m), PROJECTIONS[c]
+                if p is None:
+                    continue
+                W, b = source.weight(m, c), source.bias(m, c) if self.fuses_biases else None
+                if projection.axis == ROWS:
+                    Out, In = self.out_map(c, layer, m, index), whole_in(projection.input_side, m)
+                    part = (Out @ W) @ In  # ([k, m] @ [m, m']) @ [m', n'] -> [k, n']
+                else:
+                    Out, In = self.out_map(c, layer, m, None), self.in_map(projection.input_side, layer, m, index)
+                    part = Out @ (W @ In)  # [n, m] @ ([m, m'] @ [m', k]) -> [n, k]
+                weights[c] = p * part if c not in weights else weights[c].add_(part, alpha=p)
+                if b is not None:
+                    biases[c] = p * (Out @ b) if c not in biases else biases[c].add_(Out @ b, alpha=p)
+        return {c: (weights[c], biases.get(c)) for c in indices}
+
     @abstractmethod
     def out_map(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
         """Out [n, m] from source layer m to target layer `layer` on an output side, or the given rows [k, m] of it."""
@@ -89,6 +135,14 @@ class FeatureMap(ABC):
     @abstractmethod
     def in_map(self, side: str, layer: int, m: int, columns: Tensor | None) -> Tensor:
         """In [m', n'] from target layer `layer` to source layer m on an input side, or the given columns [m', k]."""
+
+    def responses(self, layer: int, projection: str, outputs: Tensor | None) -> Tensor:
+        """Z [T, n]: the source's outputs as the target's neurons would give them; of regression alone.
+
+        Raises:
+            UserError: this feature map has none.
+        """
+        raise UserError("filtered_self needs the responses of a regression; leave it out with this feature map")
 
     def plan(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
         """Q [n, m] or the given rows of it. With `q_topk` only the largest entries of each row stay, rescaled to the
@@ -153,8 +207,11 @@ class Calibrated(Barycentric):
 class Regression(FeatureMap):
     """Optimal transport says which layers correspond (P), ridge regression says how their features do.
 
-    Both maps are fitted on centred rows of activations, so that the means of the two models play no part in them; the
-    target's own mean output is kept afterwards, and it takes the place of a transported bias.
+    Out [n, m] maps the source's outputs y_s = W_s x_s to the target's, and W~ = Out W_s In, where In maps the target's
+    inputs x to the source's, is the same as one regression from x to Z = Out y_s on the same rows. So W~ needs the
+    recorded outputs of the source, and neither its weights nor its inputs. All maps are fitted on centred rows, so that
+    the means of the two models play no part in them; the target's own mean output is kept afterwards, and it takes the
+    place of a transported bias.
     """
 
     default_p_topk = 1
@@ -162,37 +219,81 @@ class Regression(FeatureMap):
     fuses_biases = False
     keeps_mean = True
 
+    def transported(self, source: Weights, layer: int, indices: Mapping[str, Tensor]) -> Transported:
+        """W~ of projections of one target layer; no biases. As `FeatureMap.transported`."""
+        return {c: (self.regressed(layer, c, index), None) for c, index in indices.items()}
+
+    def regressed(self, layer: int, projection: str, index: Tensor) -> Tensor:
+        """W~ of one projection on the selected rows [k, n'] or columns [n, k]."""
+        outputs = index if PROJECTIONS[projection].axis == ROWS else None
+        responses = self.responses(layer, projection, outputs)
+        found = self.fits.regress(layer, projection, responses, outputs)
+        return found if PROJECTIONS[projection].axis == ROWS else found[:, index]
+
+    def responses(self, layer: int, projection: str, outputs: Tensor | None) -> Tensor:
+        """Z [T, n], or the given columns of it: the source's outputs as the target's neurons would give them."""
+        parts = [
+            p * (self.plans.rows("source", projection, m, "fit") @ self.out_map(projection, layer, m, outputs).T)
+            for m, p in self.shares(layer, projection).items()
+        ]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
     def out_map(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
         """The least-squares map from the source's outputs to the target's."""
-        return self.regressions.between(("source", side, m), ("target", side, layer), rows)
+        target = self.plans.rows("target", side, layer, "fit")
+        return self.fits.of("source", side, m).map(target if rows is None else target[:, rows])
 
     def in_map(self, side: str, layer: int, m: int, columns: Tensor | None) -> Tensor:
-        """The least-squares map from the target's inputs to the source's."""
-        In = self.regressions.between(("target", side, layer), ("source", side, m))
+        """The least-squares map from the target's inputs to the source's. `transported` does without it."""
+        In = self.fits.of("target", side, layer).map(self.plans.rows("source", side, m, "fit"))
         return In if columns is None else In[:, columns]
 
 
-class Regressions:
-    """Ridge regressions between the recorded rows of two (model, side, layer), with the factors of recent ones kept."""
+class Fits:
+    """Ridge regressions on recorded rows of one side, those of recent sides kept, and the final regression of W~."""
 
-    def __init__(self, plans: Plans, ridge: float):
-        self.plans, self.ridge = plans, ridge
-        self._factors = {model: lru_cache(KEPT_FACTORS)(self._factor) for model in ("target", "source")}
+    def __init__(self, plans: Plans, ridge: float, rows: str):
+        self.plans, self.ridge, self.kind = plans, ridge, rows
+        self.of = lru_cache(KEPT_FITS)(lambda model, side, layer: Ridge(plans.rows(model, side, layer, "fit"), ridge))
 
-    def between(
-        self, predictors: tuple[str, str, int], responses: tuple[str, str, int], selected: Tensor | None = None
-    ) -> Tensor:
-        """The map [s, r] from the rows of `predictors` [T, r] to those of `responses` [T, s], or the selected rows of
-        the map.
+    def regress(self, layer: int, projection: str, responses: Tensor, outputs: Tensor | None) -> Tensor:
+        """The weight [k, n'] that gives the responses [T, k] for the target's inputs, on the rows of the settings.
 
-        Raises:
-            ValueError: the ridge is too small, as `core.fusion.ridge.ridge_factor` says.
+        With `difference` it is the weight that gives the responses less the target's own outputs, which is to be added
+        to the target's own weight.
+
+        Args:
+            outputs: the columns of the target's outputs that the responses are for; None for all.
         """
-        R, S = self.plans.rows(*predictors, "fit"), self.plans.rows(*responses, "fit")
-        return solve_ridge(self._factors[predictors[0]](*predictors), R, S if selected is None else S[:, selected])
+        side = PROJECTIONS[projection].input_side
+        if self.kind == "aligned":
+            return self.of("target", side, layer).map(responses)
+        anchors = self.anchors(layer, projection, outputs)
+        if self.kind == "difference":
+            own = self.plans.rows("target", projection, layer, "fit")
+            responses = responses - (own if outputs is None else own[:, outputs])
+            anchors = replace(anchors, y=torch.zeros_like(anchors.y))
+        if not len(anchors.x):
+            return self.of("target", side, layer).map(responses)
+        return regress(self.plans.rows("target", side, layer, "fit"), responses, self.ridge, anchors)
 
-    def _factor(self, model: str, side: str, layer: int) -> Tensor:
-        return ridge_factor(self.plans.rows(model, side, layer, "fit"), self.ridge)
+    def anchors(self, layer: int, projection: str, outputs: Tensor | None) -> Anchors:
+        """The target's inputs and outputs at positions without a partner."""
+        x = self.plans.unaligned(PROJECTIONS[projection].input_side, layer)
+        y = self.plans.unaligned(projection, layer)
+        return Anchors(x, y if outputs is None else y[:, outputs], self.plans.unaligned_weight)
+
+    def mean_input(self, side: str, layer: int) -> Tensor:
+        """The mean [n'] of the target's inputs over the rows of the final regression."""
+        mean = self.plans.mean("target", side, layer)
+        if self.kind == "aligned":
+            return mean
+        x = self.plans.unaligned(side, layer)
+        if not len(x):
+            return mean
+        aligned = len(self.plans.rows("target", side, layer, "fit"))
+        others = self.plans.unaligned_weight * len(x)
+        return self.plans.fit_mean(side, layer) + x.mean(0) * (others / (aligned + others))
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -37,6 +37,19 @@ class Plans(Protocol):
     def rows(self, model: str, side: str, layer: int, part: str) -> Tensor:
         """Activations [T, n], centred: those that regressions are fitted on (`fit`), or those kept aside (`aside`)."""
 
+    @property
+    def unaligned_weight(self) -> float:
+        """How many positions without a partner one of their rows stands for, when an aligned row stands for one."""
+        ...
+
+    def unaligned(self, side: str, layer: int) -> Tensor:
+        """The target's activations [U, n] at positions without a partner, relative to `fit_mean`."""
+        ...
+
+    def fit_mean(self, side: str, layer: int) -> Tensor:
+        """The target's mean activation [n] over the rows that regressions are fitted on."""
+        ...
+
     def mean(self, model: str, side: str, layer: int) -> Tensor:
         """The mean activation [n] of every neuron."""
 

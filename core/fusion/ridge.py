@@ -2,10 +2,11 @@
 
 The map from rows R [T, r] to rows S [T, s], both centred, is Z^T [s, r], where Z solves
 
-    (R^T R + ridge * d * I) Z = R^T S,
+    (R^T R + lambda d I) Z = R^T S,
 
-with d the mean diagonal of R^T R, so that `ridge` means the same for activations of any scale. The Cholesky factor of
-the left side depends on R alone; maps that read the same rows share it.
+with d the mean diagonal of R^T R, so that lambda (`ridge`) means the same for activations of any scale. Where there
+are fewer rows than neurons the same map is found from the products of rows instead: Z = R^T (R R^T + lambda d I)^-1 S.
+The Cholesky factor depends on R alone; maps that read the same rows share it.
 """
 
 from __future__ import annotations
@@ -14,32 +15,43 @@ import torch
 from torch import Tensor
 
 
-def ridge_factor(R: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor [r, r] of R^T R + ridge * d * I, in float64 only where float32 finds it not positive definite.
+class Ridge:
+    """Ridge regressions on one set of rows R [T, r].
 
     Args:
-        R: [T, r] centred predictors. If all of them are constant, the factor is the identity and the map is zero.
+        R: centred predictors. If all of them are constant, every map is zero.
         ridge: lambda, relative to d.
     Raises:
-        ValueError: the ridge is too small for R^T R to be positive definite even in float64.
+        ValueError: lambda is too small for the system to be positive definite even in float64.
     """
-    gram = R.T @ R  # [r, T] @ [T, r] -> [r, r]
-    scale = gram.diagonal().mean()
+
+    def __init__(self, R: Tensor, ridge: float):
+        self.R = R
+        self.by_rows = R.shape[0] < R.shape[1]
+        self.factor = _factor(R, ridge, self.by_rows)
+
+    def map(self, S: Tensor) -> Tensor:
+        """The map [s, r] to the responses S [T, s], so that S is about R @ map^T."""
+        R, S = self.R.to(self.factor.dtype), S.to(self.factor.dtype)
+        if self.by_rows:
+            found = torch.cholesky_solve(S, self.factor).T @ R  # [s, T] @ [T, r] -> [s, r]
+        else:
+            found = torch.cholesky_solve(R.T @ S, self.factor).T  # [r, T] @ [T, s] -> [r, s]
+        return found.to(self.R.dtype)
+
+    def fitted(self, S: Tensor) -> Tensor:
+        """What the map makes of R itself, [T, s]."""
+        return self.R @ self.map(S).T  # [T, r] @ [r, s] -> [T, s]
+
+
+def _factor(R: Tensor, ridge: float, by_rows: bool) -> Tensor:
+    """Cholesky factor [r, r] or [T, T] of the system, in float64 only where float32 finds it not positive definite."""
+    gram = R @ R.T if by_rows else R.T @ R
+    scale = gram.diagonal().sum() / R.shape[1]
     gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
     factor, info = torch.linalg.cholesky_ex(gram)
     if info == 0:
         return factor
     if R.dtype == torch.float64:
         raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
-    return ridge_factor(R.double(), ridge)
-
-
-def solve_ridge(factor: Tensor, R: Tensor, S: Tensor) -> Tensor:
-    """The map [s, r] with S ~ R @ map^T.
-
-    Args:
-        factor: `ridge_factor` of the predictors R [T, r].
-        S: [T, s] centred responses.
-    """
-    cross = R.to(factor.dtype).T @ S.to(factor.dtype)  # [r, T] @ [T, s] -> [r, s]
-    return torch.cholesky_solve(cross, factor).T.to(R.dtype)
+    return _factor(R.double(), ridge, by_rows)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.errors import UserError
+from core.fusion.anchored import KINDS
 from core.fusion.feature_maps import FEATURE_MAPS
+from core.fusion.projections import ATTENTION, parse_projections
 from core.fusion.residual import RESIDUAL_FORMS
 from core.options import AT_LEAST_ONE, POSITIVE, SHARE, Range, option
 
@@ -38,9 +40,39 @@ class FusionSettings:
     q_topk: int | None = option(
         None, "2", f"entries kept per row of Q (not for {_WITHOUT_FEATURE_PLANS}); default all", range=AT_LEAST_ONE
     )
+    projections: str = option(
+        "q,k,v,o", "12", "what is fused: all, or a list of q, k, v, o, gate, up, down (the paper: q,k,v,o)"
+    )
+    rows: str = option(
+        "aligned",
+        "2",
+        "rows that regression is fitted on: aligned; anchored: also the target's positions without a partner, with its "
+        "own output; difference: anchored, and only the difference to the target's output",
+        KINDS,
+    )
     ridge: float = option(0.01, "2", "lambda of the regression maps, relative to the mean diagonal", range=POSITIVE)
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The names of the projections, in the order of the table. Raises UserError for an unknown one."""
+        return parse_projections(self.projections)
 
     def check(self) -> None:
         """Raise UserError for settings that exclude each other."""
+        parse_projections(self.projections)
         if self.q_topk is not None and not FEATURE_MAPS[self.feature_map].reads_feature_plans:
             raise UserError(f"q_topk thins out plans, which {self.feature_map} does not read; leave it out")
+
+    def check_feature_map(self) -> None:
+        """Raise UserError where the feature map cannot fuse these projections, or has no rows to choose.
+
+        Stage 1 does not ask, because it records the same for every feature map.
+        """
+        wide = set(self.fused) - set(ATTENTION)
+        if wide and FEATURE_MAPS[self.feature_map].reads_feature_plans:
+            raise UserError(
+                f"projections {', '.join(sorted(wide))} have no feature plans, which {self.feature_map} reads; take "
+                "--feature-map regression, or --projections q,k,v,o"
+            )
+        if self.rows != "aligned" and FEATURE_MAPS[self.feature_map].reads_feature_plans:
+            raise UserError(f"rows {self.rows} is of regression; {self.feature_map} reads plans")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.fusion.feature_maps import FEATURE_MAPS
+from core.fusion.feature_maps import FEATURE_MAPS, Transported
 from core.fusion.inputs import Plans, Weights
 from core.fusion.projections import COLUMNS, PROJECTIONS, ROWS
 from core.fusion.residual import Residual, check_finite, select
@@ -28,53 +27,61 @@ class Transport:
     def __init__(self, plans: Plans, source: Weights, settings: FusionSettings):
         self.plans, self.source = plans, source
         kind = FEATURE_MAPS[settings.feature_map]
-        self.feature_map = kind(plans, settings.p_topk, settings.q_topk, settings.ridge)
-        # Projections that read the same input, such as q, k and v, share the map of all of it.
-        self._whole_in = lru_cache(1)(lambda side, layer, m: self.feature_map.in_map(side, layer, m, None))
+        self.feature_map = kind(plans, settings.p_topk, settings.q_topk, settings.ridge, settings.rows)
 
-    def transported(self, layer: int, indices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """W~ and b~ of projections of one target layer, on the selected rows [k, n'] or columns [n, k].
+    def transported(self, layer: int, indices: Mapping[str, Tensor]) -> Transported:
+        """W~ and b~ of projections of one target layer on the selected rows or columns, as the feature map gives them
+        (`FeatureMap.transported`)."""
+        return self.feature_map.transported(self.source, layer, indices)
 
-        b~ [k] or [n] is Out applied to the source's bias; it is None where the source has no bias or the feature map
-        transports none. Source layers are the outer loop, so that the projections that read the same input can share
-        its map.
+    def fill(self, residual: Residual, weight: Tensor, bias: Tensor | None) -> Residual:
+        """A residual with W~ on its selection, as the settings complete it: added to the target's own weight where only
+        the difference to it was regressed, and with the target's mean output kept where the feature map says so."""
+        if self.feature_map.fits.kind == "difference":
+            weight = residual.original_weight + weight
+        filled = replace(residual, weight=weight, bias=None if residual.original_bias is None else bias)
+        return self.keep_mean(filled) if self.feature_map.keeps_mean else filled
+
+    def keep_mean(self, residual: Residual) -> Residual:
+        """Correct W~ so that the target's mean input x gives the target's mean output W x again.
+
+        A target with biases gets b~ = b + (W - W~) x. One without gets W~ <- W~ + (W - W~) x x^T / |x|^2, which is the
+        smallest change of W~ that does it. Both are done on the selection alone.
+        """
+        x = self.feature_map.fits.mean_input(PROJECTIONS[residual.projection].input_side, residual.layer)
+        if residual.axis == COLUMNS:
+            x = x[residual.index]
+        missing = (residual.original_weight - residual.weight) @ x  # [k, n'] @ [n'] -> [k], or [n, k] @ [k] -> [n]
+        if residual.original_bias is not None:
+            return replace(residual, bias=residual.original_bias + missing)
+        square = x @ x
+        if square == 0:
+            return residual
+        return replace(residual, weight=residual.weight + torch.outer(missing, x / square))
+
+    def regress_own(self, residual: Residual, filtered: bool = False) -> Residual:
+        """W~ regressed from the target's own inputs to its own outputs: what smoothing alone does to W.
 
         Args:
-            indices: projection -> selected rows or columns [k].
+            filtered: the outputs are first given the spectrum that transport gives the source's outputs, in their own
+                principal components: what denoising alone does to W.
         """
-        shares = {c: self.feature_map.shares(layer, c) for c in indices}
-        weights: dict[str, Tensor] = {}
-        biases: dict[str, Tensor] = {}
-        for m in sorted(set().union(*shares.values())):
-            for c, index in indices.items():
-                p = shares[c].get(m)
-                if p is None:
-                    continue
-                Out, In = self.maps(layer, m, c, index)
-                W = self.source.weight(m, c)
-                # [n, m] @ ([m, m'] @ [m', k]) -> [n, k], or ([k, m] @ [m, m']) @ [m', n'] -> [k, n']
-                part = Out @ (W @ In) if PROJECTIONS[c].axis == COLUMNS else (Out @ W) @ In
-                weights[c] = p * part if c not in weights else weights[c].add_(part, alpha=p)
-                b = self.source.bias(m, c) if self.feature_map.fuses_biases else None
-                if b is not None:
-                    biases[c] = p * (Out @ b) if c not in biases else biases[c].add_(Out @ b, alpha=p)
-        return {c: (weights[c], biases.get(c)) for c in indices}
+        layer, projection, index = residual.layer, residual.projection, residual.index
+        outputs = index if residual.axis == ROWS else None
+        own = self.plans.rows("target", projection, layer, "fit")
+        own = own if outputs is None else own[:, outputs]
+        if filtered:
+            own = with_spectrum_of(own, self.feature_map.responses(layer, projection, outputs))
+        weight = self.feature_map.fits.regress(layer, projection, own, outputs)
+        return self.fill(residual, weight if residual.axis == ROWS else weight[:, index], None)
 
-    def maps(self, layer: int, m: int, projection: str, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(Out, In) between target layer `layer` and source layer m, on the selection only: Out [k, m] and In [m', n']
-        where rows are selected, Out [n, m] and In [m', k] where columns are."""
-        input_side = PROJECTIONS[projection].input_side
-        if PROJECTIONS[projection].axis == ROWS:
-            return self.feature_map.out_map(projection, layer, m, index), self._whole_in(input_side, layer, m)
-        return (
-            self.feature_map.out_map(projection, layer, m, None),
-            self.feature_map.in_map(input_side, layer, m, index),
-        )
 
-    def self_map(self, layer: int, projection: str) -> Tensor:
-        """The target's own outputs regressed on its own inputs, [n, n']: what smoothing alone does to W."""
-        side = PROJECTIONS[projection].input_side
-        return self.feature_map.regressions.between(("target", side, layer), ("target", projection, layer))
+def with_spectrum_of(Y: Tensor, Z: Tensor) -> Tensor:
+    """Y [T, n] with its singular values replaced by those of Z [T, n], largest for largest; its components stay."""
+    power, V = torch.linalg.eigh(Y.T @ Y)  # ascending
+    wanted = torch.linalg.eigvalsh(Z.T @ Z)
+    scale = torch.where(power > 0, wanted.clamp_min(0) / power, 0).sqrt()
+    return Y @ (V * scale @ V.T)  # [T, n] @ ([n, n] @ [n, n]) -> [T, n]
 
 
 def empty_residual(plans: Plans, target: Weights, layer: int, projection: str, top_k: int) -> Residual:
@@ -85,24 +92,6 @@ def empty_residual(plans: Plans, target: Weights, layer: int, projection: str, t
     residual = Residual(layer, projection, index, torch.zeros_like(original), None, original, None)
     bias = target.bias(layer, projection)
     return residual if bias is None else replace(residual, original_bias=bias[residual.bias_index])
-
-
-def keep_mean(residual: Residual, plans: Plans) -> Residual:
-    """Correct W~ so that the target's mean input x gives the target's mean output W x again.
-
-    A target with biases gets b~ = b + (W - W~) x. One without gets W~ <- W~ + (W - W~) x x^T / |x|^2, which is the
-    smallest change of W~ that does it. Both are done on the selection alone.
-    """
-    x = plans.mean("target", PROJECTIONS[residual.projection].input_side, residual.layer)
-    if residual.axis == COLUMNS:
-        x = x[residual.index]
-    missing = (residual.original_weight - residual.weight) @ x  # [k, n'] @ [n'] -> [k], or [n, k] @ [k] -> [n]
-    if residual.original_bias is not None:
-        return replace(residual, bias=residual.original_bias + missing)
-    square = x @ x
-    if square == 0:
-        return residual
-    return replace(residual, weight=residual.weight + torch.outer(missing, x / square))
 
 
 def fuse_attention_only_from_hot_dir(
@@ -123,9 +112,9 @@ def fuse_attention_only_from_hot_dir(
         UserError: a target layer has no corresponding source layer.
         ValueError: a weight or W~ is not finite, or the ridge is too small.
     """
-    transport = Transport(plans, source, settings)
+    transport, projections = Transport(plans, source, settings), settings.fused
     for layer in range(plans.shape[0]) if layers is None else layers:
-        empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in PROJECTIONS]
+        empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in projections]
         for residual in transport_into(empty, transport, layer):
             check_finite(residual)
             yield residual, _report(residual, transport)
@@ -135,12 +124,7 @@ def transport_into(residuals: Sequence[Residual], transport: Transport, from_lay
     """Fill the residuals of one layer with W~ of target layer `from_layer`, which is their own except in the control
     `wrong_layer`."""
     found = transport.transported(from_layer, {residual.projection: residual.index for residual in residuals})
-    filled = []
-    for residual in residuals:
-        weight, bias = found[residual.projection]
-        residual = replace(residual, weight=weight, bias=None if residual.original_bias is None else bias)
-        filled.append(keep_mean(residual, transport.plans) if transport.feature_map.keeps_mean else residual)
-    return filled
+    return [transport.fill(residual, *found[residual.projection]) for residual in residuals]
 
 
 def explained_variance(residual: Residual, plans: Plans) -> float | None:

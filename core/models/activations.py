@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -16,16 +17,29 @@ from tqdm.auto import tqdm
 
 from core.batching import pad_with_mask
 from core.errors import UserError
-from core.fusion.projections import FIRST_READER, PROJECTIONS, SIDES
+from core.fusion.projections import ATTENTION, PROJECTIONS, first_reader, recorded_sides
 from core.models.families import AttentionLayout
 from core.models.reading import Reading
 
 log = logging.getLogger(__name__)
 
 
-def row_bytes(layout: AttentionLayout, n_rows: int) -> int:
-    """Bytes of the rows of all sides and layers in float32."""
-    return 4 * n_rows * layout.n_layers * sum(map(layout.size, SIDES))
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded, and where it goes.
+
+    Attributes:
+        sides: recorded in every layer; those of attention unless said otherwise.
+        allocate: (rows, neurons) -> float32 tensor on the CPU, which is filled.
+    """
+
+    sides: Sequence[str] = recorded_sides(ATTENTION)
+    allocate: Callable[[int, int], Tensor] = torch.empty
+
+
+def row_bytes(layout: AttentionLayout, n_rows: int, sides: Iterable[str]) -> int:
+    """Bytes of the rows of some sides of all layers in float32."""
+    return 4 * n_rows * layout.n_layers * sum(map(layout.size, sides))
 
 
 @torch.no_grad()
@@ -35,7 +49,7 @@ def extract(
     reading: Reading,
     batches: Sequence[list[int]],
     desc: str,
-    allocate: Callable[[int, int], Tensor] = torch.empty,
+    recording: Recording | None = None,
 ) -> dict[tuple[str, int], Tensor]:
     """Run the backbone (no LM head) over batches of texts and record what every projection reads and gives.
 
@@ -47,16 +61,21 @@ def extract(
         reading: token ids and picked positions.
         batches: the numbers of the texts to read, batch by batch.
         desc: label of the progress bar.
-        allocate: (rows, neurons) -> float32 tensor on the CPU, which is filled here.
+        recording: what is recorded in every layer, and where it goes; by default the sides of attention, in memory.
     Returns:
         {(side, layer): [rows, n]}: the mean over each text's tokens, or the picked tokens, in the order of the texts.
     Raises:
         UserError: a text does not fit in memory on its own.
     """
+    recording = recording or Recording()
     texts = sorted(n for batch in batches for n in batch)
     *starts, total = accumulate(map(reading.count, texts), initial=0)
     start = dict(zip(texts, starts, strict=True))
-    out = {(side, layer): allocate(total, layout.size(side)) for side in SIDES for layer in range(layout.n_layers)}
+    out = {
+        (side, layer): recording.allocate(total, layout.size(side))
+        for side in recording.sides
+        for layer in range(layout.n_layers)
+    }
     recorder = _Recorder(model, layout, out)
     waiting, limit = deque(batches), math.inf
     try:
@@ -112,7 +131,8 @@ class _Recorder:
         self.handles = [
             layout.linear(model, layer, projection).register_forward_hook(self._hook(projection, layer))
             for layer in range(layout.n_layers)
-            for projection in PROJECTIONS
+            for projection, one in PROJECTIONS.items()
+            if (projection, layer) in out or (one.input_side, layer) in out
         ]
 
     def read(self, batch: list[int], reading: Reading, rows: Tensor) -> bool:
@@ -139,9 +159,10 @@ class _Recorder:
         """A forward hook that records the output of a projection, and its input where no earlier one reads the same."""
 
         def record(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._keep((projection, layer), self.pool(output))
             side = PROJECTIONS[projection].input_side
-            if FIRST_READER[side] == projection:
+            if (projection, layer) in self.out:
+                self._keep((projection, layer), self.pool(output))
+            if (side, layer) in self.out and first_reader(side) == projection:
                 self._keep((side, layer), self.pool(args[0]))
 
         return record

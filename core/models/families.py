@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from core.errors import UserError
-from core.fusion.projections import PROJECTIONS, SIDES
+from core.fusion.projections import PROJECTIONS, WIDTHS
 from core.models.gguf_header import GgufHeader
 
 
@@ -111,6 +111,7 @@ class AttentionLayout:
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    inner_width: int
 
     @property
     def query_width(self) -> int:
@@ -129,7 +130,7 @@ class AttentionLayout:
 
     def size(self, side: str) -> int:
         """Number of neurons of a side."""
-        return getattr(self, SIDES[side])
+        return getattr(self, WIDTHS[side])
 
     def name(self, layer: int, projection: str) -> str:
         """Dotted name of one projection in the loaded model, e.g. `model.layers.3.self_attn.q_proj`."""
@@ -204,6 +205,7 @@ def attention_layout(config: dict[str, Any], where: str) -> AttentionLayout:
         n_heads=heads,
         n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        inner_width=text.intermediate_size,
     )
 
 

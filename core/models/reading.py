@@ -52,6 +52,26 @@ class Reading:
         return torch.tensor([row for n in sorted(texts) for row in range(starts[n], starts[n + 1])], dtype=torch.long)
 
 
+@dataclass(frozen=True)
+class Unaligned:
+    """The target's positions at which no token of the source ends, in the texts that regressions are fitted on.
+
+    Attributes:
+        reading: those that become rows.
+        positions, aligned: how many there are, and how many positions that have a partner.
+        weight: how many of the positions one of the rows stands for, when a row of an aligned position stands for one.
+    """
+
+    reading: Reading
+    positions: int
+    aligned: int
+    weight: float
+
+    def record(self) -> dict[str, float]:
+        """What the manifest says of them."""
+        return {"positions": self.positions, "aligned": self.aligned, "weight": self.weight}
+
+
 def read_texts(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> Reading:
     """Text pooling: the texts as this model's own chat template renders them, cut at `max_tokens`."""
     ids = []
@@ -63,26 +83,31 @@ def read_texts(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> Reading:
 
 def read_aligned(
     rows: Sequence[Row], target_tokenizer: Any, source_tokenizer: Any, max_tokens: int, max_rows: int, seed: int
-) -> tuple[Reading, Reading, Tensor]:
+) -> tuple[Reading, Reading, Tensor, Unaligned]:
     """Token pooling: the positions at which both models have read exactly the same prefix of a text.
 
     These are the character offsets at which a token ends in both tokenizations; so both models read the identical
     untemplated string. If there are more than `max_rows` positions, so many of them are drawn with the seed.
 
     Returns:
-        (the target's reading, the source's reading, [T] bool: the row comes from a text kept aside).
+        (the target's reading, the source's reading, [T] bool: the row comes from a text kept aside, the positions of
+        the target without a partner, as `Unaligned`).
     Raises:
         UserError: the tokenizations share fewer than two positions.
     """
     encoded = []
     positions: list[tuple[int, int, int]] = []  # (text, token of the target, token of the source)
+    alone: list[tuple[int, int]] = []  # (text, token of the target)
     for number, row in enumerate(rows):
         target_ids, target_ends = _token_ends(target_tokenizer, row.plain, max_tokens)
         source_ids, source_ends = _token_ends(source_tokenizer, row.plain, max_tokens)
         encoded.append((target_ids, source_ids))
         positions += [(number, target_ends[end], source_ends[end]) for end in target_ends if end in source_ends]
+        if not is_aside(number):
+            alone += [(number, token) for end, token in target_ends.items() if end not in source_ends]
     if len(positions) < 2:
         raise UserError("the two tokenizations share fewer than 2 positions; use longer texts or --pooling text")
+    fitted = sum(not is_aside(number) for number, *_ in positions)
     if len(positions) > max_rows:
         positions = sorted(random.Random(seed).sample(positions, max_rows))
     readings = []
@@ -92,7 +117,13 @@ def read_aligned(
             picks[number].append(tokens[model])
         readings.append(Reading([ids[model] for ids in encoded], picks))
     aside = torch.tensor([is_aside(number) for number, *_ in positions])
-    return readings[0], readings[1], aside
+    kept = sorted(random.Random(seed).sample(alone, max_rows)) if len(alone) > max_rows else alone
+    picks = [[] for _ in rows]
+    for number, token in kept:
+        picks[number].append(token)
+    weight = len(alone) / len(kept) / (fitted / int((~aside).sum())) if kept and fitted else 1.0
+    unaligned = Unaligned(Reading(readings[0].ids, picks), len(alone), fitted, weight)
+    return readings[0], readings[1], aside, unaligned
 
 
 def is_aside(text_number: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.fusion.projections import SIDES
+from core.fusion.projections import planned_sides, recorded_sides
 from core.models.activations import row_bytes
 from core.runs.cost_timing import CALIBRATION_S, Workload, side_seconds, token_seconds
 from core.runs.model_size import ModelSize
@@ -96,7 +96,8 @@ def stage1_cost(target: ModelSize, source: ModelSize, experiment: Experiment, ti
     sides = _side_costs(target, source, work, experiment, timed)
     passes = [2.0 * model.layer_parameters * tokens for model in pair]
     seconds = sum(token_seconds(model, experiment.compute) * tokens for model in pair) if timed else None
-    written = [row_bytes(model.layout, rows) for model in pair]
+    recorded = recorded_sides(experiment.fusion.fused)
+    written = [row_bytes(model.layout, rows, recorded) for model in pair]
     potentials = sum(8.0 * side.problems * (side.n + side.m) for side in sides)
     return Cost(
         rows=rows,
@@ -127,7 +128,9 @@ def _side_costs(
     target: ModelSize, source: ModelSize, work: Workload, experiment: Experiment, timed: bool
 ) -> list[SideCost]:
     """The cost of the plans of each side. Sides of one shape take the same time, so each shape is timed once."""
-    shapes = {side: (target.layout.size(side), source.layout.size(side)) for side in SIDES}
+    shapes = {
+        side: (target.layout.size(side), source.layout.size(side)) for side in planned_sides(experiment.fusion.fused)
+    }
     seconds: dict[tuple[int, int], float] = {}
     if timed:
         distinct = set(shapes.values())
@@ -143,7 +146,7 @@ def _side_costs(
 
 def _reading_memory(model: ModelSize, rows: int, experiment: Experiment) -> float:
     """Bytes of a model while it reads: its weights, and its rows unless they are kept on disk."""
-    size = row_bytes(model.layout, rows)
+    size = row_bytes(model.layout, rows, recorded_sides(experiment.fusion.fused))
     in_memory = size <= experiment.reading.activations_budget_mb * MIB
     return model.parameters * model.parameter_bytes + (size if in_memory else 0)
 

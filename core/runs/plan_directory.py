@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from core.errors import UserError
-from core.fusion.projections import PROJECTIONS, SIDES
+from core.fusion.projections import PROJECTIONS, WIDTHS, parse_projections
 from core.hot_transport import SinkhornResult, effective_layer_plan
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint
@@ -39,7 +40,7 @@ class PlanDirectory:
         self.reg = self.manifest.inputs["settings"]["epsilon"]
         self._standardized = lru_cache(ROWS_CACHE)(self._load_standardized)
         self._stored_rows = lru_cache(ROWS_CACHE)(self._load_rows)
-        self._layer_plan = lru_cache(len(SIDES))(lambda side: read_tensor(plans_file(folder, side), "P"))
+        self._layer_plan = lru_cache(len(WIDTHS))(lambda side: read_tensor(plans_file(folder, side), "P"))
 
     def check_models(self, target: Checkpoint, source: Checkpoint) -> None:
         """Raise UserError for models that the plans were not made from, and say so when the two are swapped."""
@@ -54,7 +55,7 @@ class PlanDirectory:
 
     def layer_plan(self, projection: str) -> Tensor:
         """P_eff [L, M] of a projection (Eq. 13)."""
-        return effective_layer_plan(self._layer_plan(PROJECTIONS[projection].input_side), self._layer_plan(projection))
+        return effective_layer_plan(*map(self._layer_plan, PROJECTIONS[projection].layer_sides))
 
     def feature_result(self, side: str, target_layer: int, source_layer: int) -> SinkhornResult:
         """The plan of one pair of layers as potentials, with its cost recomputed from the stored rows."""
@@ -83,6 +84,30 @@ class PlanDirectory:
         X = X[aside if part == "aside" else ~aside]
         return X - X.mean(0) if len(X) else X
 
+    @property
+    def unaligned_weight(self) -> float:
+        """How many positions without a partner one of their rows stands for, when an aligned row stands for one."""
+        return self.manifest.record.get("unaligned", {"weight": 1.0})["weight"]
+
+    def unaligned(self, side: str, layer: int) -> Tensor:
+        """The target's rows [U, n] at positions without a partner, relative to `fit_mean`."""
+        if not activations_file(self.folder, "unaligned").is_file():
+            return self.rows("target", side, layer, "fit")[:0]
+        return self._stored_rows("unaligned", side, layer) + (
+            self.mean("unaligned", side, layer) - self.fit_mean(side, layer)
+        )
+
+    def fit_mean(self, side: str, layer: int) -> Tensor:
+        """The target's mean activation [n] over the rows that regressions are fitted on, with token pooling."""
+        X, aside = self._stored_rows("target", side, layer), self._read("target", "kept_aside")
+        return self.mean("target", side, layer) + X[~aside].mean(0)
+
+    def check_projections(self, projections: Iterable[str]) -> None:
+        """Raise UserError for a projection whose sides stage 1 did not record."""
+        made = parse_projections(self.manifest.inputs["settings"]["projections"])
+        if missing := [name for name in projections if name not in made]:
+            raise UserError(f"{self.folder} has no activations of {', '.join(missing)}; run stage 1 with --projections")
+
     def mean(self, model: str, side: str, layer: int) -> Tensor:
         """Mean activation [n] of each neuron over all rows."""
         return self._read(model, f"{side}.{layer}.mean")
@@ -92,7 +117,7 @@ class PlanDirectory:
         return self._read(model, f"{side}.{layer}.std")
 
     def strongest(self, side: str, layer: int) -> Tensor:
-        """The numbers [n] of the target's neurons on one of SELECTED_SIDES, strongest first."""
+        """The numbers [n] of the target's neurons on a side on which neurons are selected, strongest first."""
         return read_tensor(selection_file(self.folder), f"{side}.{layer}.index").to(self.device)
 
     def _load_rows(self, model: str, side: str, layer: int) -> Tensor:

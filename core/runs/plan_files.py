@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import write_safetensors
-from core.fusion.projections import FORWARD_ORDER, SELECTED_SIDES
+from core.fusion.projections import ATTENTION, forward_order, selected_sides
 from core.hot_transport import SinkhornResult
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def write_activations(
     """
     tensors: dict[str, Tensor] = {"kept_aside": aside}
     strengths = {}
-    for side, layer in sorted(rows, key=lambda key: (key[1], FORWARD_ORDER.index(key[0]))):
+    for side, layer in sorted(rows, key=lambda key: (key[1], forward_order(key[0]))):
         X = rows.pop((side, layer))
         # Only reductions: copies of X would fragment the heap by as much memory as all rows take.
         low, high = X.amin(0), X.amax(0)
@@ -108,11 +108,15 @@ def _half_in_place(X: Tensor) -> Tensor:
     return X.view(torch.float16).flatten()[: half.numel()].view(half.shape).copy_(half)
 
 
-def write_selection(folder: Path, strengths: Mapping[tuple[str, int], Tensor]) -> None:
-    """Write the target's neurons from strongest to weakest, with their strengths, per layer of SELECTED_SIDES."""
+def write_selection(
+    folder: Path, strengths: Mapping[tuple[str, int], Tensor], projections: Iterable[str] = ATTENTION
+) -> None:
+    """Write the target's neurons from strongest to weakest, with their strengths, per layer of the sides on which the
+    projections select."""
+    sides = selected_sides(projections)
     tensors: dict[str, Tensor] = {}
     for (side, layer), strength in strengths.items():
-        if side in SELECTED_SIDES:
+        if side in sides:
             values, order = strength.sort(descending=True, stable=True)
             tensors |= {f"{side}.{layer}.index": order, f"{side}.{layer}.strength": values}
     write_safetensors(selection_file(folder), tensors)

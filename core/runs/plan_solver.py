@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.fusion.projections import SIDES
+from core.fusion.projections import planned_sides
 from core.hot_transport import SinkhornResult, compute_P, reconstruction_fit, reconstruction_overlaps
 from core.manifest import Manifest
 from core.runs.plan_files import join_layers, layer_file, plans_file, read_rows, write_layer
@@ -42,9 +42,10 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
     """
     L, M = shape
     transport = experiment.transport
+    planned = planned_sides(experiment.fusion.fused)
     sides = manifest.record.setdefault("sides", {})
-    with tqdm(total=len(SIDES) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
-        for done, side in enumerate(SIDES, 1):
+    with tqdm(total=len(planned) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
+        for done, side in enumerate(planned, 1):
             if side not in sides or not plans_file(folder, side).is_file():
                 solver = SideSolver(folder, side, shape, experiment)
                 for layer in range(state.process_index, L, state.num_processes):

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from core.errors import UserError
-from core.fusion.projections import PROJECTIONS, ROWS, SIDES
+from core.fusion.projections import ATTENTION, PROJECTIONS, ROWS, recorded_sides
 from core.fusion.settings import FusionSettings
 from core.models.checkpoints import Checkpoint
 from core.runs.cost import BASE_BYTES, Cost
@@ -28,14 +28,15 @@ def refuse(problems: list[str]) -> None:
         raise UserError("; ".join(problems))
 
 
-def model_problems(role: str, model: Checkpoint) -> list[str]:
-    """Attention weights that are missing, have another shape than the config says, or are quantised.
+def model_problems(role: str, model: Checkpoint, projections: Sequence[str]) -> list[str]:
+    """Weights of projections that are missing, have another shape than the config says, or are quantised.
 
     The tensors of a quantised checkpoint hold codes, which must not be taken for weights.
     """
     layout, found = model.layout, []
     for layer in range(layout.n_layers):
-        for name, projection in PROJECTIONS.items():
+        for name in projections:
+            projection = PROJECTIONS[name]
             tensor = model.tensor_name(layer, name) + ".weight"
             expected = (layout.size(name), layout.size(projection.input_side))  # [out, in]
             if tensor not in model.headers:
@@ -81,7 +82,7 @@ def describe(role: str, model: Checkpoint) -> str:
     layout = model.layout
     dtypes = sorted({dtype for _, dtype in model.headers.values()})
     n_files = len(set(model.files.values()))
-    biased = [projection for projection in PROJECTIONS if _has_bias(model, projection)]
+    biased = [projection for projection in ATTENTION if _has_bias(model, projection)]
     return (
         f"{role} {model.name}: {layout.model_type}, {layout.n_layers} layers, hidden {layout.hidden}, "
         f"{layout.n_heads} heads of {layout.head_dim}, {layout.n_kv_heads} kv heads, biases "
@@ -94,9 +95,11 @@ def _has_bias(model: Checkpoint, projection: str) -> bool:
     return model.tensor_name(0, projection) + ".bias" in model.headers
 
 
-def stage2_memory(plans: PlanDirectory, target: Checkpoint, source: Checkpoint, max_shard_bytes: int) -> float:
+def stage2_memory(
+    plans: PlanDirectory, target: Checkpoint, source: Checkpoint, projections: Sequence[str], max_shard_bytes: int
+) -> float:
     """Peak bytes of stage 2: the rows and feature maps of one pair of layers, or one shard while it is written."""
-    n, m = (max(model.layout.size(side) for side in SIDES) for model in (target, source))
+    n, m = (max(model.layout.size(side) for side in recorded_sides(projections)) for model in (target, source))
     rows = plans.manifest.record["rows"]
     mixing = 4.0 * rows * (ROWS_CACHE * 2 + 2) * max(n, m) + 24.0 * n * m + 8.0 * m**2
     largest = max(target.sizes.values())
@@ -111,7 +114,8 @@ def stage2_disk(target: Checkpoint, settings: FusionSettings) -> float:
     joined.
     """
     residual = 0.0
-    for projection in PROJECTIONS.values():
+    for name in settings.fused:
+        projection = PROJECTIONS[name]
         size, other = target.layout.size(projection.selected_side), target.layout.size(projection.whole_side)
         selected = min(settings.top_k or size, size)
         residual += 8.0 * selected * other * target.layout.n_layers
@@ -137,7 +141,8 @@ def stage2_report(
         f"plans {plans.folder}: {plans.shape[0]} x {plans.shape[1]} layers, {plans.manifest.record['rows']} rows",
         f"{settings.feature_map}, {settings.residual_form}, alpha {settings.alpha}",
     ]
-    for name, projection in PROJECTIONS.items():
+    for name in settings.fused:
+        projection = PROJECTIONS[name]
         kind, size = "rows" if projection.axis == ROWS else "columns", target.layout.size(projection.selected_side)
         both_biased = _has_bias(target, name) and _has_bias(source, name)
         lines.append(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import TEMPORARY, write_safetensors
-from core.fusion.projections import SIDES
-from core.models.activations import extract, row_bytes
+from core.fusion.projections import recorded_sides, source_sides
+from core.models.activations import Recording, extract, row_bytes
 from core.models.checkpoints import Checkpoint
 from core.models.families import AttentionLayout
 from core.models.reading import Reading, text_batches
@@ -59,13 +59,13 @@ class RowRecorder:
         Of the target the order of the neurons by strength is stored as well.
 
         Args:
-            model: `target` or `source`.
+            model: `target`, `source`, or `unaligned`, which is the target again at positions without a partner.
             reading: what the model reads.
             aside: [T] bool, the rows that are kept out of regressions.
         Raises:
             UserError: an activation is not finite, or the disk has no room for rows that are kept on it.
         """
-        selected = model == "source" or selection_file(self.folder).is_file()
+        selected = model != "target" or selection_file(self.folder).is_file()
         if selected and activations_file(self.folder, model).is_file():
             return
         shared = self.state.num_processes > 1
@@ -74,7 +74,7 @@ class RowRecorder:
             self.state.wait_for_everyone()
         if not self.state.is_main_process:
             return
-        with self._memory(checkpoint, reading.n_rows) as allocate:
+        with self._memory(model, checkpoint, reading.n_rows) as allocate:
             if shared:
                 rows = self._join_shares(model, checkpoint.layout, allocate)
             else:
@@ -82,7 +82,7 @@ class RowRecorder:
             half = self.experiment.reading.pooling == "token"
             strengths = write_activations(self.folder, model, rows, aside, half)
         if model == "target":
-            write_selection(self.folder, strengths)
+            write_selection(self.folder, strengths, self.experiment.fusion.fused)
         self.remove_shares(model)
 
     def _write_share(self, model: str, checkpoint: Checkpoint, reading: Reading) -> None:
@@ -92,7 +92,7 @@ class RowRecorder:
             return
         batches = self._batches(reading)[self.state.process_index :: self.state.num_processes]
         numbers = reading.row_numbers(n for batch in batches for n in batch)
-        with self._memory(checkpoint, len(numbers)) as allocate:
+        with self._memory(model, checkpoint, len(numbers)) as allocate:
             rows = self._read(model, checkpoint, reading, batches, allocate)
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {f"{side}.{layer}": X for (side, layer), X in rows.items()}
@@ -103,7 +103,7 @@ class RowRecorder:
         paths = [self._share_file(model, process) for process in range(self.state.num_processes)]
         numbers = [read_tensor(path, "numbers") for path in paths]
         joined = {}
-        for side in SIDES:
+        for side in self.sides(model):
             for layer in range(layout.n_layers):
                 joined[side, layer] = X = allocate(sum(map(len, numbers)), layout.size(side))
                 for path, rows in zip(paths, numbers, strict=True):
@@ -124,7 +124,8 @@ class RowRecorder:
         experiment = self.experiment
         with tempfile.TemporaryDirectory(prefix=TEMPORARY + "offload-", dir=self.folder) as offload:
             loaded = checkpoint.load_model(experiment.compute.dtype, experiment.reading.device_map, Path(offload))
-            rows = extract(loaded, checkpoint.layout, reading, batches, f"{model} activations", allocate)
+            recording = Recording(self.sides(model), allocate)
+            rows = extract(loaded, checkpoint.layout, reading, batches, f"{model} activations", recording)
             del loaded
             gc.collect()
         return rows
@@ -132,9 +133,14 @@ class RowRecorder:
     def _batches(self, reading: Reading) -> list[list[int]]:
         return text_batches(reading, self.experiment.compute.tokens_per_batch)
 
-    def _memory(self, checkpoint: Checkpoint, n_rows: int) -> AbstractContextManager[Allocate]:
+    def sides(self, model: str) -> tuple[str, ...]:
+        """What is recorded of a model in every layer."""
+        projections = self.experiment.fusion.fused
+        return source_sides(projections) if model == "source" else recorded_sides(projections)
+
+    def _memory(self, model: str, checkpoint: Checkpoint, n_rows: int) -> AbstractContextManager[Allocate]:
         budget = self.experiment.reading.activations_budget_mb * 2**20
-        return row_memory(self.folder, row_bytes(checkpoint.layout, n_rows), budget)
+        return row_memory(self.folder, row_bytes(checkpoint.layout, n_rows, self.sides(model)), budget)
 
     def _share_file(self, model: str, process: int) -> Path:
         """The file of the rows that one process reads. Its name holds the number of processes, too."""

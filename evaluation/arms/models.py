@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from core.errors import UserError
 from core.files import digest_of
 from core.fusion.controls import CONTROLS
+from core.fusion.feature_maps import FEATURE_MAPS
 from core.fusion.residual import Residual, fold_bias, fold_weight
 from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
 from core.fusion.settings import FusionSettings
@@ -48,10 +49,18 @@ class Arms:
 
     @property
     def absent(self) -> dict[str, str]:
-        """Control that this target cannot have -> why."""
-        if self.run.plans.shape[0] > 1:
-            return {}
-        return {"wrong_layer": "the target has one layer, so that W~ of another layer does not exist"}
+        """Control that this run cannot have -> why."""
+        found = {}
+        if self.run.plans.shape[0] == 1:
+            found["wrong_layer"] = "the target has one layer, so that W~ of another layer does not exist"
+        if FEATURE_MAPS[self.settings.feature_map].reads_feature_plans:
+            found["filtered_self"] = f"{self.settings.feature_map} regresses nothing whose spectrum could be taken"
+        return found
+
+    @property
+    def settings(self) -> FusionSettings:
+        """How the run was fused."""
+        return FusionSettings(**self.run.fused.inputs["settings"])
 
     @property
     def made_from(self) -> dict[str, str]:
@@ -80,7 +89,7 @@ class Arms:
         """Of base and controls, whose model is the target, changed in memory."""
         residuals, alpha, form = load_residuals(self.run.fused.folder / RESIDUAL_FILE)
         residuals = [residual.to(self.target.device) for residual in residuals]
-        transport = Transport(self.run.plans, self.source, FusionSettings(**self.run.fused.inputs["settings"]))
+        transport = Transport(self.run.plans, self.source, self.settings)
         model = self.target.load_model(self.experiment.compute.dtype)
         for arm in arms:
             changed = [] if arm == "base" else residuals

@@ -45,7 +45,8 @@ def main() -> None:
     experiment.check()
     target, source = open_pair(experiment.models, experiment.compute.device)
     rows = load_rows(experiment.data.spec, "calibration", experiment.reading.calibration_samples)
-    readings, _ = read_both(target, source, rows, experiment)
+    read = read_both(target, source, rows, experiment)
+    readings = {"target": read.target, "source": read.source}
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; pooling {experiment.reading.pooling}, "
         f"{experiment.compute.tokens_per_batch} tokens per batch"

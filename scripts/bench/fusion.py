@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from core.files import write_json, write_safetensors
-from core.fusion.projections import PROJECTIONS, SIDES
+from core.fusion.projections import ATTENTION, PROJECTIONS, planned_sides
 from core.fusion.residual import select
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
@@ -139,12 +139,12 @@ def make_plans(folder: Path, target: Checkpoint, source: Checkpoint, rows: int) 
         made = {
             (side, layer): torch.randn(rows, model.layout.size(side))
             for layer in range(model.layout.n_layers)
-            for side in SIDES
+            for side in planned_sides(ATTENTION)
         }
         strengths = plan_files.write_activations(folder, name, made, torch.zeros(rows, dtype=torch.bool), half=False)
         if name == "target":
             plan_files.write_selection(folder, strengths)
-    for side in SIDES:
+    for side in planned_sides(ATTENTION):
         write_uniform_plans(folder, side, target, source)
     write_rows_read(folder, {"calibration": []})
     manifest.finish(shapes={name: vars(model.layout) for name, model in models.items()}, rows=rows)

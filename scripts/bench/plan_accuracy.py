@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from core.fusion.projections import SIDES
+from core.fusion.projections import ATTENTION, planned_sides
 from core.hot_transport import SinkhornResult, corr_distance_matrix, sinkhorn_uniform_streaming
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import read_rows
@@ -42,7 +42,7 @@ def main() -> None:
         pairs = random.Random(0).sample(pairs, arguments.pairs)
     print(f"torch {torch.__version__}, POT {ot.__version__}, {torch.get_num_threads()} threads; {plans.folder}")
     print("side      pairs   rows L1   columns L1   TV to POT at 0.1   at 0.03   (n, m)")
-    for side in SIDES:
+    for side in planned_sides(ATTENTION):
         rows, columns = marginal_errors(plans, side, pairs)
         X, Y = rows_of_pair(plans, side, L // 2, M // 2)
         at_01, at_003 = (variation_to_pot(X, Y, epsilon) for epsilon in (0.1, 0.03))

@@ -29,7 +29,7 @@ import ot
 import torch
 from torch import Tensor
 
-from core.fusion.projections import SIDES
+from core.fusion.projections import ATTENTION, planned_sides
 from core.hot_transport import SinkhornResult, corr_distance_matrix, sinkhorn_uniform_streaming, standardize
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import read_rows
@@ -80,7 +80,7 @@ def joined_cost(plans: PlanDirectory, n: int, m: int, rows: int = 1024) -> Tenso
 def accuracy(plans: PlanDirectory, _repeats: int) -> None:
     """Print errors against POT's float64 log-domain plan."""
     problems = {}
-    for side in SIDES:
+    for side in planned_sides(ATTENTION):
         X, Y = layers(plans, side)
         problems[side] = corr_distance_matrix(X[len(X) // 2], Y[len(Y) // 2])
         problems[f"{side}, first layers"] = corr_distance_matrix(X[0], Y[0])
@@ -164,7 +164,7 @@ class Work:
 
 def pairs(plans: PlanDirectory, _repeats: int) -> None:
     """Print how long all problems of the pair take, C included, against a loop over POT and the machine's bound."""
-    sides = [layers(plans, side, ROWS) for side in SIDES]
+    sides = [layers(plans, side, ROWS) for side in planned_sides(ATTENTION)]
     for reg in EPSILONS:
         settings, work, ours = SinkhornSettings(reg), Work(), 0.0
         peers = dict.fromkeys(("torch", "numpy"), 0.0)

@@ -1,7 +1,5 @@
 """Controls share the norm or the mean of the fused residual, but not its correspondence."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from random_plans import random_pair
@@ -9,9 +7,9 @@ from torch.testing import assert_close
 
 from core.fusion.controls import CONTROLS
 from core.fusion.projections import COLUMNS, PROJECTIONS
-from core.fusion.ridge import ridge_factor, solve_ridge
+from core.fusion.ridge import Ridge
 from core.fusion.settings import FusionSettings
-from core.fusion.transport_weights import Transport, fuse_attention_only_from_hot_dir, keep_mean
+from core.fusion.transport_weights import Transport, fuse_attention_only_from_hot_dir
 
 
 @pytest.mark.parametrize("projection", ["q", "o"])
@@ -38,11 +36,11 @@ def test_controls_share_norm_or_mean_but_not_the_correspondence(projection, bias
     assert_close(shuffled.flatten().sort().values, change.flatten().sort().values)
     assert not torch.equal(shuffled, change)
     elsewhere, _ = transport.transported(1, {projection: residual.index})[projection]
-    wrong = keep_mean(replace(residual, weight=elsewhere, bias=None), plans)
+    wrong = transport.fill(residual, elsewhere, None)
     assert_close(made["wrong_layer"].weight, wrong.weight)
     R = plans.rows("target", PROJECTIONS[projection].input_side, 0, "fit")
-    own = solve_ridge(ridge_factor(R, settings.ridge), R, plans.rows("target", projection, 0, "fit"))
-    smoothed = keep_mean(replace(residual, weight=own.index_select(residual.axis, residual.index)), plans)
+    own = Ridge(R, settings.ridge).map(plans.rows("target", projection, 0, "fit"))
+    smoothed = transport.fill(residual, own.index_select(residual.axis, residual.index), None)
     assert_close(made["self"].weight, smoothed.weight)
     for control in made.values():
         assert torch.equal(control.index, residual.index) and control.weight.shape == residual.weight.shape

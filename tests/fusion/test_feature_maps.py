@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from core.errors import UserError
 from core.fusion.feature_maps import FEATURE_MAPS, Barycentric
-from core.fusion.projections import COLUMNS, PROJECTIONS, ROWS
+from core.fusion.projections import ATTENTION, COLUMNS, PROJECTIONS, ROWS
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport, empty_residual, fuse_attention_only_from_hot_dir
 from core.hot_transport import effective_layer_plan
@@ -48,7 +48,7 @@ def dense(plans, source, feature_map, layer, projection):
 
 
 @pytest.mark.parametrize("feature_map", ["coupling", "barycentric", "calibrated"])
-@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("projection", ATTENTION)
 @pytest.mark.parametrize("top_k", [0, 2])
 @pytest.mark.parametrize("biases", [("q", "k", "v"), tuple(PROJECTIONS)])
 def test_transported_weight_equals_the_formula(feature_map, projection, top_k, biases):
@@ -91,7 +91,7 @@ def test_projections_together_are_each_alone(world):
     plans, _, source = world
     for feature_map in ("calibrated", "regression"):
         transport = Transport(plans, source, FusionSettings(feature_map, p_topk=2))
-        indices = {c: torch.tensor([0, 2]) for c in PROJECTIONS}
+        indices = {c: torch.tensor([0, 2]) for c in ATTENTION}
         together = transport.transported(0, indices)
         for c, (weight, bias) in together.items():
             alone = transport.transported(0, {c: indices[c]})[c]
@@ -162,7 +162,7 @@ def test_a_feature_map_is_a_class_and_a_row(world, monkeypatch):
     plans, target, source = random_pair(target_biases=tuple(PROJECTIONS))
     monkeypatch.setitem(FEATURE_MAPS, "halved", Halved)
     halved, whole = (Transport(plans, source, FusionSettings(name, p_topk=2)) for name in ("halved", "barycentric"))
-    indices = {projection: torch.tensor([0, 2]) for projection in PROJECTIONS}
+    indices = {projection: torch.tensor([0, 2]) for projection in ATTENTION}
     expected = whole.transported(1, indices)
     for projection, (weight, bias) in halved.transported(1, indices).items():
         assert_close(weight, expected[projection][0] / 2)

@@ -5,22 +5,33 @@ import torch
 from random_plans import draw
 from torch.testing import assert_close
 
-from core.fusion.ridge import ridge_factor, solve_ridge
+from core.fusion.ridge import Ridge
 
 
 def ridge_map(R: torch.Tensor, S: torch.Tensor, ridge: float) -> torch.Tensor:
-    return solve_ridge(ridge_factor(R, ridge), R, S)
+    return Ridge(R, ridge).map(S)
 
 
-def test_few_rows_and_a_tiny_ridge_are_solved_in_float64_or_refused():
-    R, S = draw(30, 50, seed=1) * 100, draw(30, 4, seed=2)
+def test_equal_neurons_and_a_tiny_ridge_are_solved_in_float64_or_refused():
+    R, S = draw(60, 25, seed=1).repeat(1, 2) * 100, draw(60, 4, seed=2)  # every neuron twice
     gram = R.double().T @ R.double()
     scaled = gram + 1e-9 * gram.diagonal().mean() * torch.eye(50, dtype=torch.float64)
     expected = torch.linalg.solve(scaled, R.double().T @ S.double()).T
     assert_close(ridge_map(R, S, 1e-9).double(), expected, atol=1e-6, rtol=1e-2)
-    with pytest.raises(ValueError, match=r"ridge 1e-30 is too small for 30 rows of 50 neurons; raise --ridge"):
+    with pytest.raises(ValueError, match=r"ridge 1e-30 is too small for 60 rows of 50 neurons; raise --ridge"):
         ridge_map(R, S, 1e-30)
 
 
 def test_constant_predictors_give_a_zero_map():
     assert torch.equal(ridge_map(torch.zeros(9, 3), torch.randn(9, 2), 0.01), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("rows", "neurons"), [(60, 20), (20, 60), (30, 30)])
+def test_maps_equal_the_normal_equations_from_either_side(rows, neurons):
+    """Products of neurons and products of rows give the same map, and what it makes of its own rows."""
+    R, S = draw(rows, neurons, seed=1), draw(rows, 4, seed=2)
+    gram = R.double().T @ R.double()
+    scaled = gram + 0.05 * gram.diagonal().mean() * torch.eye(neurons, dtype=torch.float64)
+    expected = torch.linalg.solve(scaled, R.double().T @ S.double()).T
+    assert_close(Ridge(R, 0.05).map(S).double(), expected, atol=1e-5, rtol=1e-4)
+    assert_close(Ridge(R, 0.05).fitted(S).double(), R.double() @ expected.T, atol=1e-4, rtol=1e-4)

@@ -7,22 +7,23 @@ import torch
 from random_plans import L, random_pair
 from torch.testing import assert_close
 
-from core.fusion.projections import COLUMNS, PROJECTIONS
+from core.fusion.projections import ATTENTION, COLUMNS, PROJECTIONS
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import (
+    Transport,
     empty_residual,
     explained_variance,
     fuse_attention_only_from_hot_dir,
-    keep_mean,
 )
 
 
 @pytest.mark.parametrize(("projection", "top_k"), [("q", 0), ("v", 2), ("o", 0), ("o", 3)])
 @pytest.mark.parametrize("biases", [(), tuple(PROJECTIONS)])
 def test_keep_mean_gives_the_mean_output_on_the_mean_input(projection, top_k, biases):
-    plans, target, _ = random_pair(biases)
+    plans, target, source = random_pair(biases)
     residual = empty_residual(plans, target, 0, projection, top_k)
-    residual = keep_mean(replace(residual, weight=torch.randn_like(residual.weight)), plans)
+    transport = Transport(plans, source, FusionSettings("regression"))
+    residual = transport.keep_mean(replace(residual, weight=torch.randn_like(residual.weight)))
     x = plans.mean("target", PROJECTIONS[projection].input_side, 0)
     if residual.axis == COLUMNS:
         x = x[residual.index]
@@ -36,7 +37,7 @@ def test_keep_mean_gives_the_mean_output_on_the_mean_input(projection, top_k, bi
 def test_report_counts_biases_and_measures():
     plans, target, source = random_pair()
     out = list(fuse_attention_only_from_hot_dir(plans, target, source, FusionSettings("regression", top_k=0)))
-    assert [(r.layer, r.projection) for r, _ in out] == [(layer, c) for layer in range(L) for c in PROJECTIONS]
+    assert [(r.layer, r.projection) for r, _ in out] == [(layer, c) for layer in range(L) for c in ATTENTION]
     assert [line["bias"] for _, line in out] == ["dropped", "dropped", "dropped", "none"] * L
     residual, line = out[0]
     W, W_tilde = residual.original_weight, residual.weight

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from core.errors import UserError
 from core.files import TEMPORARY
-from core.fusion.projections import PROJECTIONS, SIDES
-from core.models.activations import extract
+from core.fusion.projections import ATTENTION, PROJECTIONS, recorded_sides
+from core.models.activations import Recording, extract
 from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
 from core.models.reading import Reading, text_batches
@@ -51,14 +51,14 @@ def test_layout_sizes_follow_the_config(model):
     layout = layout_of(model)
     linear = model.model.layers[2].self_attn
     assert layout.linear(model, 2, "k") is linear.k_proj
-    assert [layout.size(side) for side in SIDES] == [32, 16, 16, 32, 32, 32]
+    assert [layout.size(side) for side in recorded_sides(ATTENTION)] == [32, 16, 16, 32, 32, 32]
     assert layout.size("o_in") == linear.o_proj.in_features
 
 
 def test_text_pooling_is_the_mean_over_real_tokens_in_text_order(model):
     ids = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13]]
     got = extract(model, layout_of(model), Reading(ids, None), [[1, 0], [3, 2]], "test")
-    assert set(got) == {(side, layer) for side in SIDES for layer in range(4)}
+    assert set(got) == {(side, layer) for side in recorded_sides(ATTENTION) for layer in range(4)}
     for number, text in enumerate(ids):
         for key, hidden in inputs_and_outputs(model, text).items():
             assert_close(got[key][number], hidden.mean(0), atol=1e-5, rtol=1e-4)
@@ -141,7 +141,7 @@ def test_rows_beyond_the_budget_are_the_same_and_leave_nothing(model, long_readi
     arguments = model, layout_of(model), long_reading, text_batches(long_reading, 100), "test"
     expected = extract(*arguments)
     with row_memory(tmp_path, 100, 99) as allocate:
-        got = extract(*arguments, allocate)
+        got = extract(*arguments, Recording(allocate=allocate))
         assert all(torch.equal(got[key], rows) for key, rows in expected.items())
         (place,) = tmp_path.iterdir()
         assert place.name.startswith(TEMPORARY) and len(list(place.iterdir())) == len(expected)

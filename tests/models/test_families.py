@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
-from core.fusion.projections import FIRST_READER, PROJECTIONS, SIDES
+from core.fusion.projections import ATTENTION, recorded_sides
 from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint
 from core.models.families import EVEN_HEADS, attention_layout, stated_layout
@@ -41,7 +41,7 @@ def check_fused(target: Path, out: Path, trust: bool = False) -> None:
     checkpoint = open_checkpoint(str(out), None, trust)
     residuals, alpha, form = load_residuals(out / "hot_residual.safetensors")
     fused = {checkpoint.tensor_name(r.layer, r.projection) + ".weight": r for r in residuals}
-    assert len(fused) == len(PROJECTIONS) * checkpoint.layout.n_layers
+    assert len(fused) == len(ATTENTION) * checkpoint.layout.n_layers
     for name, tensor in before.items():
         if name not in fused:
             biases = {other.replace(".weight", ".bias") for other in fused}
@@ -68,9 +68,9 @@ def test_as_target_and_as_source(name, models, texts, tmp_path):
         plans, out = fuse_pair(pair["target"], pair["source"], texts, tmp_path / role)
         widths = load_file(plans / "activations" / f"{role}.safetensors")
         model = stock(own)
-        for side in SIDES:
-            linear = layout.linear(model, 1, FIRST_READER.get(side, side))
-            neurons = linear.out_features if side in PROJECTIONS else linear.in_features
+        for side in recorded_sides(ATTENTION):
+            linear = layout.linear(model, 1, side[0] if side in "qkvo" else {"attn_in": "q", "o_in": "o"}[side])
+            neurons = linear.out_features if side in "qkvo" else linear.in_features
             assert layout.size(side) == neurons == widths[f"{side}.1"].shape[1]
         assert PlanDirectory(plans).shape[0 if role == "target" else 1] == layout.n_layers == 3
         check_fused(pair["target"], out)

@@ -57,7 +57,7 @@ def test_a_run_may_use_the_plans_of_another():
     ("text", "message"),
     [
         ("alfa: 0.1", "unknown key 'alfa'; known keys: name, target_model"),
-        ("quick: {rows: 3}", "unknown key 'rows'"),
+        ("quick: {row: 3}", "unknown key 'row'"),
         ("top_k: many", "top_k is 'many'; expected int"),
         ("top_k: 1.5", "top_k is 1.5; expected int"),
         ("trust_remote_code: 1", "expected bool"),
@@ -83,8 +83,8 @@ def test_yaml_numbers_without_a_point_are_floats(tmp_path):
 # Stage -> the settings that change the bytes of its output, and so are part of its fingerprint.
 CHANGES = {
     "1": "device dtype seed max_tokens pooling max_rows tokens_per_batch device_map epsilon eta sinkhorn_iters "
-    "sinkhorn_tol sinkhorn_mode layer_cost_scale",
-    "2": "device feature_map residual_form alpha top_k p_topk q_topk ridge max_shard_size",
+    "sinkhorn_tol sinkhorn_mode layer_cost_scale projections",
+    "2": "device feature_map residual_form alpha projections rows top_k p_topk q_topk ridge max_shard_size",
     "3": "device dtype seed tokens_per_batch max_shard_size training_scenario freeze_strategy train_alpha block_size "
     "packing epochs train_batch_size gradient_accumulation gradient_checkpointing learning_rate lr_scheduler "
     "warmup weight_decay max_grad_norm save_steps validation_samples eval_steps early_stop alpha_search lr_search "

@@ -109,7 +109,7 @@ def interrupted(plans: Path, folder: Path, sides: list[str]) -> Path:
     """A copy of a plan directory as a run leaves it that was killed when these sides were complete."""
     shutil.copytree(plans, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    for key in ("shapes", "rows", "versions", "commit"):
+    for key in ("shapes", "rows", "unaligned", "versions", "commit"):
         manifest.pop(key)
     manifest["status"] = "incomplete"
     manifest["sides"] = {side: manifest["sides"][side] for side in sides}
@@ -174,8 +174,8 @@ def test_processes_share_the_layers_and_write_the_same_bytes(models, texts, tmp_
         assert done.stderr.count("45 of 45 calibration texts") == (2 if launcher else 1)  # both processes took part
     one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
     assert one.pop("resolved.yaml") != two.pop("resolved.yaml") and one == two
-    log = (tmp_path / "results/x/log.txt").read_text()  # of the first process, which reads two models and joins two
-    assert log.count("are kept on disk") == 4
+    log = (tmp_path / "results/x/log.txt").read_text()  # of the first process, which reads three times and joins three
+    assert log.count("are kept on disk") == 6
 
 
 @pytest.mark.parametrize("pooling", ["token", "text"])
@@ -194,7 +194,7 @@ def test_a_killed_reading_of_two_processes_continues(models, texts, tmp_path, mo
     target, source = (open_checkpoint(str(models[name])) for name in ("target", "source"))
     experiment = Experiment.of(pooling="token", max_tokens=24, tokens_per_batch=200)
     rows = load_rows(DataSpec("file", str(texts)), "calibration", 2000)
-    readings, aside = stage1.read_both(target, source, rows, experiment)
+    readings = stage1.read_both(target, source, rows, experiment)
     extract, read = row_recorder.extract, []
 
     def process(folder: Path, index: int, count: int) -> list[str]:
@@ -204,8 +204,8 @@ def test_a_killed_reading_of_two_processes_continues(models, texts, tmp_path, mo
             process_index=index, num_processes=count, is_main_process=index == 0, wait_for_everyone=lambda: None
         )
         recorder = row_recorder.RowRecorder(folder, experiment, state)
-        recorder.record("target", target, readings["target"], aside)
-        recorder.record("source", source, readings["source"], aside)
+        recorder.record("target", target, readings.target, readings.aside)
+        recorder.record("source", source, readings.source, readings.aside)
         return list(read)
 
     def record(*arguments):

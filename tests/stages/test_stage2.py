@@ -12,7 +12,7 @@ from stages import digests, fuse, logits, plan
 from torch.testing import assert_close
 
 from core import generate_hot_residual as stage2
-from core.fusion.projections import PROJECTIONS
+from core.fusion.projections import ATTENTION, PROJECTIONS
 from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
@@ -108,7 +108,7 @@ def test_unselected_rows_and_columns_are_bit_identical(plans, models, tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (models["target"], out))
     directory = PlanDirectory(plans["token"])
     for layer in range(3):
-        for projection in PROJECTIONS.values():
+        for projection in map(PROJECTIONS.get, ATTENTION):
             name = f"model.layers.{layer}.{projection.path}.weight"
             changed = (before[name] != after[name]).any(1 - projection.axis).nonzero().flatten()
             strongest = directory.strongest(projection.selected_side, layer)[:5]
@@ -222,10 +222,61 @@ def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
     for residual in load_residuals(out / "hot_residual.safetensors")[0]:
         W, layer, c = residual.original_weight, residual.layer, residual.projection
         assert float((W - residual.weight).norm() / W.norm()) <= 1e-3, (layer, c)
-        Out, In = transport.maps(layer, layer, c, residual.index)
+        side = PROJECTIONS[c].input_side
+        Out, In = (
+            transport.feature_map.out_map(c, layer, layer, None),
+            transport.feature_map.in_map(side, layer, layer, None),
+        )
         swapped = In @ transport.source.weight(layer, c) @ Out
         assert float((W - swapped).norm() / W.norm()) > 0.5, (layer, c)
     assert_close(logits(out), logits(models["target"]), atol=2e-2, rtol=2e-2)
+
+
+def test_corollary_4_2_holds_through_the_mlp(texts, tmp_path):
+    """The same with the neurons of the MLP permuted as well, and all seven projections fused."""
+    target = llama(**SQUARE)
+    source = permuted(target)
+    for layer in source.model.layers:
+        order = torch.randperm(layer.mlp.up_proj.out_features, generator=torch.Generator().manual_seed(5))
+        for name in ("gate_proj", "up_proj"):
+            getattr(layer.mlp, name).weight.data = getattr(layer.mlp, name).weight.data[order]
+        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order]
+    tokenizer = make_tokenizer(400, 1)
+    models = {"target": save(target, tokenizer, tmp_path / "t"), "source": save(source, tokenizer, tmp_path / "s")}
+    assert_close(logits(models["source"]), logits(models["target"]), atol=1e-4, rtol=1e-4)
+    plans = plan(models, texts, tmp_path / "p", "--pooling", "token", "--projections", "all")
+    flags = ("--feature-map", "regression", "--alpha", "1", "--top-k", "0", "--ridge", "1e-6", "--projections", "all")
+    out = fuse(plans, models, tmp_path / "f", *flags)
+    residuals = load_residuals(out / "hot_residual.safetensors")[0]
+    assert [one.projection for one in residuals] == [*PROJECTIONS] * 2
+    for residual in residuals:
+        W = residual.original_weight
+        assert float((W - residual.weight).norm() / W.norm()) <= 2e-3, (residual.layer, residual.projection)
+    assert_close(logits(out), logits(models["target"]), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("rows", ["anchored", "difference"])
+def test_some_projections_and_other_rows_through_the_stages(models, texts, tmp_path, rows, fails):
+    plans = plan(models, texts, tmp_path / "p", "--pooling", "token", "--projections", "v,down")
+    record = json.loads((plans / "manifest.json").read_text())
+    assert sorted(record["sides"]) == ["attn_in", "down", "mlp_in", "v"]
+    assert record["unaligned"]["positions"] > 0 and record["unaligned"]["aligned"] > 0
+    flags = ("--feature-map", "regression", "--alpha", "0.5", "--top-k", "4", "--rows", rows, "--projections", "v,down")
+    out = fuse(plans, models, tmp_path / "f", *flags)
+    residuals = load_residuals(out / "hot_residual.safetensors")[0]
+    assert [(one.projection, one.axis) for one in residuals] == [("v", 0), ("down", 1)] * 3
+    before, after = (load_file(folder / "model.safetensors") for folder in (models["target"], out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{n}.{place}.weight" for n in range(3) for place in ("self_attn.v_proj", "mlp.down_proj")
+    }
+    aligned = fuse(plans, models, tmp_path / "a", *flags[:-4], "--projections", "v,down")
+    assert not torch.equal(load_residuals(aligned / "hot_residual.safetensors")[0][0].weight, residuals[0].weight)
+    pair = ("--hot_dir", plans, "--target-model", models["target"], "--source-model", models["source"])
+    line = fails(stage2, *pair, "--output_dir", tmp_path / "x", "--feature-map", "regression", "--projections", "all")
+    assert "has no activations of q, k, o, gate, up" in line and "--projections" in line
+    line = fails(stage2, *pair, "--output_dir", tmp_path / "x", "--projections", "v,down")
+    assert "projections down have no feature plans, which coupling reads" in line
 
 
 def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path):

@@ -12,9 +12,9 @@ For target layer l and projection c, with m running over the source layers:
 | regression  | as barycentric, largest | source outputs -> target outputs | target inputs -> source inputs    |
 
 In the sum, m is a source layer; in the shapes, n and n' are numbers of target neurons, and m and m' of source neurons.
-Here n Q and m' Q^T have rows that sum to 1, s_t and s_s are the standard deviations of the target's and the source's
-neurons, and `largest` means that by default only the largest entry of the row takes part. `regression` never forms In: `Regression`
-says why.
+n Q and m' Q^T have rows that sum to 1, and s_t and s_s are the standard deviations of the target's and the source's
+neurons. `largest` means that by default only the largest entry of the row takes part. `regression` never forms In; its
+class says why.
 
 To add a feature map, derive a class from `FeatureMap` or from one of the four and add it to `FEATURE_MAPS` at the end.
 Settings, `--help`, fusion and the controls read all they need from the class.

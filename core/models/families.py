@@ -217,17 +217,17 @@ def stated_layout(config: dict[str, Any]) -> AttentionLayout | None:
     if not isinstance(config, dict) or config.get("model_type") not in TOWERS & FAMILIES.keys():
         return None
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    numbers = [config[key] if isinstance(config.get(key), int) else 0 for key in keys]
-    n_layers, hidden, heads, kv_heads, head_dim = numbers
+    numbers = [config[key] if isinstance(config.get(key), int) else 0 for key in (*keys, "intermediate_size")]
+    n_layers, hidden, heads, kv_heads, head_dim, inner = numbers
     if heads and not head_dim and config["model_type"] in EVEN_HEADS:
         head_dim = hidden // heads
-    if not all((n_layers, hidden, heads, kv_heads, head_dim)):
+    if not all((n_layers, hidden, heads, kv_heads, head_dim, inner)):
         return None
-    return AttentionLayout(config["model_type"], n_layers, hidden, heads, kv_heads, head_dim)
+    return AttentionLayout(config["model_type"], n_layers, hidden, heads, kv_heads, head_dim, inner)
 
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
-    """What a GGUF file states of the attention of its model, under the names of a config.json.
+    """What a GGUF file states of the projections of its model, under the names of a config.json.
 
     Raises:
         LookupError, TypeError, ZeroDivisionError: the file does not hold a language model.
@@ -242,6 +242,7 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
         "num_key_value_heads": values.get(f"{architecture}.attention.head_count_kv", heads),
         # The shape of a tensor begins with the dimension that the projection reads.
         "head_dim": header.shapes["blk.0.attn_q.weight"][1] // heads,
+        "intermediate_size": values.get(f"{architecture}.feed_forward_length"),
     }
 
 

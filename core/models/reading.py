@@ -121,7 +121,8 @@ def read_aligned(
     picks = [[] for _ in rows]
     for number, token in kept:
         picks[number].append(token)
-    weight = len(alone) / len(kept) / (fitted / int((~aside).sum())) if kept and fitted else 1.0
+    drawn = int((~aside).sum())  # of the `fitted` positions
+    weight = (len(alone) / len(kept)) / (fitted / drawn) if kept and drawn else 1.0
     unaligned = Unaligned(Reading(readings[0].ids, picks), len(alone), fitted, weight)
     return readings[0], readings[1], aside, unaligned
 

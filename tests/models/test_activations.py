@@ -57,8 +57,9 @@ def test_layout_sizes_follow_the_config(model):
 
 def test_text_pooling_is_the_mean_over_real_tokens_in_text_order(model):
     ids = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13]]
-    got = extract(model, layout_of(model), Reading(ids, None), [[1, 0], [3, 2]], "test")
-    assert set(got) == {(side, layer) for side in recorded_sides(ATTENTION) for layer in range(4)}
+    sides = recorded_sides(PROJECTIONS)
+    got = extract(model, layout_of(model), Reading(ids, None), [[1, 0], [3, 2]], "test", Recording(sides))
+    assert set(got) == {(side, layer) for side in sides for layer in range(4)}
     for number, text in enumerate(ids):
         for key, hidden in inputs_and_outputs(model, text).items():
             assert_close(got[key][number], hidden.mean(0), atol=1e-5, rtol=1e-4)
@@ -68,6 +69,7 @@ def test_token_pooling_takes_the_picked_tokens_in_text_order(model):
     ids = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11, 3], [12, 13, 14, 15]]
     picks = [[2], [1, 4, 6], [], [0, 3]]
     got = extract(model, layout_of(model), Reading(ids, picks), [[1, 3], [0]], "test")
+    assert set(got) == {(side, layer) for side in recorded_sides(ATTENTION) for layer in range(4)}
     for key in got:
         expected = torch.cat([inputs_and_outputs(model, t)[key][p] for t, p in zip(ids, picks, strict=True) if p])
         assert_close(got[key], expected, atol=1e-5, rtol=1e-4)

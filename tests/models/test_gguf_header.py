@@ -21,6 +21,7 @@ def save_gguf(path, architecture, kv_heads=None, alignment=None):
     writer.add_name("pico")
     writer.add_block_count(1)
     writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
     writer.add_head_count(4)
     if kv_heads:
         writer.add_head_count_kv(kv_heads)

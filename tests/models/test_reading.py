@@ -33,7 +33,7 @@ def test_only_texts_that_give_rows_are_read():
 def test_aligned_positions_end_the_same_prefix(tokenizers):
     small, large = tokenizers
     texts = sentences(30, 9)
-    to_small, to_large, aside = read_aligned(rows_of(texts), small, large, 500, 10**6, 0)
+    to_small, to_large, aside, _ = read_aligned(rows_of(texts), small, large, 500, 10**6, 0)
     count = 0
     for text, ids_a, ids_b, a, b in zip(texts, to_small.ids, to_large.ids, to_small.picks, to_large.picks, strict=True):
         assert len(a) == len(b) and 0 not in a and 0 not in b
@@ -53,25 +53,25 @@ def test_every_shared_token_end_is_found(tokenizers):
         ids = tokenizer(text)["input_ids"]
         ends.append({len(tokenizer.decode(ids[: i + 1])): i for i in range(1, len(ids))})
     shared = sorted(ends[0].keys() & ends[1].keys())
-    to_small, to_large, _ = read_aligned(rows_of([text]), small, large, 500, 10**6, 0)
+    to_small, to_large, _, _ = read_aligned(rows_of([text]), small, large, 500, 10**6, 0)
     assert to_small.picks == [[ends[0][e] for e in shared]] and to_large.picks == [[ends[1][e] for e in shared]]
 
 
 def test_of_the_bytes_of_a_letter_the_last_counts_and_a_cut_letter_does_not():
     letters = make_tokenizer(259, 1)  # bytes only: a Thai letter is three tokens
     other = make_tokenizer(259, 2)
-    whole, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 9, 100, 0)
+    whole, _, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 9, 100, 0)
     assert whole.picks == [[2, 5, 8]]
-    cut, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 8, 100, 0)
+    cut, _, _, _ = read_aligned(rows_of(["กขค"]), letters, other, 8, 100, 0)
     assert cut.picks == [[2, 5]]
 
 
 def test_row_sample_is_seeded_sorted_and_the_same_in_both_models(tokenizers):
     rows = rows_of(sentences(40, 4))
-    everything, _, _ = read_aligned(rows, *tokenizers, 500, 10**6, 0)
-    a, b, aside = read_aligned(rows, *tokenizers, 500, 50, 7)
-    again, _, _ = read_aligned(rows, *tokenizers, 500, 50, 7)
-    other, _, _ = read_aligned(rows, *tokenizers, 500, 50, 8)
+    everything, _, _, _ = read_aligned(rows, *tokenizers, 500, 10**6, 0)
+    a, b, aside, _ = read_aligned(rows, *tokenizers, 500, 50, 7)
+    again, _, _, _ = read_aligned(rows, *tokenizers, 500, 50, 7)
+    other, _, _, _ = read_aligned(rows, *tokenizers, 500, 50, 8)
     assert a.n_rows == b.n_rows == 50 and a.picks == again.picks != other.picks
     assert all(set(x) <= set(y) and x == sorted(x) for x, y in zip(a.picks, everything.picks, strict=True))
     owners = [number for number, picked in enumerate(a.picks) for _ in picked]
@@ -83,6 +83,6 @@ def test_roles_take_each_models_own_template_with_text_pooling_only(tokenizers):
     rows = [Row((("user", "plan"), ("assistant", "weight")))]
     reading = read_texts(rows, small, 100)
     assert small.decode(reading.ids[0]) == "<|user|>plan<|end|><|assistant|>weight<|end|>"
-    aligned, _, _ = read_aligned(rows, small, large, 100, 100, 0)
+    aligned, _, _, _ = read_aligned(rows, small, large, 100, 100, 0)
     assert small.decode(aligned.ids[0]) == "plan\nweight"
     assert len(read_texts(rows, small, 4).ids[0]) == 4

@@ -9,6 +9,7 @@ from conftest import run_main
 from stages import data_flags, pair_flags
 
 import run_activs_and_hot as stage1
+from core.fusion.projections import ATTENTION, recorded_sides
 from core.models.activations import row_bytes
 from core.models.settings import ComputeSettings
 from core.runs import cost
@@ -166,7 +167,7 @@ def test_two_equal_models_are_two_models(configs):
     other = dataclasses.replace(target, name="other")
     again, different = (cost.stage1_cost(target, source, Experiment(), timed=False) for source in (target, other))
     assert again == different
-    assert again.disk > 2 * row_bytes(target.layout, again.rows)
+    assert again.disk > 2 * row_bytes(target.layout, again.rows, recorded_sides(ATTENTION))
 
 
 def test_memory_of_the_plans_follows_the_budget():

@@ -25,7 +25,7 @@ from core.runs.card import CARD, adapted_card
 from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.lineage import adapted_lineage
 from core.runs.process import log_to_file, process_state, run_command, setup_logging
-from core.runs.rows_read import check_held_out, check_same_split, recorded, write_rows_read
+from core.runs.rows_read import check_held_out, check_same_split, recorded, with_data_of, write_rows_read
 from core.runs.settings import Experiment
 from core.training.curve import save_curve
 from core.training.distill import SEQUENCE_METHOD, Teacher, read_answers, same_vocabulary, write_answers
@@ -177,22 +177,12 @@ def open_job(command: Command, output_default: str) -> Job:
 
 def resolved(experiment: Experiment, start: Start) -> Experiment:
     """The experiment with what the start decides: the dtype for `auto`, and the data of the plans if none is given."""
-    compute, data = experiment.compute, experiment.data
+    compute = experiment.compute
     if compute.dtype == "auto":
         half_types = {"BF16": "bfloat16", "F16": "float16"} if compute.device != "cpu" else {}
         most_common = mode(dtype for _, dtype in start.checkpoint.headers.values())
         experiment = experiment.changed(dtype=half_types.get(most_common, "float32"))
-    if start.made_by is None or data.data_subset or data.data_file is not None:
-        return experiment
-    of_plans = start.made_by["data"]
-    log.info("no data given: taking that of the plans, %s", of_plans["file"] or of_plans["subset"])
-    return experiment.changed(
-        data_subset=of_plans["subset"],
-        data_file=of_plans["file"],
-        split_seed=of_plans["split_seed"],
-        max_rows_read=of_plans["max_samples"],
-        group_column=of_plans["group_column"],
-    )
+    return experiment if start.made_by is None else with_data_of(experiment, start.made_by["data"])
 
 
 def read_rows(job: Job) -> RowsRead:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 
@@ -71,6 +72,12 @@ class FeatureMap(ABC):
     ):
         self.plans, self.p_topk, self.q_topk = plans, p_topk, q_topk
         self.fits = Fits(plans, ridge, rows)
+
+    def with_rows(self, rows: str) -> FeatureMap:
+        """The same map with W~ regressed on rows of another kind; the regressions that both need are kept once."""
+        other = copy(self)
+        other.fits = self.fits.with_rows(rows)
+        return other
 
     def shares(self, layer: int, projection: str) -> dict[int, float]:
         """p[m] of every source layer that takes part: the largest entries of the row of P_eff, rescaled so that leaving
@@ -232,9 +239,10 @@ class Regression(FeatureMap):
 
     def responses(self, layer: int, projection: str, outputs: Tensor | None) -> Tensor:
         """Z [T, n], or the given columns of it: the source's outputs as the target's neurons would give them."""
+        target = self.plans.rows("target", projection, layer, "fit")
+        target = target if outputs is None else target[:, outputs]
         parts = [
-            p * (self.plans.rows("source", projection, m, "fit") @ self.out_map(projection, layer, m, outputs).T)
-            for m, p in self.shares(layer, projection).items()
+            p * self.fits.of("source", projection, m).fitted(target) for m, p in self.shares(layer, projection).items()
         ]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
@@ -255,6 +263,12 @@ class Fits:
     def __init__(self, plans: Plans, ridge: float, rows: str):
         self.plans, self.ridge, self.kind = plans, ridge, rows
         self.of = lru_cache(KEPT_FITS)(lambda model, side, layer: Ridge(plans.rows(model, side, layer, "fit"), ridge))
+
+    def with_rows(self, rows: str) -> Fits:
+        """The same regressions, with a final one on rows of another kind."""
+        other = copy(self)
+        other.kind = rows
+        return other
 
     def regress(self, layer: int, projection: str, responses: Tensor, outputs: Tensor | None) -> Tensor:
         """The weight [k, n'] that gives the responses [T, k] for the target's inputs, on the rows of the settings.

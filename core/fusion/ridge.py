@@ -28,7 +28,7 @@ class Ridge:
     def __init__(self, R: Tensor, ridge: float):
         self.R = R
         self.by_rows = R.shape[0] < R.shape[1]
-        self.factor = _factor(R, ridge, self.by_rows)
+        self.factor, self.shift = _factor(R, ridge, self.by_rows)
 
     def map(self, S: Tensor) -> Tensor:
         """The map [s, r] to the responses S [T, s], so that S is about R @ map^T."""
@@ -40,18 +40,26 @@ class Ridge:
         return found.to(self.R.dtype)
 
     def fitted(self, S: Tensor) -> Tensor:
-        """What the map makes of R itself, [T, s]."""
-        return self.R @ self.map(S).T  # [T, r] @ [r, s] -> [T, s]
+        """What the map makes of R itself, [T, s].
+
+        By rows this is S - lambda d (R R^T + lambda d I)^-1 S, which needs no product with R.
+        """
+        if not self.by_rows:
+            return self.R @ self.map(S).T  # [T, r] @ [r, s] -> [T, s]
+        S = S.to(self.factor.dtype)
+        return (S - self.shift * torch.cholesky_solve(S, self.factor)).to(self.R.dtype)
 
 
-def _factor(R: Tensor, ridge: float, by_rows: bool) -> Tensor:
-    """Cholesky factor [r, r] or [T, T] of the system, in float64 only where float32 finds it not positive definite."""
+def _factor(R: Tensor, ridge: float, by_rows: bool) -> tuple[Tensor, Tensor]:
+    """(Cholesky factor [r, r] or [T, T] of the system, lambda d), in float64 only where float32 finds the system not
+    positive definite."""
     gram = R @ R.T if by_rows else R.T @ R
     scale = gram.diagonal().sum() / R.shape[1]
-    gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+    shift = torch.where(scale > 0, ridge * scale, torch.ones_like(scale))
+    gram.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
     if info == 0:
-        return factor
+        return factor, shift
     if R.dtype == torch.float64:
         raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
     return _factor(R.double(), ridge, by_rows)

@@ -8,6 +8,7 @@ with k = 128 of 2048 neurons that is a sixteenth of the work and memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,13 @@ class Transport:
     def __init__(self, plans: Plans, source: Weights, settings: FusionSettings):
         self.plans, self.source = plans, source
         kind = FEATURE_MAPS[settings.feature_map]
-        self.feature_map = kind(plans, settings.p_topk, settings.q_topk, settings.ridge, settings.rows)
+        self.feature_map = kind(plans, settings.p_topk, settings.q_topk, settings.ridge, settings.row_kinds[0])
+
+    def with_rows(self, rows: str) -> Transport:
+        """The same transport with W~ regressed on rows of another kind (`core.fusion.anchored`)."""
+        other = copy(self)
+        other.feature_map = self.feature_map.with_rows(rows)
+        return other
 
     def transported(self, layer: int, indices: Mapping[str, Tensor]) -> Transported:
         """W~ and b~ of projections of one target layer on the selected rows or columns, as the feature map gives them
@@ -112,12 +119,20 @@ def fuse_attention_only_from_hot_dir(
         UserError: a target layer has no corresponding source layer.
         ValueError: a weight or W~ is not finite, or the ridge is too small.
     """
-    transport, projections = Transport(plans, source, settings), settings.fused
+    transport = Transport(plans, source, settings)
     for layer in range(plans.shape[0]) if layers is None else layers:
-        empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in projections]
-        for residual in transport_into(empty, transport, layer):
-            check_finite(residual)
-            yield residual, _report(residual, transport)
+        yield from fuse_layer(transport, target, settings, layer)
+
+
+def fuse_layer(
+    transport: Transport, target: Weights, settings: FusionSettings, layer: int
+) -> Iterator[tuple[Residual, dict[str, Any]]]:
+    """Transported residual and report of every projection of one target layer, as `fuse_attention_only_from_hot_dir`
+    yields them."""
+    empty = [empty_residual(transport.plans, target, layer, name, settings.top_k) for name in settings.fused]
+    for residual in transport_into(empty, transport, layer):
+        check_finite(residual)
+        yield residual, _report(residual, transport)
 
 
 def transport_into(residuals: Sequence[Residual], transport: Transport, from_layer: int) -> list[Residual]:

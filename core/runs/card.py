@@ -19,13 +19,19 @@ REPORT_HEADINGS = {"norm_ratio": "\\|W~\\| / \\|W\\|", "explained_variance": "ex
 PAPER = "[arXiv 2602.05495](https://arxiv.org/abs/2602.05495)"
 
 
-def fused_card(lineage: Mapping[str, Any], means: Mapping[str, Mapping[str, float | None]], dropped_biases: int) -> str:
+def fused_card(
+    lineage: Mapping[str, Any],
+    means: Mapping[str, Mapping[str, float | None]],
+    dropped_biases: int,
+    strength: str | None = None,
+) -> str:
     """README.md of a fused checkpoint.
 
     Args:
         lineage: `core.runs.lineage.fused_lineage`.
         means: projection -> figure -> mean over layers, of stage 2's report.
         dropped_biases: how many biases of the source have no place in the target.
+        strength: how the strength was found, as a sentence; None where it was given.
     """
     models = lineage["models"]
     target, source = models["target"]["name"], models["source"]["name"]
@@ -39,6 +45,8 @@ The layers and neurons of the two models were matched on {_data_text(lineage["da
     report = f"## What was transported\n\nMeans over layers.\n\n{_report_table(means)}"
     if dropped_biases:
         report += f"\n\n{dropped_biases} source biases dropped: the target has none there."
+    if strength:
+        report += f"\n\n{strength}."
     sections = [introduction, NO_RESULTS, _models_section(models), report, _settings_section(lineage["settings"])]
     return _card(f"{target} fused with {source}", _front_matter(models, "merge", [lineage["data"]]), sections)
 

@@ -139,10 +139,12 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
 
 
 def strengths(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The strength in training that goes with what is asked for: the one of fusion, or none where several are tried."""
+    """The strength in training that goes with what is asked for: the one of fusion, which stage 2 may have to find, or
+    none where several are tried."""
     if "alpha_search" in given:
         return {"train_alpha": None}
-    return {"train_alpha": given["alpha"]} if "alpha" in given else {}
+    alpha = given.get("alpha")
+    return {} if alpha is None else {"train_alpha": None if isinstance(alpha, str) else alpha}
 
 
 def strengths_in_name(before: Experiment, after: Experiment) -> str:
@@ -151,14 +153,17 @@ def strengths_in_name(before: Experiment, after: Experiment) -> str:
     The strength in training is named where it is not that of fusion.
     """
 
-    def both(experiment: Experiment) -> tuple[float, tuple[float, ...]]:
+    def both(experiment: Experiment) -> tuple[float | str, tuple[float | str, ...]]:
         training, alpha = experiment.training, experiment.fusion.alpha
         return alpha, training.alpha_search or (alpha if training.train_alpha is None else training.train_alpha,)
+
+    def text(alpha: float | str) -> str:
+        return alpha if isinstance(alpha, str) else f"{alpha:g}"
 
     alpha, in_training = both(after)
     if (alpha, in_training) == both(before):
         return ""
-    return f"-alpha{alpha:g}" + ("" if in_training == (alpha,) else f"-train{'+'.join(f'{a:g}' for a in in_training)}")
+    return f"-alpha{text(alpha)}" + ("" if in_training == (alpha,) else f"-train{'+'.join(map(text, in_training))}")
 
 
 def pair_of(experiment: Experiment) -> tuple[Any, ...]:

@@ -27,12 +27,17 @@ MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
 # The conditions that `option(only_with=...)` may name: whether a setting can change a byte of a stage's output while
-# the other settings are as they are. In stage 1 the seed draws the rows of token pooling and nothing else; in the other
-# stages it always matters.
+# the other settings are as they are. In stage 1 the seed draws the rows of token pooling and nothing else. Stage 2 runs
+# no model and draws nothing, unless it finds strengths.
 CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
     "token pooling": lambda e, stage: stage != "1" or e.reading.pooling == "token",
+    "a model that runs": lambda e, stage: stage != "2" or e.fusion.finds_alpha,
+    "something drawn": lambda e, stage: (
+        e.reading.pooling == "token" if stage == "1" else stage != "2" or e.fusion.alpha == "learned"
+    ),
     "hot": lambda e, _: e.training.training_scenario == "hot",
     "distill": lambda e, _: e.training.training_scenario == "distill",
+    "learned strengths": lambda e, _: e.fusion.alpha == "learned",
     "LoRA": lambda e, _: e.adapters.use_lora,
     "early stop": lambda e, _: e.training.early_stop is not None,
     "no early stop": lambda e, _: e.training.early_stop is None,
@@ -51,21 +56,21 @@ class DataSettings:
 
     split_seed: int = option(
         0,
-        "13e",
+        "123e",
         "seed of the split into calibration, fine-tuning, validation and held-out texts",
         range=NOT_NEGATIVE,
         changes="",
     )
-    data_subset: str = option("", "13e", "texts", DATA_SUBSETS, changes="")
+    data_subset: str = option("", "123e", "texts", DATA_SUBSETS, changes="")
     data_file: str | None = option(
         None,
-        "13e",
+        "123e",
         "local .jsonl, .json, .csv, .parquet or .txt, a folder of such files, or one that datasets' save_to_disk wrote",
         changes="",
     )
     max_rows_read: int = option(
         MAX_ROWS_READ,
-        "13e",
+        "123e",
         "at most so many rows of the data set are read, in a seeded order, and divided into calibration, fine-tuning, "
         "validation and held-out parts",
         range=AT_LEAST_ONE,
@@ -74,7 +79,7 @@ class DataSettings:
     )
     group_column: str | None = option(
         None,
-        "13e",
+        "123e",
         "column that says what a row belongs to, e.g. its document: no group is in two parts; default the column "
         "group, and where there is none, what texts share",
         changes="",

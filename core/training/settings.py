@@ -74,10 +74,11 @@ class TrainingSettings:
     )
     validation_samples: int = option(
         32,
-        "3",
+        "23",
         "at most so many validation rows, of groups that nothing else reads; their loss is recorded before, during and "
-        "after training; 0: none",
+        "after training (0: none), and strengths are chosen on them",
         range=NOT_NEGATIVE,
+        only_with="a model that runs",
     )
     eval_steps: int | None = option(
         None,

@@ -7,21 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-
 from core.errors import UserError
 from core.files import digest_of
 from core.fusion.controls import CONTROLS
 from core.fusion.feature_maps import FEATURE_MAPS
-from core.fusion.residual import Residual, fold_bias, fold_weight
-from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
 from core.fusion.settings import FusionSettings
-from core.fusion.transport_weights import Transport
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.runs.settings import Experiment
 from core.training.heldout import text_nll
-from core.training.hot_linear import restore_base
+from core.training.hot_linear import fold_in_place, restore_base
+from evaluation.arms.control_residuals import ControlResiduals
 from evaluation.arms.run import Run
 from evaluation.arms.texts import TextSet
 
@@ -87,18 +82,14 @@ class Arms:
 
     def _losses_in_memory(self, arms: Sequence[str], sets: Mapping[str, TextSet]) -> Iterator[tuple[str, Losses]]:
         """Of base and controls, whose model is the target, changed in memory."""
-        residuals, alpha, form = load_residuals(self.run.fused.folder / RESIDUAL_FILE)
-        residuals = [residual.to(self.target.device) for residual in residuals]
-        transport = Transport(self.run.plans, self.source, self.settings)
         model = self.target.load_model(self.experiment.compute.dtype)
+        name_of = self.target.layout.name
+        controls = ControlResiduals(self.run, self.target, self.source, model, self.experiment)
         for arm in arms:
-            changed = [] if arm == "base" else residuals
-            generator = torch.Generator().manual_seed(self.experiment.compute.seed)
-            for residual in tqdm(changed, desc=f"building {arm}", unit="projection", disable=not changed):
-                control = CONTROLS[arm](residual, transport, generator)
-                fold_in_place(model, control, self.target, alpha, form)
+            changed, alpha = ([], 0.0) if arm == "base" else controls.of(arm)
+            fold_in_place(model, changed, name_of, alpha, self.settings.residual_form)
             yield arm, self._losses_of(model, arm, sets)
-            restore_base(model, changed, self.target.layout.name)
+            restore_base(model, controls.fused, name_of)  # all residuals of a run have the same selection
 
     def _losses_of(self, model: Any, arm: str, sets: Mapping[str, TextSet]) -> Losses:
         size = self.experiment.compute.tokens_per_batch
@@ -121,12 +112,3 @@ def check_losses(losses: Sequence[float], arm: str, name: str) -> None:
             f"({losses[bad[0] - 1]}); the model is damaged or overflows: look for NaN in its weights, make it again "
             "with a smaller alpha or learning rate, or compute with --dtype float32"
         )
-
-
-@torch.no_grad()
-def fold_in_place(model: Any, residual: Residual, target: Checkpoint, alpha: float, form: str) -> None:
-    """Write W_eff (and b_eff) of one projection into the weights of a loaded target."""
-    linear = target.layout.linear(model, residual.layer, residual.projection)
-    linear.weight.copy_(fold_weight(linear.weight, residual, alpha, form))
-    if linear.bias is not None:
-        linear.bias.copy_(fold_bias(linear.bias, residual, alpha, form))

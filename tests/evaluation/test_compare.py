@@ -290,7 +290,7 @@ def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run):
 
 @pytest.mark.parametrize(("layers", "absent"), [(1, ["wrong_layer"]), (2, [])])
 def test_a_control_that_a_target_cannot_have_is_no_arm(tmp_path, layers, absent):
-    fused = Manifest(tmp_path / "fused", {})
+    fused = Manifest(tmp_path / "fused", {"inputs": {"settings": {"feature_map": "regression"}}})
     arms = Arms(Run(tmp_path, SimpleNamespace(shape=(layers, 4)), fused, {}), None, None, None)
     assert list(arms.absent) == absent
     assert list(arms.made_from) == ["base", *(control for control in CONTROLS if control not in absent), "fused"]

@@ -17,6 +17,7 @@ from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
 from core.models.checkpoints import open_checkpoint
+from core.runs import fused_layers
 from core.runs.plan_directory import PlanDirectory
 from core.training.hot_linear import enable_hot_residual_for_model, restore_base
 
@@ -26,7 +27,7 @@ def test_fused_checkpoint_is_plain_and_loads_in_stock_transformers(fused, models
     assert before.keys() == after.keys()
     for name in before:
         changed = not torch.equal(before[name], after[name])
-        assert changed == any(f".{projection.path}." in name for projection in PROJECTIONS.values()), name
+        assert changed == any(f".{PROJECTIONS[projection].path}." in name for projection in ATTENTION), name
     assert {
         "config.json",
         "tokenizer.json",
@@ -39,7 +40,7 @@ def test_fused_checkpoint_is_plain_and_loads_in_stock_transformers(fused, models
     } <= set(digests(fused))
     assert not torch.equal(logits(fused), logits(models["target"]))
     report = json.loads((fused / "fusion_report.json").read_text())
-    assert report["dropped_biases"] == 9 and len(report["projections"]) == 3 * len(PROJECTIONS)
+    assert report["dropped_biases"] == 9 and len(report["projections"]) == 3 * len(ATTENTION)
     assert "base_model" in (fused / "README.md").read_text()
 
 
@@ -173,8 +174,8 @@ def test_sharded_half_precision_target_keeps_names_and_dtype(plans, models, text
     assert index["weight_map"].keys() == before.keys() == after.keys() and len(set(index["weight_map"].values())) > 3
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in before.values())
     assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
-    fused_layers = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(fused_layers) == 3 * len(PROJECTIONS) and all("_proj.weight" in name for name in fused_layers)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 3 * len(ATTENTION) and all("_proj.weight" in name for name in changed)
     whole = fuse(plans, models, tmp_path / "g", "--top-k", "4")
     assert [path.name for path in whole.glob("model*")] == ["model.safetensors"]
     assert torch.equal(logits(out), logits(whole))
@@ -303,7 +304,7 @@ def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path
 
 def test_fusion_killed_between_layers_goes_on_with_the_missing_ones(fused, plans, models, tmp_path, monkeypatch):
     flags = ["--feature-map", "regression", "--alpha", "0.3", "--top-k", "0"]
-    save_one, done = stage2.save_residuals, []
+    save_one, done = fused_layers.save_residuals, []
 
     def dies(path, residuals, *arguments):
         if len(done) == 2:
@@ -312,9 +313,9 @@ def test_fusion_killed_between_layers_goes_on_with_the_missing_ones(fused, plans
         save_one(path, residuals, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage2, "save_residuals", dies)
+        patch.setattr(fused_layers, "save_residuals", dies)
         with pytest.raises(KeyboardInterrupt):
             fuse(plans["token"], models, tmp_path / "f", *flags)
-    monkeypatch.setattr(stage2, "save_residuals", lambda *a: done.append(a[1][0].layer) or save_one(*a))
+    monkeypatch.setattr(fused_layers, "save_residuals", lambda *a: done.append(a[1][0].layer) or save_one(*a))
     assert digests(fuse(plans["token"], models, tmp_path / "f", *flags)) == digests(fused)
     assert done == [0, 1, 2]

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
+from core.fusion.feature_maps import FEATURE_MAPS
 from core.fusion.residual import fold_bias, fold_weight
 from core.fusion.residual_file import RESIDUAL_FILE, join_residuals, load_residuals, save_residuals
 from core.fusion.settings import FusionSettings
@@ -29,7 +30,7 @@ from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 from core.hub import push_folder
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
-from core.models.checkpoints import Checkpoint, open_pair
+from core.models.checkpoints import Checkpoint, open_pair, open_source_base
 from core.models.folded import write_folded
 from core.runs import preflight as checks
 from core.runs.card import CARD, fused_card
@@ -38,7 +39,7 @@ from core.runs.licences import licence_warning
 from core.runs.lineage import fused_lineage
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import log_to_file, run_command, setup_logging
-from core.runs.rows_read import write_rows_read
+from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import Experiment
 from core.training.hot_linear import enable_hot_residual_for_model
 
@@ -50,6 +51,8 @@ STAGE = "fused"
 PARTS = "parts"
 # Below this |W~| / |W| fusing with W~ only makes the selected part of the target's weight smaller.
 DAMPING_RATIO = 1e-3
+# Below this |W~ - W| / |W| a task vector is lost in the rounding of float32.
+NOTHING_RATIO = 1e-7
 # The figures of the report that are averaged over layers, in the order of the printed table.
 FIGURES = ("norm_ratio", "cosine", "explained_variance")
 
@@ -63,6 +66,7 @@ class Job:
     target: Checkpoint
     source: Checkpoint
     folder: Path
+    source_base: Checkpoint | None = None
 
     def part(self, layer: int) -> Path:
         """The file of one layer's residuals until the checkpoint is complete."""
@@ -91,7 +95,7 @@ def main(argv: list[str]) -> None:
     manifest = Manifest.begin(job.folder, STAGE, manifest_inputs(job))
     log_to_file(command.log_file("output_dir", "fused"))
     settings, made_from = job.experiment.fusion, job.plans.manifest.inputs
-    lineage = fused_lineage(job.target, job.source, made_from, dataclasses.asdict(settings))
+    lineage = fused_lineage(job.target, job.source, made_from, dataclasses.asdict(settings), job.source_base)
     if warning := licence_warning(lineage["models"]):
         log.warning(warning)
     if manifest.complete:
@@ -102,10 +106,10 @@ def main(argv: list[str]) -> None:
     shutil.rmtree(job.folder / PARTS, ignore_errors=True)
     print(summary(manifest.record))
     ratio = max(mean["norm_ratio"] or 0.0 for mean in manifest.record["mean"].values())
-    if settings.alpha > 0 and not ratio >= DAMPING_RATIO:
-        log.warning(
-            "|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights", ratio
-        )
+    whole = job.source_base is None
+    if settings.alpha > 0 and not ratio >= (DAMPING_RATIO if whole else NOTHING_RATIO):
+        what = "|W~|/|W| is %.1e: fusion only damps" if whole else "|W~-W|/|W| is %.1e: fusion does not change"
+        log.warning(what + " the target; --feature-map regression transports real weights", ratio)
     push_folder(job.folder, job.experiment.output.push_to_hub)
 
 
@@ -138,11 +142,15 @@ def open_job(command: Command) -> Job:
         source_model=command.experiment.models.source_model or made_from["source"]["id"],
     )
     target, source = open_pair(experiment.models, experiment.compute.device)
-    check_output_folder(folder, plans.folder, target.folder, source.folder)
+    base = open_source_base(experiment.models, source, experiment.fusion.fused)
+    models = [model.folder for model in (target, source, base) if model is not None]
+    check_output_folder(folder, plans.folder, *models)
     plans.check_models(target, source)
     experiment.fusion.check_feature_map()
     plans.check_projections(experiment.fusion.fused)
-    return Job(experiment, plans, target, source, folder)
+    if base is not None and not FEATURE_MAPS[experiment.fusion.feature_map].reads_feature_plans:
+        plans.check_source_inputs(experiment.fusion.fused)
+    return Job(experiment, plans, target, source, folder, base)
 
 
 def preflight(job: Job, report: bool) -> None:
@@ -161,6 +169,11 @@ def preflight(job: Job, report: bool) -> None:
         *checks.model_problems("source", job.source, settings.fused),
         *checks.disk_problems(job.folder, disk),
     ]
+    if job.source_base is not None:
+        memory += checks.task_vector_memory(job.source, settings.fused)
+        problems += checks.model_problems("source base", job.source_base, settings.fused)
+        if report:
+            print(checks.describe("source base", job.source_base))
     if report:
         print(checks.stage2_report(job.plans, job.target, job.source, settings, memory, disk))
         problems += checks.memory_problems(memory, job.experiment.compute.device)
@@ -170,10 +183,12 @@ def preflight(job: Job, report: bool) -> None:
 def manifest_inputs(job: Job) -> dict[str, Any]:
     """All that the bytes of the checkpoint depend on."""
     fusion = dataclasses.asdict(job.experiment.fusion)
+    base = {} if job.source_base is None else {"source_base": job.source_base.identity}
     return {
         "plans": job.plans.manifest.record["fingerprint"],
         "target": job.target.identity,
         "source": job.source.identity,
+        **base,
         "settings": fusion,
         "writing": {name: value for name, value in job.experiment.deciding("2").items() if name not in fusion},
     }
@@ -197,7 +212,7 @@ def write_checkpoint(job: Job, manifest: Manifest, lineage: dict[str, Any]) -> N
         },
     )
     write_text(folder / CARD, fused_card(lineage, means, dropped))
-    write_rows_read(folder, {}, [job.plans.folder])
+    write_rows_read(folder, {}, [job.plans.folder, *recorded(job.source_base)])
     manifest.finish(
         mean=means,
         dropped_biases=dropped,
@@ -220,7 +235,7 @@ def transport_layers(job: Job) -> list[dict[str, Any]]:
     (job.folder / PARTS).mkdir(exist_ok=True)
     settings, projections = job.experiment.fusion, job.experiment.fusion.fused
     missing = [layer for layer, path in enumerate(job.parts) if not path.is_file()]
-    fused = fuse_attention_only_from_hot_dir(job.plans, job.target, job.source, settings, missing)
+    fused = fuse_attention_only_from_hot_dir(job.plans, job.target, job.source, settings, missing, job.source_base)
     found = tqdm(fused, total=len(missing) * len(projections), desc="fusing", unit="projection")
     try:
         for layer, of_layer in groupby(found, key=lambda one: one[0].layer):
@@ -267,7 +282,8 @@ def means_by_projection(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, 
 
 def summary(record: dict[str, Any]) -> str:
     """The table that stage 2 ends with, from the finished manifest."""
-    lines = ["projection   |W~|/|W|     cosine   share of output variance explained on rows kept aside"]
+    ratio = "|W~-W|/|W|" if "source_base" in record["lineage"]["models"] else "  |W~|/|W|"
+    lines = [f"projection {ratio}     cosine   share of output variance explained on rows kept aside"]
     for projection, mean in record["mean"].items():
         figures = ["-" if mean[key] is None else f"{mean[key]:.3g}" for key in FIGURES]
         lines.append(f"{projection:10} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10}")

@@ -55,3 +55,18 @@ def _factor(R: Tensor, ridge: float, by_rows: bool) -> Tensor:
     if R.dtype == torch.float64:
         raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
     return _factor(R.double(), ridge, by_rows)
+
+
+def orthogonal_map(R: Tensor, S: Tensor) -> Tensor:
+    """The map [s, r] with orthonormal rows or columns, whichever are fewer, that fits R @ map^T to S best.
+
+    This is the orthogonal Procrustes problem (Schonemann 1966): U V^T from the singular value decomposition of S^T R.
+    For r = s it minimises |R map^T - S|, and otherwise it maximises the inner product of the two. Directions in which
+    the rows say nothing are mapped to zero, so that the map does not depend on how rounding fills them.
+
+    Args:
+        R: [T, r] and S: [T, s], both centred.
+    """
+    U, values, Vh = torch.linalg.svd(S.T @ R, full_matrices=False)  # [s, T] @ [T, r]
+    kept = values > values[0] * torch.finfo(values.dtype).eps * max(S.shape[1], R.shape[1])
+    return U[:, kept] @ Vh[kept]

@@ -18,7 +18,7 @@ from core.fusion.residual import Residual, fold_bias, fold_weight
 from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
-from core.models.checkpoints import Checkpoint, open_checkpoint
+from core.models.checkpoints import Checkpoint, open_checkpoint, open_source_base
 from core.runs.settings import Experiment
 from core.training.heldout import text_nll
 from core.training.hot_linear import restore_base
@@ -40,12 +40,14 @@ class Arms:
         run: the stages whose results are compared.
         target, source: the pair of models from which the run was made.
         experiment: device, dtype, seed and batch size.
+        source_base: the model that the source was tuned from, where the run transported their difference.
     """
 
     run: Run
     target: Checkpoint
     source: Checkpoint
     experiment: Experiment
+    source_base: Checkpoint | None = None
 
     @property
     def absent(self) -> dict[str, str]:
@@ -55,6 +57,8 @@ class Arms:
             found["wrong_layer"] = "the target has one layer, so that W~ of another layer does not exist"
         if FEATURE_MAPS[self.settings.feature_map].reads_feature_plans:
             found["filtered_self"] = f"{self.settings.feature_map} regresses nothing whose spectrum could be taken"
+        if self.source_base is not None:
+            found["self"] = "the target has learned nothing over itself, so that this is base"
         return found
 
     @property
@@ -89,7 +93,7 @@ class Arms:
         """Of base and controls, whose model is the target, changed in memory."""
         residuals, alpha, form = load_residuals(self.run.fused.folder / RESIDUAL_FILE)
         residuals = [residual.to(self.target.device) for residual in residuals]
-        transport = Transport(self.run.plans, self.source, self.settings)
+        transport = Transport(self.run.plans, self.source, self.settings, self.source_base)
         model = self.target.load_model(self.experiment.compute.dtype)
         for arm in arms:
             changed = [] if arm == "base" else residuals
@@ -106,6 +110,27 @@ class Arms:
         for name, values in losses.items():
             check_losses(values, arm, name)
         return losses
+
+
+def open_base_of(run: Run, experiment: Experiment, source: Checkpoint) -> Checkpoint | None:
+    """The model that the source was tuned from, where the run transported their difference; the controls need it.
+
+    Raises:
+        UserError: the settings name another model than stage 2 had, or one where it had none.
+    """
+    made_from, given = run.fused.inputs.get("source_base"), experiment.models.source_base
+    if made_from is None and given is None:
+        return None
+    if made_from is not None and given is None:
+        experiment = experiment.changed(source_base=made_from["id"], source_base_revision=made_from["revision"])
+    base = open_source_base(experiment.models, source, FusionSettings(**run.fused.inputs["settings"]).fused)
+    if made_from is None or base is None or not base.same_model(made_from):
+        before = "without a source base" if made_from is None else f"with the source base {made_from['id']}"
+        raise UserError(
+            f"{run.fused.folder} was fused {before}, got {given}; run core/generate_hot_residual.py again, or leave "
+            "--source-base out"
+        )
+    return base
 
 
 def check_losses(losses: Sequence[float], arm: str, name: str) -> None:

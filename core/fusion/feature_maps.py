@@ -266,7 +266,11 @@ class Procrustes(Regression):
     def out_map(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
         """The orthogonal map from the source's outputs to the target's."""
         source, target = self.plans.rows("source", side, m, "fit"), self.plans.rows("target", side, layer, "fit")
-        Out = orthogonal_map(source, target)
+        # Outputs span no more directions than there are inputs. The narrow input of the MLP stands for that of down,
+        # which is wider than its outputs.
+        inputs = PROJECTIONS[side].layer_sides[0]
+        rank = min(len(self.plans.mean(model, inputs, where)) for model, where in (("target", layer), ("source", m)))
+        Out = orthogonal_map(source, target, rank)
         return Out if rows is None else Out[rows]
 
 

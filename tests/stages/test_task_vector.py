@@ -16,7 +16,9 @@ from torch.testing import assert_close
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core.fusion.residual_file import load_residuals
+from core.fusion.transport_weights import Transport
 from evaluation import compare_arms
+from evaluation.arms import models as arm_models
 
 FLAGS = ("--feature-map", "regression", "--alpha", "0.5", "--top-k", "0", "--projections", "all")
 
@@ -172,9 +174,11 @@ def test_a_dry_run_names_the_base(plans, trio, texts, tmp_path, capsys, monkeypa
     assert not (tmp_path / "o").exists()
 
 
-def test_the_comparison_takes_the_base_of_the_run_and_leaves_self_out(
-    fused, plans, trio, texts, tmp_path, capfd, fails
+def test_the_comparison_has_the_base_of_the_run_and_no_self(
+    fused, plans, trio, texts, tmp_path, capfd, fails, monkeypatch
 ):
+    made = []
+    monkeypatch.setattr(arm_models, "Transport", lambda *given: made.append(Transport(*given)) or made[-1])
     folder = tmp_path / "run"
     shutil.copytree(plans, folder / "plans")
     shutil.copytree(fused, folder / "fused")
@@ -191,6 +195,7 @@ def test_the_comparison_takes_the_base_of_the_run_and_leaves_self_out(
         "filtered_self",
         "fused",
     }
+    assert [transport.of_task_vector for transport in made] == [True]
     assert "self is left out: the target has learned nothing over itself" in printed
     run_main(compare_arms, *flags, "--source-base", trio["base"])
     assert capfd.readouterr().out == printed

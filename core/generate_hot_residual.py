@@ -17,12 +17,13 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from core.files import write_json, write_text
+from core.fusion.feature_maps import FEATURE_MAPS
 from core.fusion.residual_file import RESIDUAL_FILE, join_residuals
 from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 from core.hub import push_folder
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
-from core.models.checkpoints import Checkpoint, open_pair
+from core.models.checkpoints import Checkpoint, open_pair, open_source_base
 from core.models.folded import write_folded
 from core.runs import preflight as checks
 from core.runs.card import CARD, fused_card
@@ -32,7 +33,7 @@ from core.runs.licences import licence_warning
 from core.runs.lineage import fused_lineage
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import log_to_file, run_command, setup_logging
-from core.runs.rows_read import write_rows_read
+from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import Experiment
 from core.runs.strength_search import StrengthRows, search_settings, strength_rows, strength_search
 from core.training.hot_linear import enable_hot_residual_for_model
@@ -45,6 +46,8 @@ log = logging.getLogger("stage2")
 STAGE = "fused"
 # Below this |W~| / |W| fusing with W~ only makes the selected part of the target's weight smaller.
 DAMPING_RATIO = 1e-3
+# Below this |W~ - W| / |W| a task vector is lost in the rounding of float32.
+NOTHING_RATIO = 1e-7
 # The figures of the report that are averaged over layers, in the order of the printed table.
 FIGURES = ("norm_ratio", "cosine", "explained_variance")
 
@@ -58,6 +61,7 @@ class Job:
     target: Checkpoint
     source: Checkpoint
     folder: Path
+    source_base: Checkpoint | None = None
 
     @property
     def layers(self) -> FusedLayers:
@@ -87,7 +91,7 @@ def main(argv: list[str]) -> None:
     manifest = Manifest.begin(job.folder, STAGE, manifest_inputs(job))
     log_to_file(command.log_file("output_dir", "fused"))
     settings, made_from = job.experiment.fusion, job.plans.manifest.inputs
-    lineage = fused_lineage(job.target, job.source, made_from, dataclasses.asdict(settings))
+    lineage = fused_lineage(job.target, job.source, made_from, dataclasses.asdict(settings), job.source_base)
     if warning := licence_warning(lineage["models"]):
         log.warning(warning)
     if manifest.complete:
@@ -98,10 +102,10 @@ def main(argv: list[str]) -> None:
     shutil.rmtree(job.folder / PARTS, ignore_errors=True)
     print(summary(manifest.record))
     ratio = max(mean["norm_ratio"] or 0.0 for mean in manifest.record["mean"].values())
-    if settings.alpha != 0 and not ratio >= DAMPING_RATIO:
-        log.warning(
-            "|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights", ratio
-        )
+    whole = job.source_base is None
+    if settings.alpha != 0 and not ratio >= (DAMPING_RATIO if whole else NOTHING_RATIO):
+        what = "|W~|/|W| is %.1e: fusion only damps" if whole else "|W~-W|/|W| is %.1e: fusion does not change"
+        log.warning(what + " the target; --feature-map regression transports real weights", ratio)
     push_folder(job.folder, job.experiment.output.push_to_hub)
 
 
@@ -134,11 +138,15 @@ def open_job(command: Command) -> Job:
         source_model=command.experiment.models.source_model or made_from["source"]["id"],
     )
     target, source = open_pair(experiment.models, experiment.compute.device)
-    check_output_folder(folder, plans.folder, target.folder, source.folder)
+    base = open_source_base(experiment.models, source, experiment.fusion.fused)
+    models = [model.folder for model in (target, source, base) if model is not None]
+    check_output_folder(folder, plans.folder, *models)
     plans.check_models(target, source)
     experiment.fusion.check_feature_map()
     plans.check_projections(experiment.fusion.fused)
-    return Job(experiment, plans, target, source, folder)
+    if base is not None and not FEATURE_MAPS[experiment.fusion.feature_map].reads_feature_plans:
+        plans.check_source_inputs(experiment.fusion.fused)
+    return Job(experiment, plans, target, source, folder, base)
 
 
 def preflight(job: Job, report: bool) -> None:
@@ -155,6 +163,11 @@ def preflight(job: Job, report: bool) -> None:
         *checks.model_problems("source", job.source, settings.fused),
         *checks.disk_problems(job.folder, disk),
     ]
+    if job.source_base is not None:
+        memory += checks.task_vector_memory(job.source, settings.fused)
+        problems += checks.model_problems("source base", job.source_base, settings.fused)
+        if report:
+            print(checks.describe("source base", job.source_base))
     if report:
         print(checks.stage2_report(job.plans, job.target, job.source, settings, memory, disk))
         problems += checks.memory_problems(memory, job.experiment.compute.device)
@@ -165,11 +178,13 @@ def manifest_inputs(job: Job) -> dict[str, Any]:
     """All that the bytes of the checkpoint depend on."""
     fusion = dataclasses.asdict(job.experiment.fusion)
     found = {} if job.rows is None else {"strength_rows": job.rows.identity()}
+    base = {} if job.source_base is None else {"source_base": job.source_base.identity}
     return {
         **found,
         "plans": job.plans.manifest.record["fingerprint"],
         "target": job.target.identity,
         "source": job.source.identity,
+        **base,
         "settings": fusion,
         "writing": {name: value for name, value in job.experiment.deciding("2").items() if name not in fusion},
     }
@@ -179,7 +194,7 @@ def write_checkpoint(job: Job, manifest: Manifest, lineage: dict[str, Any]) -> N
     """Fuse, and write every file of the checkpoint; the manifest that says that it is complete comes last."""
     settings, folder, layers = job.experiment.fusion, job.folder, job.layers
     save_resolved(job.experiment, "2", folder)
-    layers.transport(job.plans, job.target, job.source)
+    layers.transport(job.plans, job.target, job.source, job.source_base)
     choice = find_strength(job)
     rows = settings.row_kinds[0] if choice is None else choice.candidate
     alpha = float(settings.alpha) if choice is None else choice.alpha
@@ -199,7 +214,8 @@ def write_checkpoint(job: Job, manifest: Manifest, lineage: dict[str, Any]) -> N
         },
     )
     write_text(folder / CARD, fused_card(lineage, means, dropped, choice.sentence("Fusion") if choice else None))
-    write_rows_read(folder, {} if job.rows is None else job.rows.marks(), [job.plans.folder])
+    made_with = [job.plans.folder, *recorded(job.source_base)]
+    write_rows_read(folder, {} if job.rows is None else job.rows.marks(), made_with)
     manifest.finish(
         strength=strength,
         mean=means,
@@ -237,7 +253,8 @@ def means_by_projection(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, 
 
 def summary(record: dict[str, Any]) -> str:
     """The table that stage 2 ends with, from the finished manifest."""
-    lines = ["projection   |W~|/|W|     cosine   share of output variance explained on rows kept aside"]
+    ratio = "|W~-W|/|W|" if "source_base" in record["lineage"]["models"] else "  |W~|/|W|"
+    lines = [f"projection {ratio}     cosine   share of output variance explained on rows kept aside"]
     for projection, mean in record["mean"].items():
         figures = ["-" if mean[key] is None else f"{mean[key]:.3g}" for key in FIGURES]
         lines.append(f"{projection:10} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10}")

@@ -59,7 +59,7 @@ def wrong_layer(fused: Residual, transport: Transport, generator: Generator) -> 
 
 def self_regressed(fused: Residual, transport: Transport, generator: Generator) -> Residual:
     """W~ regressed from the target's own inputs to its own outputs, which smooths W without any source. The mean output
-    is kept."""
+    is kept. With a task vector it is W: the target differs from itself by nothing."""
     return transport.regress_own(fused)
 
 

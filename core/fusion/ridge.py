@@ -63,3 +63,32 @@ def _factor(R: Tensor, ridge: float, by_rows: bool) -> tuple[Tensor, Tensor]:
     if R.dtype == torch.float64:
         raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
     return _factor(R.double(), ridge, by_rows)
+
+
+def orthogonal_map(R: Tensor, S: Tensor, rank: int) -> Tensor:
+    """The map [s, r] with orthonormal rows or columns, whichever are fewer, that fits R @ map^T to S best.
+
+    This is the orthogonal Procrustes problem (Schonemann 1966): U V^T from the singular value decomposition of S^T R.
+    For r = s it minimises |R map^T - S|, and otherwise it maximises the inner product of the two. Computed in float64,
+    because the singular values of activations span seven orders of magnitude.
+
+    Args:
+        R: [T, r] and S: [T, s], both centred.
+        rank: how many directions the rows can span. The others, in which rows hold nothing but their rounding, are
+            mapped to zero; an orthogonal map would turn that rounding into any direction at full length.
+    """
+    product = S.T.double() @ R.double()  # [s, T] @ [T, r] -> [s, r]
+    if rank < min(product.shape):
+        # The leading directions of the shorter side come first, which takes less than half the time of the whole SVD.
+        short = product if product.shape[0] <= product.shape[1] else product.T
+        leading = torch.linalg.eigh(short @ short.T).eigenvectors[:, -rank:]  # ascending
+        short_map = leading @ _polar(leading.T @ short)
+        return (short_map if short is product else short_map.T).to(R.dtype)
+    return _polar(product).to(R.dtype)
+
+
+def _polar(matrix: Tensor) -> Tensor:
+    """U V^T of a matrix U S V^T, without the directions in which it is zero."""
+    U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = values > values[0] * torch.finfo(values.dtype).eps * max(matrix.shape)
+    return U[:, kept] @ Vh[kept]

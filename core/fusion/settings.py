@@ -90,6 +90,19 @@ class FusionSettings:
         if self.q_topk is not None and not FEATURE_MAPS[self.feature_map].reads_feature_plans:
             raise UserError(f"q_topk thins out plans, which {self.feature_map} does not read; leave it out")
 
+    def check_task_vector(self) -> None:
+        """Raise UserError for settings that mean nothing where a source's difference to its base is transported."""
+        if self.residual_form == "additive":
+            raise UserError(
+                "residual_form additive adds a whole source; with --source-base, interpolate is W + alpha times the "
+                "transported difference already"
+            )
+        if self.rows == "difference":
+            raise UserError(
+                "rows difference is of a whole source; what --source-base transports is a difference already: take "
+                "--rows aligned or anchored"
+            )
+
     def check_feature_map(self) -> None:
         """Raise UserError where the feature map cannot fuse these projections, or has no rows to choose.
 
@@ -102,4 +115,4 @@ class FusionSettings:
                 "--feature-map regression, or --projections q,k,v,o"
             )
         if self.rows not in ("auto", "aligned") and FEATURE_MAPS[self.feature_map].reads_feature_plans:
-            raise UserError(f"rows {self.rows} is of regression; {self.feature_map} reads plans")
+            raise UserError(f"rows {self.rows} is of {_WITHOUT_FEATURE_PLANS}; {self.feature_map} reads plans")

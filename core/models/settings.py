@@ -20,8 +20,15 @@ class ModelSettings:
     source_model: str = option(
         "", "123e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id", changes=""
     )
+    source_base: str | None = option(
+        None,
+        "12e",
+        "model that the source was tuned from; what is transported is then what the source learned over it",
+        changes="",
+    )
     target_revision: str | None = option(None, "12e", "hub revision of the target", changes="")
     source_revision: str | None = option(None, "123e", "hub revision of the source", changes="")
+    source_base_revision: str | None = option(None, "12e", "hub revision of the source's base", changes="")
     trust_remote_code: bool = option(False, "123e", "allow code that comes with a model", changes="")
 
 

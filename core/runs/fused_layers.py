@@ -58,15 +58,19 @@ class FusedLayers:
         """The lines of the report, as `fuse_attention_only_from_hot_dir` gives them."""
         return [line for path in self.paths(rows) for line in read_json(path.with_suffix(".json"))["lines"]]
 
-    def transport(self, plans: PlanDirectory, target: Checkpoint, source: Checkpoint) -> None:
+    def transport(
+        self, plans: PlanDirectory, target: Checkpoint, source: Checkpoint, source_base: Checkpoint | None
+    ) -> None:
         """Make every file that is missing. Layers that a killed run finished are not computed again.
 
+        Args:
+            source_base: the model that the source was tuned from, where their difference is transported.
         Raises:
             UserError: a layer has no corresponding source layer, or a weight is not finite.
         """
         kinds = self.settings.row_kinds
         missing = [(m, kind) for m in range(self.n_layers) for kind in kinds if not self.path(kind, m).is_file()]
-        transport = Transport(plans, source, self.settings)
+        transport = Transport(plans, source, self.settings, source_base)
         transports = {kind: transport.with_rows(kind) for kind in kinds}
         with tqdm(total=len(missing) * len(self.settings.fused), desc="fusing", unit="projection") as bar:
             for layer, kind in missing:

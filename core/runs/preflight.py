@@ -114,6 +114,12 @@ def stage2_memory(
     return BASE_BYTES + max(mixing, shard, finding)
 
 
+def task_vector_memory(source: Checkpoint, projections: Sequence[str]) -> float:
+    """Bytes that the difference of the source to its base adds to `stage2_memory`: two weights and their difference."""
+    widest = max(source.layout.size(name) * source.layout.size(PROJECTIONS[name].input_side) for name in projections)
+    return 12.0 * widest
+
+
 def stage2_disk(target: Checkpoint, settings: FusionSettings) -> float:
     """Bytes of the fused checkpoint: the target's weights, and the residuals.
 

@@ -79,7 +79,7 @@ def make_absolute(given: dict[str, Any], started_in: Path) -> None:
     for name in PATHS:
         if name in given:
             given[name] = str(started_in / given[name])
-    for name in ("target_model", "source_model"):
+    for name in ("target_model", "source_model", "source_base"):
         if name in given and (started_in / given[name]).exists():
             given[name] = str(started_in / given[name])
 
@@ -128,6 +128,7 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
     pair = base = f"{task}-quick" if quick else task
     if pair_of(after) != pair_of(before):
         pair += f"-{Path(after.models.target_model).name}-from-{Path(after.models.source_model).name}"
+        pair += f"-since-{Path(after.models.source_base).name}" if after.models.source_base else ""
     same_target = pair_of(after)[:2] == pair_of(before)[:2]
     names = {
         "name": pair + strengths_in_name(before, after) + (f"-{after.fusion.feature_map}" if other_map else ""),
@@ -167,9 +168,12 @@ def strengths_in_name(before: Experiment, after: Experiment) -> str:
 
 
 def pair_of(experiment: Experiment) -> tuple[Any, ...]:
-    """What says which two models a run is of."""
+    """What says which models a run is of."""
     models = experiment.models
-    return models.target_model, models.target_revision, models.source_model, models.source_revision
+    return (
+        *(models.target_model, models.target_revision, models.source_model, models.source_revision),
+        *(models.source_base, models.source_base_revision),
+    )
 
 
 def check(run: Mapping[str, Any], results: Path, dry_run: bool) -> None:

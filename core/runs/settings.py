@@ -277,6 +277,8 @@ class Experiment:
             setting.check(self.value(setting))
         for group in (self.fusion, self.training, self.output):
             group.check()
+        if self.models.source_base is not None:
+            self.fusion.check_task_vector()
         if self.training.freeze_strategy == "frozen_base" and self.adapters.use_lora:
             raise UserError("LoRA adapts the base, which frozen_base freezes; leave out one of the two")
         check_device(self.compute.device)

@@ -23,7 +23,7 @@ from core.fusion.transport_weights import Transport, fuse_layer
 from core.models.checkpoints import Checkpoint
 from core.runs.settings import Experiment
 from core.runs.strength_search import search_settings, strength_rows, strength_search
-from core.training.strengths import Choice, StrengthSearch
+from core.training.strengths import StrengthSearch
 from evaluation.arms.run import Run
 from evaluation.significance import record_of_difference
 
@@ -33,20 +33,21 @@ class ControlResiduals:
 
     Args:
         run: whose controls they are.
-        target, source: the pair of models from which it was made.
+        target: the model that was fused into.
+        transport: what was fused.
         model: the loaded target, on which strengths are found. Its weights are the same before and after each call.
         experiment: device, dtype, seed and batch size.
     """
 
-    def __init__(self, run: Run, target: Checkpoint, source: Checkpoint, model: Any, experiment: Experiment):
+    def __init__(self, run: Run, target: Checkpoint, transport: Transport, model: Any, experiment: Experiment):
         self.target, self.seed = target, experiment.compute.seed
         residuals, self.alpha, _ = load_residuals(run.fused.folder / RESIDUAL_FILE)
         self.fused = [residual.to(target.device) for residual in residuals]
         self.settings = FusionSettings(**run.fused.inputs["settings"])
-        self.transport = Transport(run.plans, source, self.settings)
+        self.transport = transport
         found = run.fused.record.get("strength")
         self.rows = self.settings.row_kinds[0] if found is None else found["rows"]
-        self.choices: dict[str, Choice] = {}
+        self.found: dict[str, dict[str, Any]] = {}  # control -> how its strength was found
         self.search: StrengthSearch | None = None
         if self.settings.finds_alpha:
             self.experiment = as_fused(experiment, run)
@@ -59,7 +60,7 @@ class ControlResiduals:
         of_rows = lru_cache(1)(lambda rows: list(self._made(control, rows)))
         candidates = {rows: partial(of_rows, rows) for rows in self.settings.row_kinds}
         choice = self.search.find(control, candidates, search_settings(self.experiment))
-        self.choices[control] = choice
+        self.found[control] = choice.record()
         return of_rows(choice.candidate), choice.alpha
 
     def _made(self, control: str, rows: str) -> Iterator[Residual]:

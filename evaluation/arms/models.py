@@ -12,7 +12,8 @@ from core.files import digest_of
 from core.fusion.controls import CONTROLS
 from core.fusion.feature_maps import FEATURE_MAPS
 from core.fusion.settings import FusionSettings
-from core.models.checkpoints import Checkpoint, open_checkpoint
+from core.fusion.transport_weights import Transport
+from core.models.checkpoints import Checkpoint, open_checkpoint, open_source_base
 from core.runs.settings import Experiment
 from core.training.heldout import text_nll
 from core.training.hot_linear import fold_in_place, restore_base
@@ -22,6 +23,8 @@ from evaluation.arms.texts import TextSet
 
 # Name of a set of texts -> summed negative log-likelihood (nats) of every text.
 Losses = dict[str, list[float]]
+# `core.training.strengths.Choice.record` of a control; None for an arm that no strength was found for.
+Strength = dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Arms:
         run: the stages whose results are compared.
         target, source: the pair of models from which the run was made.
         experiment: device, dtype, seed and batch size.
+        source_base: the model that the source was tuned from, where the run transported their difference.
     """
 
     run: Run
     target: Checkpoint
     source: Checkpoint
     experiment: Experiment
+    source_base: Checkpoint | None = None
 
     @property
     def absent(self) -> dict[str, str]:
@@ -50,6 +55,8 @@ class Arms:
             found["wrong_layer"] = "the target has one layer, so that W~ of another layer does not exist"
         if FEATURE_MAPS[self.settings.feature_map].reads_feature_plans:
             found["filtered_self"] = f"{self.settings.feature_map} regresses nothing whose spectrum could be taken"
+        if self.source_base is not None:
+            found["self"] = "the target has learned nothing over itself, so that this is base"
         return found
 
     @property
@@ -65,8 +72,8 @@ class Arms:
         fused = dict.fromkeys(("base", *controls), digest_of(self.run.fused.record))
         return fused | {arm: digest_of(found.record) for arm, found in self.run.checkpoints.items()}
 
-    def losses(self, arms: Sequence[str], sets: Mapping[str, TextSet]) -> Iterator[tuple[str, Losses]]:
-        """(arm, its losses) of each of `arms`, those without a checkpoint first.
+    def losses(self, arms: Sequence[str], sets: Mapping[str, TextSet]) -> Iterator[tuple[str, Losses, Strength]]:
+        """(arm, its losses, how its strength was found) of each of `arms`, those without a checkpoint first.
 
         Raises:
             UserError: a loss that is not finite.
@@ -78,17 +85,20 @@ class Arms:
         for arm in on_disk:
             folder = str(self.run.checkpoints[arm].folder)
             checkpoint = open_checkpoint(folder, None, models.trust_remote_code, compute.device)
-            yield arm, self._losses_of(checkpoint.load_model(compute.dtype), arm, sets)
+            yield arm, self._losses_of(checkpoint.load_model(compute.dtype), arm, sets), None
 
-    def _losses_in_memory(self, arms: Sequence[str], sets: Mapping[str, TextSet]) -> Iterator[tuple[str, Losses]]:
+    def _losses_in_memory(
+        self, arms: Sequence[str], sets: Mapping[str, TextSet]
+    ) -> Iterator[tuple[str, Losses, Strength]]:
         """Of base and controls, whose model is the target, changed in memory."""
         model = self.target.load_model(self.experiment.compute.dtype)
         name_of = self.target.layout.name
-        controls = ControlResiduals(self.run, self.target, self.source, model, self.experiment)
+        transport = Transport(self.run.plans, self.source, self.settings, self.source_base)
+        controls = ControlResiduals(self.run, self.target, transport, model, self.experiment)
         for arm in arms:
             changed, alpha = ([], 0.0) if arm == "base" else controls.of(arm)
             fold_in_place(model, changed, name_of, alpha, self.settings.residual_form)
-            yield arm, self._losses_of(model, arm, sets)
+            yield arm, self._losses_of(model, arm, sets), controls.found.get(arm)
             restore_base(model, controls.fused, name_of)  # all residuals of a run have the same selection
 
     def _losses_of(self, model: Any, arm: str, sets: Mapping[str, TextSet]) -> Losses:
@@ -97,6 +107,27 @@ class Arms:
         for name, values in losses.items():
             check_losses(values, arm, name)
         return losses
+
+
+def open_base_of(run: Run, experiment: Experiment, source: Checkpoint) -> Checkpoint | None:
+    """The model that the source was tuned from, where the run transported their difference; the controls need it.
+
+    Raises:
+        UserError: the settings name another model than stage 2 had, or one where it had none.
+    """
+    made_from, given = run.fused.inputs.get("source_base"), experiment.models.source_base
+    if made_from is None and given is None:
+        return None
+    if made_from is not None and given is None:
+        experiment = experiment.changed(source_base=made_from["id"], source_base_revision=made_from["revision"])
+    base = open_source_base(experiment.models, source, FusionSettings(**run.fused.inputs["settings"]).fused)
+    if made_from is None or base is None or not base.same_model(made_from):
+        before = "without a source base" if made_from is None else f"with the source base {made_from['id']}"
+        raise UserError(
+            f"{run.fused.folder} was fused {before}, got {given}; run core/generate_hot_residual.py again, or leave "
+            "--source-base out"
+        )
+    return base
 
 
 def check_losses(losses: Sequence[float], arm: str, name: str) -> None:

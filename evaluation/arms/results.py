@@ -47,6 +47,7 @@ class Results:
             "inputs": inputs,
             "made_from": made_from,
             "per_text": {arm: measured[arm] for arm in kept},
+            "strengths": {arm: found for arm, found in before.get("strengths", {}).items() if arm in kept},
             "near_duplicates": {name: texts.near_duplicates for name, texts in sets.items()},
         }
 
@@ -55,9 +56,15 @@ class Results:
         """The arms that have not been measured, in the order of the table."""
         return [arm for arm in self.record["made_from"] if arm not in self.record["per_text"]]
 
-    def add(self, arm: str, losses: Losses) -> None:
-        """Record the losses of one arm, on disk as well."""
+    def add(self, arm: str, losses: Losses, strength: Mapping[str, Any] | None = None) -> None:
+        """Record the losses of one arm, on disk as well.
+
+        Args:
+            strength: how the strength of a control was found; None where it was not.
+        """
         self.record["per_text"][arm] = losses
+        if strength is not None:
+            self.record["strengths"][arm] = strength
         write_json(self.path, self.record)
 
     def finish(self, absent: Mapping[str, str]) -> dict[str, Any]:

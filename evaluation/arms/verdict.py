@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from core.fusion.controls import CONTROLS
+from core.fusion.strengths import mean_strength
 from evaluation.arms.run import TRAINED
 from evaluation.significance import below_zero, difference, interval
 
@@ -120,6 +121,18 @@ def notes(counts: Mapping[str, Any]) -> list[str]:
     elif groups < FEW_GROUPS:
         lines.append(f"The intervals rest on only {groups} groups and are rough.")
     return lines
+
+
+def strength_notes(strengths: Mapping[str, Any]) -> list[str]:
+    """A sentence on the strengths of the controls, where that of the fusion was chosen or learned.
+
+    Args:
+        strengths: control -> `core.training.strengths.Choice.record`.
+    """
+    if not strengths:
+        return []
+    found = ", ".join(f"{control} {mean_strength(one['alpha']):.3f}" for control, one in strengths.items())
+    return [f"Strengths of the controls were found in the same way (means over projections): {found}."]
 
 
 def seed_notes(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:

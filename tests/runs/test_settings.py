@@ -93,12 +93,12 @@ CHANGES = {
 }
 # Stage -> the settings that only name an input. The contents of the model or of the rows are recorded in their place.
 INPUTS = {
-    "1": "target_model target_revision source_model source_revision data_subset data_file max_rows_read group_column "
-    "split_seed calibration_samples",
-    "2": "target_model target_revision source_model source_revision",
+    "1": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
+    "data_file max_rows_read group_column split_seed calibration_samples",
+    "2": "target_model target_revision source_model source_revision source_base source_base_revision",
     "3": "source_model source_revision data_subset data_file max_rows_read group_column split_seed sft_samples",
-    "e": "target_model target_revision source_model source_revision data_subset data_file max_rows_read group_column "
-    "split_seed held_out_samples general_file",
+    "e": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
+    "data_file max_rows_read group_column split_seed held_out_samples general_file",
 }
 # Stage -> the settings on which no byte of its output depends: they say where, how fast, or what else is done.
 WITHOUT_EFFECT = {

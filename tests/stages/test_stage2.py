@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import llama, make_tokenizer, save
+from permuted_models import SQUARE, permuted
 from safetensors.torch import load_file
 from stages import digests, fuse, logits, plan
 from torch.testing import assert_close
@@ -181,29 +182,6 @@ def test_sharded_half_precision_target_keeps_names_and_dtype(plans, models, text
     assert torch.equal(logits(out), logits(whole))
 
 
-SQUARE = dict(head_dim=8, num_key_value_heads=3, hidden_size=24, num_hidden_layers=2)
-
-
-def permuted(target):
-    """The same model with its hidden channels and its heads in another order."""
-    channels, heads = torch.randperm(24, generator=torch.Generator().manual_seed(5)), torch.tensor([2, 0, 1])
-    neurons = (heads[:, None] * 8 + torch.arange(8)).flatten()
-    state = {}
-    for name, value in target.state_dict().items():
-        if name.endswith("o_proj.weight"):
-            value = value[channels][:, neurons]
-        elif "self_attn" in name:
-            value = value[neurons][:, channels]
-        elif name.endswith("down_proj.weight") or value.ndim == 1:
-            value = value[channels]
-        else:
-            value = value[:, channels]
-        state[name] = value
-    source = llama(**SQUARE)
-    source.load_state_dict(state)
-    return source
-
-
 def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
     """Source = target with hidden channels and heads permuted: W~ = W, so the fused model is the target at any alpha.
 
@@ -236,12 +214,7 @@ def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
 def test_corollary_4_2_holds_through_the_mlp(texts, tmp_path):
     """The same with the neurons of the MLP permuted as well, and all seven projections fused."""
     target = llama(**SQUARE)
-    source = permuted(target)
-    for layer in source.model.layers:
-        order = torch.randperm(layer.mlp.up_proj.out_features, generator=torch.Generator().manual_seed(5))
-        for name in ("gate_proj", "up_proj"):
-            getattr(layer.mlp, name).weight.data = getattr(layer.mlp, name).weight.data[order]
-        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order]
+    source = permuted(target, mlp=True)
     tokenizer = make_tokenizer(400, 1)
     models = {"target": save(target, tokenizer, tmp_path / "t"), "source": save(source, tokenizer, tmp_path / "s")}
     assert_close(logits(models["source"]), logits(models["target"]), atol=1e-4, rtol=1e-4)

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     run = Run.open(folder, plans)
     target, source = open_pair(experiment.models, experiment.compute.device)
     plans.check_models(target, source)
-    sets = text_sets(experiment, run, target.load_tokenizer())
+    sets = text_sets(experiment, run, (target.load_tokenizer(), source.load_tokenizer()))
     if "dry_run" in command.modes:
         print(report(Arms(run, target, source, experiment), sets))
         return

@@ -98,14 +98,14 @@ INPUTS = {
     "2": "target_model target_revision source_model source_revision",
     "3": "source_model source_revision data_subset data_file max_rows_read group_column split_seed sft_samples",
     "e": "target_model target_revision source_model source_revision data_subset data_file max_rows_read group_column "
-    "split_seed held_out_samples general_file",
+    "split_seed held_out_samples general_file general_subset",
 }
 # Stage -> the settings on which no byte of its output depends: they say where, how fast, or what else is done.
 WITHOUT_EFFECT = {
     "1": "trust_remote_code activations_budget_mb pairs_budget_mb",
     "2": "push_to_hub",
     "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
-    "e": "trust_remote_code",
+    "e": "trust_remote_code controls",
 }
 # Type of a setting -> a value that none of them has by default.
 OTHERS = {str: "another", int: 7, float: 0.77, bool: True, tuple: (0.5,)}

@@ -45,15 +45,15 @@ def main(argv: list[str]) -> None:
     target, source = open_pair(experiment.models, experiment.compute.device)
     plans.check_models(target, source)
     arms = Arms(run, target, source, experiment, open_base_of(run, experiment, source))
-    sets = text_sets(experiment, run, target.load_tokenizer())
+    sets = text_sets(experiment, run, (target.load_tokenizer(), source.load_tokenizer()))
     if "dry_run" in command.modes:
         print(report(arms, sets))
         return
     hold(folder)
     log_to_file(command.log_file("run_dir", "."))
     results = Results(folder / "results.json", inputs_of(run, sets, experiment), arms.made_from, sets)
-    for arm, losses, strength in arms.losses(results.missing, sets):
-        results.add(arm, losses, strength)
+    for arm, losses in arms.losses(results.missing, sets):
+        results.add(arm, losses)
     record = results.finish(arms.absent)
     text = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
     text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])

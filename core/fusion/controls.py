@@ -73,6 +73,18 @@ def filtered_self(fused: Residual, transport: Transport, generator: Generator) -
     return transport.regress_own(fused, filtered=True)
 
 
+def random_source(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """W~ once more, from a transport that reads a source of the same architecture with fresh weights. What it gains is
+    what any network of this shape would give.
+
+    Args:
+        transport: not the one that made `fused`, but one on the rows of such a source; layers are matched as for
+            `fused`, by the plans of the real source.
+    """
+    (found,) = transport_into([fused], transport, fused.layer)
+    return found
+
+
 CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
     "damped": damped,
     "damped_mean": damped_mean,
@@ -80,4 +92,5 @@ CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
     "wrong_layer": wrong_layer,
     "self": self_regressed,
     "filtered_self": filtered_self,
+    "random_source": random_source,
 }

@@ -166,7 +166,7 @@ class Checkpoint:
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again") from None
 
-    def _check_code(self) -> None:
+    def check_code(self) -> None:
         """Raise UserError when the model's classes are not part of transformers and may not run, or are missing."""
         if not self.layout.family.needs_code:
             return
@@ -201,7 +201,7 @@ class Checkpoint:
         """
         import transformers
 
-        self._check_code()
+        self.check_code()
         if dtype == "auto" and self.device == "cpu":
             dtype = "float32"
         loader = getattr(transformers, self.layout.family.auto)

@@ -6,6 +6,7 @@ in it. Both readings are made together here, before any model is loaded; nothing
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -140,17 +141,30 @@ def _token_ends(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], 
     found before the cut, because after a cut inside a letter its first bytes would pass for the whole.
     """
     encoding = tokenized(tokenizer, text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ends: dict[int, int] = {}
-    first = None
-    for token, (span, special) in enumerate(
-        zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
-    ):
-        if special or span[0] == span[1]:
-            continue
-        first = token if first is None else first
-        ends[span[1]] = token
-    kept = {end: token for end, token in ends.items() if token != first and token < max_tokens}
+    first = min((token for token, _, _ in _text_tokens(encoding)), default=None)
+    ends = token_ends(encoding).items()
+    kept = {end: token for end, token in ends if token != first and token < max_tokens}
     return encoding["input_ids"][:max_tokens], kept
+
+
+def token_ends(encoding: Any) -> dict[int, int]:
+    """Character offset -> the token that ends there; special tokens that the tokenizer added are left out.
+
+    A token may hold the end of one letter and the first bytes of the next. Tokenizers then say that it ends with the
+    next letter, which it has not read whole. So an end counts only where the following token begins at or after it.
+
+    Args:
+        encoding: of one text, with `offset_mapping` and `special_tokens_mask`.
+    """
+    tokens = _text_tokens(encoding)
+    following = [begin for _, begin, _ in tokens[1:]] + [math.inf]
+    return {end: token for (token, _, end), begin in zip(tokens, following, strict=False) if begin >= end}
+
+
+def _text_tokens(encoding: Any) -> list[tuple[int, int, int]]:
+    """(token, the offset at which it begins, the one at which it ends) of the tokens that hold text."""
+    spans = enumerate(zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True))
+    return [(token, begin, end) for token, ((begin, end), special) in spans if not special and begin < end]
 
 
 def text_batches(reading: Reading, tokens_per_batch: int) -> list[list[int]]:

@@ -165,9 +165,27 @@ class EvaluationSettings:
     """Held-out texts: on which losses are compared."""
 
     held_out_samples: int = option(64, "e", "at most so many held-out texts", range=AT_LEAST_ONE, changes="")
-    general_file: str | None = option(
-        None, "e", "local general text; what fusion costs there is reported beside the gain", changes=""
+    general_subset: str | None = option(
+        None,
+        "e",
+        "general text, whose loss is reported beside the gain: what fusion costs there",
+        DATA_SUBSETS,
+        changes="",
     )
+    general_file: str | None = option(None, "e", "local general text, in place of general_subset", changes="")
+    controls: str = option(
+        "usual",
+        "e",
+        "all: also random_source, for which a model as large as the source reads the calibration texts (minutes)",
+        ("usual", "all"),
+        changes="",
+    )
+
+    def general_spec(self, split_seed: int) -> DataSpec | None:
+        """Which general text is read, and the split of which the held-out part is scored; None for no such text."""
+        if self.general_file is None and self.general_subset is None:
+            return None
+        return DataSpec("file" if self.general_file else str(self.general_subset), self.general_file, split_seed)
 
 
 @dataclass(frozen=True)

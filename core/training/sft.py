@@ -49,7 +49,7 @@ def _ids_with_loss(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
         return ids, [True] * len(ids)
     if not tokenizer.chat_template:
         encoded = tokenized(tokenizer, row.plain, return_offsets_mapping=True)
-        ids, has_loss = encoded["input_ids"], _in_spans(encoded, _lines_of_answers(row), tokenizer)
+        ids, has_loss = encoded["input_ids"], _in_spans(encoded, lines_of_answers(row), tokenizer)
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             return [*ids, tokenizer.eos_token_id], [*has_loss, row.messages[-1][0] == "assistant"]
         return ids, has_loss
@@ -97,7 +97,7 @@ def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     )
 
 
-def _lines_of_answers(row: Row) -> list[tuple[int, int]]:
+def lines_of_answers(row: Row) -> list[tuple[int, int]]:
     """The spans of characters of the assistant's answers in `Row.plain`, which has one message per line."""
     spans, begin = [], 0
     for role, content in row.messages:

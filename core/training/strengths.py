@@ -109,7 +109,7 @@ class Choice:
     def record(self) -> dict[str, Any]:
         """What files say of it."""
         found = {"alpha": self.alpha, "rows": self.candidate, "gain": self.gain, "tried": self.tried}
-        return {**found, "sentence": self.sentence("fusion")}
+        return {**found, "sentence": self.sentence("Fusion")}
 
     def sentence(self, what: str) -> str:
         """What the log and the card say, of `what` was fused."""

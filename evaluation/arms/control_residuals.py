@@ -6,7 +6,7 @@ where it was chosen or learned, theirs are found on the same rows, by the same s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -34,17 +34,24 @@ class ControlResiduals:
     Args:
         run: whose controls they are.
         target: the model that was fused into.
-        transport: what was fused.
+        transport_of: control -> the transport from which its W~ is made.
         model: the loaded target, on which strengths are found. Its weights are the same before and after each call.
         experiment: device, dtype, seed and batch size.
     """
 
-    def __init__(self, run: Run, target: Checkpoint, transport: Transport, model: Any, experiment: Experiment):
+    def __init__(
+        self,
+        run: Run,
+        target: Checkpoint,
+        transport_of: Callable[[str], Transport],
+        model: Any,
+        experiment: Experiment,
+    ):
         self.target, self.seed = target, experiment.compute.seed
         residuals, self.alpha, _ = load_residuals(run.fused.folder / RESIDUAL_FILE)
         self.fused = [residual.to(target.device) for residual in residuals]
         self.settings = FusionSettings(**run.fused.inputs["settings"])
-        self.transport = transport
+        self.transport_of = transport_of
         found = run.fused.record.get("strength")
         self.rows = self.settings.row_kinds[0] if found is None else found["rows"]
         self.found: dict[str, dict[str, Any]] = {}  # control -> how its strength was found
@@ -65,7 +72,7 @@ class ControlResiduals:
 
     def _made(self, control: str, rows: str) -> Iterator[Residual]:
         """The residuals of a control, with W~ regressed on a kind of rows."""
-        transport = self.transport.with_rows(rows)
+        transport = self.transport_of(control).with_rows(rows)
         generator = torch.Generator().manual_seed(self.seed)
         bar = tqdm(self._fused(rows, transport), total=len(self.fused), desc=f"building {control}", unit="projection")
         for residual in bar:

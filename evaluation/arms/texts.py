@@ -10,6 +10,7 @@ from core.data import DataSpec, Row, divide
 from core.errors import UserError
 from core.runs.rows_read import check_held_out, check_same_split
 from core.runs.settings import Experiment
+from core.texts.tokens import special_ids
 from core.training.heldout import trained_tokens
 from core.training.sft import Example, sft_example
 from evaluation.arms.run import Run
@@ -77,7 +78,7 @@ def text_set(name: str, rows: Sequence[Row], tokenizer: Any, max_tokens: int) ->
     scored = [number for number, count in enumerate(trained_tokens(examples)) if count]
     if not scored:
         raise UserError(f"the {name} texts have no token with loss within {max_tokens} tokens; raise --max-tokens")
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer)
     return TextSet(
         examples=[examples[number] for number in scored],
         groups=[rows[number].group for number in scored],

@@ -10,6 +10,7 @@ from family_models import logits, stock
 from safetensors.torch import load_file
 from stages import digests, killed, losses, run
 from test_token_map import bytes_of, slowly_mapped
+from tokenizers.processors import TemplateProcessing
 
 from core import train_hot_residual_sft as stage3
 from core.data import Row
@@ -82,6 +83,34 @@ def test_the_source_teaches_where_both_have_read_the_same_bytes_and_a_text_token
     ]
     assert list(zip(lesson.positions, lesson.picks, strict=True)) == expected and len(expected) > 3
     assert len(lesson.ids) == lesson.picks[-1] + 1
+
+
+@pytest.mark.parametrize("starts", [TEXT, "<|end|>" + TEXT])
+def test_a_source_that_begins_its_texts_with_a_token_reads_it_once(starts, pair):
+    target, source, _ = pair
+    row = Row(((None, starts),))
+    without = lesson_of(row, target, source, 1000)
+    begin = source.convert_tokens_to_ids("<|end|>")
+    source.bos_token = "<|end|>"
+    source.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", begin)]
+    )
+    lesson, added = lesson_of(row, target, source, 1000), starts == TEXT
+    assert lesson.ids == ([begin] if added else []) + without.ids and lesson.ids.count(begin) == 1
+    assert lesson.positions == without.positions and lesson.picks == [pick + added for pick in without.picks]
+
+
+def test_ids_that_no_token_has_take_no_part(pair, tmp_path):
+    """Models round their vocabulary up, and the weights of what they add are never trained."""
+    target, source, model = pair
+    lessons = read_lessons([Row(((None, TEXT),))], target, source, 100, 4096)
+    to_target = first_token_map(source, target)[:500]
+    write_targets(lessons, lambda: model, to_target, tmp_path / "a", 1.0)
+    model.resize_token_embeddings(512)
+    with torch.no_grad():
+        model.lm_head.weight[500:] = model.lm_head.weight[:12] * 3
+    write_targets(lessons, lambda: model, to_target, tmp_path / "b", 1.0)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
 def test_a_row_of_which_nothing_is_taught_is_not_read(pair):

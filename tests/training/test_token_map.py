@@ -62,7 +62,7 @@ def test_special_tokens_are_known_by_name_alone():
 
 def blank_first_tokenizer():
     """A tokenizer as that of LLaMA 2: a blank is put before every text, and unknown characters become bytes."""
-    letters = ["▁", *"modelweight"]
+    letters = ["▁", *"modelweightà"]
     words = ["▁m", "▁mo", "▁mod", "▁w", "▁we", "mo", "mod", "▁▁"]
     vocabulary = {token: n for n, token in enumerate(dict.fromkeys(["<unk>", *letters, *words]))}
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}

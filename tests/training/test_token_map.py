@@ -62,11 +62,12 @@ def test_special_tokens_are_known_by_name_alone():
 
 def blank_first_tokenizer():
     """A tokenizer as that of LLaMA 2: a blank is put before every text, and unknown characters become bytes."""
-    letters = ["▁", *"modelweightà"]
-    words = ["▁m", "▁mo", "▁mod", "▁w", "▁we", "mo", "mod", "▁▁"]
+    letters = ["▁", *"modelweightà\n"]
+    words = ["▁m", "▁mo", "▁mod", "▁w", "▁we", "mo", "mod", "▁▁", "\n\n"]
     vocabulary = {token: n for n, token in enumerate(dict.fromkeys(["<unk>", *letters, *words]))}
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-    merges = [("▁", "m"), ("▁m", "o"), ("▁mo", "d"), ("▁", "w"), ("▁w", "e"), ("m", "o"), ("mo", "d"), ("▁", "▁")]
+    merges = [("▁", "m"), ("▁m", "o"), ("▁mo", "d"), ("▁", "w"), ("▁w", "e"), ("m", "o"), ("mo", "d")]
+    merges += [("▁", "▁"), ("\n", "\n")]
     model = tokenizer_models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -85,6 +86,13 @@ def test_a_blank_that_a_tokenizer_adds_is_no_part_of_a_piece(piece, first):
     number = source.convert_tokens_to_ids(piece)
     assert piece_texts(source)[number] == piece
     assert first_token_map(source, target)[number] == target.convert_tokens_to_ids(first)
+
+
+def test_a_text_that_joins_with_the_line_break_before_it_has_no_known_first_token():
+    source, target = make_tokenizer(300, 2), blank_first_tokenizer()
+    source.add_tokens(["\nw"])
+    assert target.tokenize("\n\nw") == ["▁", "\n\n", "w"]
+    assert first_token_map(source, target)[source.convert_tokens_to_ids("\nw")] == UNMAPPED
 
 
 def test_bytes_and_blanks_of_other_spellings_keep_their_meaning():

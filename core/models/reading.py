@@ -100,8 +100,8 @@ def read_aligned(
     positions: list[tuple[int, int, int]] = []  # (text, token of the target, token of the source)
     alone: list[tuple[int, int]] = []  # (text, token of the target)
     for number, row in enumerate(rows):
-        target_ids, target_ends = _token_ends(target_tokenizer, row.plain, max_tokens)
-        source_ids, source_ends = _token_ends(source_tokenizer, row.plain, max_tokens)
+        target_ids, target_ends = text_token_ends(target_tokenizer, row.plain, max_tokens)
+        source_ids, source_ends = text_token_ends(source_tokenizer, row.plain, max_tokens)
         encoded.append((target_ids, source_ids))
         positions += [(number, target_ends[end], source_ends[end]) for end in target_ends if end in source_ends]
         if not is_aside(number):
@@ -133,14 +133,17 @@ def is_aside(text_number: int) -> bool:
     return text_number % ASIDE_EVERY == ASIDE_EVERY - 1
 
 
-def _token_ends(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], dict[int, int]]:
+def text_token_ends(
+    tokenizer: Any, text: str, max_tokens: int, add_special_tokens: bool = True
+) -> tuple[list[int], dict[int, int]]:
     """(token ids cut at `max_tokens`, character offset -> the last token that ends there).
 
     Special tokens and the first token of the text are left out: attention sinks dominate their variance. Of several
     tokens that end at one offset, such as the bytes of a Thai letter, the last one has read all of it. The ends are
     found before the cut, because after a cut inside a letter its first bytes would pass for the whole.
     """
-    encoding = tokenized(tokenizer, text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    options = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    encoding = tokenized(tokenizer, text, add_special_tokens=add_special_tokens, **options)
     first = min((token for token, _, _ in _text_tokens(encoding)), default=None)
     ends = token_ends(encoding).items()
     kept = {end: token for end, token in ends if token != first and token < max_tokens}

@@ -18,6 +18,7 @@ from core.runs.cost import BASE_BYTES, Cost
 from core.runs.cost_table import cost_table
 from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
 from core.runs.settings import Experiment
+from core.training.soft_targets import BYTES_PER_POSITION
 
 GIB = 2**30
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -186,6 +187,9 @@ def stage3_report(
     training, parameters = experiment.training, sum(math.prod(shape) for shape, _ in start.headers.values())
     # A resume point holds the weights and both moments of AdamW in float32, and a finished trial its weights.
     disk = sum(start.sizes.values()) + 16.0 * parameters
+    if training.training_scenario == "distill" and experiment.distill.distill_by == "tokens":
+        # As if no text were shorter than the limit, and the vocabularies differed.
+        disk += float(BYTES_PER_POSITION) * rows[0] * training.block_size
     refuse(disk_problems(folder, disk))
     alphas = f", alpha {', '.join(map(in_words, strengths))}" if training.hot else ""
     rates = ", ".join(f"{rate:g}" for rate in training.lr_search or (training.learning_rate,))

@@ -38,6 +38,7 @@ CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
     "hot": lambda e, _: e.training.training_scenario == "hot",
     "distill": lambda e, _: e.training.training_scenario == "distill",
     "learned strengths": lambda e, _: e.fusion.alpha == "learned",
+    "distill by tokens": lambda e, _: e.training.training_scenario == "distill" and e.distill.distill_by == "tokens",
     "LoRA": lambda e, _: e.adapters.use_lora,
     "early stop": lambda e, _: e.training.early_stop is not None,
     "no early stop": lambda e, _: e.training.early_stop is None,
@@ -314,4 +315,5 @@ def all_settings() -> dict[str, Setting]:
 
 def of_one_scenario() -> set[str]:
     """The settings that only one scenario of stage 3 reads, in which trainings of different scenarios may differ."""
-    return {name for name, setting in all_settings().items() if setting.only_with in ("hot", "distill")}
+    of_one = ("hot", "distill", "distill by tokens")
+    return {name for name, setting in all_settings().items() if setting.only_with in of_one}

@@ -10,6 +10,7 @@ from core.data import Row, divide
 from core.errors import UserError
 from core.runs.rows_read import check_held_out, check_same_split
 from core.runs.settings import Experiment
+from core.texts.tokens import special_ids
 from core.training.heldout import trained_tokens
 from core.training.sft import Example, sft_example
 from evaluation.arms.run import Run
@@ -82,7 +83,7 @@ def text_set(name: str, rows: Sequence[Row], tokenizers: tuple[Any, Any], max_to
     if not scored:
         raise UserError(f"the {name} texts have no token with loss within {max_tokens} tokens; raise --max-tokens")
     kept = [examples[number] for number in scored]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer)
     return TextSet(
         examples=kept,
         groups=[rows[number].group for number in scored],

@@ -89,7 +89,8 @@ CHANGES = {
     "3": "device dtype seed tokens_per_batch max_shard_size training_scenario freeze_strategy train_alpha block_size "
     "packing epochs train_batch_size gradient_accumulation gradient_checkpointing learning_rate lr_scheduler "
     "warmup weight_decay max_grad_norm save_steps validation_samples eval_steps early_stop alpha_search lr_search "
-    "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_weight distill_temperature",
+    "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_by distill_weight "
+    "distill_temperature",
     "e": "device dtype seed max_tokens tokens_per_batch",
 }
 # Stage -> the settings that only name an input. The contents of the model or of the rows are recorded in their place.
@@ -121,7 +122,7 @@ NEEDS: dict[str, dict] = {
     "seed": TOKEN | LEARNED,
     **dict.fromkeys(("dtype", "tokens_per_batch", "validation_samples", "alpha_steps", "free_alpha"), LEARNED),
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), LORA),
-    **dict.fromkeys(("distill_weight", "distill_temperature"), DISTILL),
+    **dict.fromkeys(("distill_by", "distill_weight", "distill_temperature"), DISTILL),
     "save_steps": {"early_stop": 3},
 }
 
@@ -142,9 +143,10 @@ def test_every_setting_of_a_stage_is_decided_and_a_changed_one_changes_the_finge
     ("stage", "others", "names"),
     [
         ("1", {"pooling": "text"}, "seed max_rows"),
-        ("3", {"training_scenario": "no_hot"}, "freeze_strategy train_alpha alpha_search distill_weight"),
+        ("3", {"training_scenario": "no_hot"}, "freeze_strategy train_alpha alpha_search distill_by distill_weight"),
         ("3", {"training_scenario": "distill"}, "freeze_strategy train_alpha alpha_search"),
-        ("3", {"training_scenario": "hot"}, "distill_weight distill_temperature"),
+        ("3", {"training_scenario": "distill", "distill_by": "answers"}, "distill_weight distill_temperature"),
+        ("3", {"training_scenario": "hot"}, "distill_by distill_weight distill_temperature"),
         ("3", {"use_lora": False}, "lora_rank lora_alpha lora_dropout lora_targets"),
         ("3", {"lr_search": (0.1,)}, "learning_rate"),
         ("3", {"early_stop": None}, "save_steps"),

@@ -46,6 +46,8 @@ def recipe(tmp_path):
             text=True,
             env=environment,
             start_new_session=True,
+            # A shell that starts the tests in the background has them ignore SIGINT, and no child could then catch it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return start

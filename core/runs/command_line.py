@@ -18,6 +18,8 @@ from core.runs.settings import Experiment, all_settings
 
 # What scripts/run_train_final.sh writes into the folder of a run: all that its stages were asked for.
 RUN_FILE = "experiment.yaml"
+# What a stage writes beside its output: the settings that it really used.
+RESOLVED = "resolved.yaml"
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 
 
@@ -247,4 +249,4 @@ def _with_dashes(token: str) -> str:
 def save_resolved(experiment: Experiment, stage: str, folder: Path) -> None:
     """Write the settings that a stage really used beside its output."""
     used = {name: experiment.value(setting) for name, setting in all_settings().items() if stage in setting.stages}
-    write_text(folder / "resolved.yaml", yaml.safe_dump({"name": experiment.name, **used}, sort_keys=False))
+    write_text(folder / RESOLVED, yaml.safe_dump({"name": experiment.name, **used}, sort_keys=False))

@@ -48,7 +48,7 @@ def make_parser(description: str) -> Parser:
     texts = {
         "tasks": f"files of scripts/experiments/, as in TASKS='malay thai' (default {' '.join(TASKS)})",
         "steps": "what is done: plans, fuse, train, eval, and general for the paper's Figure 6 (default all but that)",
-        "seeds": "trainings to average, as in SEEDS='0 1 2' (default 0)",
+        "seeds": "trainings to average, as in SEEDS='0 1 2' (default: the seed of the run)",
         "num_gpus": "read and train on so many GPUs (default 0: on the CPU)",
         "data_dir": "folder with your own texts of each task: TASK.jsonl, or a folder TASK",
     }

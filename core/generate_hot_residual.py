@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     setup_logging()
     command = parse(argv)
     dry_run = "dry_run" in command.modes
-    if dry_run and (waiting := command.waits_for("hot_dir", "plans", "plans")):
+    if dry_run and (waiting := command.not_ready_yet("hot_dir", "plans", "plans")):
         print(waiting)
         return
     job = open_job(command)

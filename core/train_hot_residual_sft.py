@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     setup_logging()
     command, output_default = parse(argv)
     dry_run = "dry_run" in command.modes
-    if dry_run and (waiting := command.waits_for("model_dir", "fused", "fused")):
+    if dry_run and (waiting := command.not_ready_yet("model_dir", "fused", "fused")):
         print(waiting)
         return
     job = open_job(command, output_default)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One experiment, all stages: bash scripts/run_pipeline.sh [--quick] [--config scripts/experiments/NAME.yaml]
 # Without --config it is the demo pair, whose models are fetched first. Flags that all stages have work too, such as
-# --device cuda. SEEDS="0 1 2" trains with each of these seeds in place of the experiment's own, and the table averages
-# them. What is finished is skipped. Times are for the demo pair on two CPU cores.
+# --device cuda. Of relative paths only that of --config is meant from where this is started, others from the repository.
+# SEEDS="0 1 2" trains with each of these seeds in place of the experiment's own, and the table averages them. What is
+# finished is skipped. Times are for the demo pair on two CPU cores.
 set -euo pipefail
 flags=()
 for flag in "$@"; do

@@ -102,6 +102,8 @@ def read_flags(parser: Parser, argv: Sequence[str], environment: Mapping[str, st
     found: dict[str, Any] = {}
     for flag in VARIABLES:
         name, value = flag.upper(), environment.get(flag.upper(), "")
+        if flag == "dry_run" and value not in ("", "0", "1"):
+            raise UserError(f"{name}={value}: expected 0 or 1")
         if not value or (flag, value) == ("dry_run", "0"):
             continue
         try:

@@ -4,7 +4,8 @@
 A flag can also be given by the variable of its name: `TARGET_MODEL=X` means `--target-model X`. A flag wins over a
 variable, and a variable wins over the experiment file. The variables are: {variables}.
 
-Relative paths are meant from the folder in which the script is started. A run is named after its experiment, and after
+Relative paths are meant from the folder in which the script is started, and those of an experiment file from the
+repository. A run is named after its experiment, and after
 what was asked to differ from it: malay, malay-alpha0.3, malay-regression, or malay-TARGET-from-SOURCE for another pair,
 so that a second pair never empties the folder of the first one; a revision that is not the experiment's own stands
 there as well (TARGET-from-SOURCE@REVISION). Runs of one pair that differ in strength or feature map use the same plans;
@@ -29,14 +30,13 @@ import yaml
 from core.errors import UserError
 from core.files import MANIFEST, read_json, write_text
 from core.fusion.feature_maps import FEATURE_MAPS
-from core.runs.command_line import EXPERIMENTS, RESOLVED, RUN_FILE, load_experiment
+from core.runs.command_line import EXPERIMENTS, REPOSITORY, RESOLVED, RUN_FILE, load_experiment, make_absolute
 from core.runs.process import run_command
 from core.runs.recipe_flags import FOLDERS, STEPS, TASKS, make_parser, read_flags
 from core.runs.settings import Experiment
 
 # A model by its name, and its revision of the hub; None for the newest.
 Model = tuple[str, str | None]
-PATHS = ("data_dir", *FOLDERS, "data_file", "general_file", "benchmark_data")
 # What comes with a feature map that is fitted on rows, where the experiment's own map reads plans instead: token rows,
 # all neurons, and the strength that was best where we measured it.
 FITTED_MAPS = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
@@ -58,8 +58,13 @@ def main(argv: list[str]) -> None:
     parser = make_parser(__doc__ or "")
     given = read_flags(parser, argv, os.environ)
     started_in, work = given.pop("started_in"), given.pop("work_dir")
+    for name in ("data_dir", *FOLDERS):
+        if name in given:
+            given[name] = str(started_in / given[name])
     make_absolute(given, started_in)
     recipe = {name: given.pop(name, default) for name, default in RECIPE_DEFAULTS.items()}
+    if recipe["data_dir"] and not Path(recipe["data_dir"]).is_dir():
+        raise UserError(f"DATA_DIR={recipe['data_dir']} is no folder; give one that has TASK.jsonl, or a folder TASK")
     folders = script_folders({name: given.pop(name, None) for name in FOLDERS})
     if recipe["num_gpus"]:
         given.setdefault("device", "cuda")
@@ -77,23 +82,13 @@ def main(argv: list[str]) -> None:
     write_text(work / "settings.sh", shell_settings(recipe, configs, folders))
 
 
-def make_absolute(given: dict[str, Any], started_in: Path) -> None:
-    """Make relative paths absolute. A model that is no path there is the name of one."""
-    for name in PATHS:
-        if name in given:
-            given[name] = str(started_in / given[name])
-    for name in ("target_model", "source_model"):
-        if name in given and (started_in / given[name]).exists():
-            given[name] = str(started_in / given[name])
-
-
 def script_folders(given: Mapping[str, str | None]) -> dict[str, str]:
     """The variables by which commands find models, results and benchmarks.
 
     Raises:
         UserError: a clone of lm-evaluation-harness was given and is none.
     """
-    workspace = Path(given["workspace_root"] or EXPERIMENTS.parents[1])
+    workspace = Path(given["workspace_root"] or REPOSITORY)
     found = {
         "MODELS_ROOT": given["models_root"] or str(workspace / "models"),
         "TRANSPORT_RESULTS_ROOT": given["transport_results_root"] or str(workspace / "runs"),
@@ -163,7 +158,7 @@ def strengths_in_name(before: Experiment, after: Experiment) -> str:
     alpha, in_training = both(after)
     if (alpha, in_training) == both(before):
         return ""
-    return f"-alpha{alpha:g}" + ("" if in_training == (alpha,) else f"-train{'+'.join(f'{a:g}' for a in in_training)}")
+    return f"-alpha{alpha}" + ("" if in_training == (alpha,) else f"-train{'+'.join(map(str, in_training))}")
 
 
 def model_in_name(before: Model, after: Model) -> str:

@@ -24,6 +24,7 @@ def resolved(monkeypatch, tmp_path):
     def run(*flags, **variables):
         for name in (*recipe_flags.VARIABLES, "VARIANT"):
             monkeypatch.delenv(name.upper(), raising=False)
+        (tmp_path / "rows").mkdir(exist_ok=True)
         for name, value in {"TRANSPORT_RESULTS_ROOT": "results", **variables}.items():
             monkeypatch.setenv(name, value)
         (tmp_path / "work").mkdir(exist_ok=True)
@@ -139,6 +140,7 @@ def test_the_regression_map_comes_with_its_own_settings_unless_others_are_asked_
         ("--alpha 0.01", "cantonese-alpha0.01"),  # its own in fusion, but trained with 0.1
         ("--alpha 0.1", "cantonese-alpha0.1"),
         ("--alpha 0.01 --train-alpha 0.1", "cantonese"),
+        ("--alpha 0.12345678", "cantonese-alpha0.12345678"),
         ("--train-alpha 0.2", "cantonese-alpha0.01-train0.2"),
         ("--alpha-search 0.03,0.1", "cantonese-alpha0.01-train0.03+0.1"),
     ],
@@ -280,6 +282,8 @@ def test_every_flag_of_every_stage_works_but_those_that_the_script_sets(resolved
         ({"ALPHA": "2"}, "alpha is 2.0; expected a number from 0 to 1"),
         ({"MAX_SAMPLES": "few"}, "MAX_SAMPLES=few: .*invalid int value"),
         ({"MAX_SAMPLES": "3"}, "calibration_samples is 3; plans need at least 16 texts"),
+        ({"DRY_RUN": "yes"}, "DRY_RUN=yes: expected 0 or 1"),
+        ({"DATA_DIR": "typo"}, "DATA_DIR=.*/typo is no folder; give one that has TASK.jsonl"),
         ({"LM_EVAL_REPO": "here"}, "LM_EVAL_REPO=.*/here is no clone of lm-evaluation-harness"),
         ({"VARIANT": "size"}, "VARIANT=size: expected one of: source_size source_family alpha"),
     ],

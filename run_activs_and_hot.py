@@ -17,7 +17,7 @@ from core.data import Row, divide
 from core.errors import UserError
 from core.files import MANIFEST, read_json
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder, provenance
+from core.manifest import Manifest, check_output_folder, provenance, would_be_emptied
 from core.models.checkpoints import Checkpoint, open_pair
 from core.models.locate import missing_step
 from core.models.reading import Reading, is_aside, read_aligned, read_texts
@@ -51,6 +51,11 @@ class Job:
         """Role -> model."""
         return {"target": self.target, "source": self.source}
 
+    def inputs(self, data: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest says the plans were made from; `data`: `Division.identity` of the calibration texts."""
+        identities = {role: model.identity for role, model in self.pair.items()}
+        return {**identities, "data": data, "settings": self.experiment.deciding("1")}
+
 
 @outputs_held()
 def main(argv: list[str]) -> None:
@@ -76,12 +81,14 @@ def main(argv: list[str]) -> None:
     if dry_run:
         for model in job.pair.values():
             model.check_tokenizer()
+        if emptied := would_be_emptied(job.folder, job.inputs(division.identity(rows))):
+            print(emptied)
         print(f"{len(rows)} texts; nothing is missing")
         return
     # Reading comes before the manifest is begun, so that texts that cannot be read leave no folder behind.
     readings, aside = read_both(target, source, rows, experiment)
     state = process_state(experiment.compute.device)
-    manifest = begin(job, division.identity(rows), state)
+    manifest = begin(job, job.inputs(division.identity(rows)), state)
     log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
     if manifest.complete:
         log.info("%s is finished already", job.folder)
@@ -170,15 +177,10 @@ def read_both(
     return {"target": to_target, "source": to_source}, aside
 
 
-def begin(job: Job, data: dict[str, Any], state: Any) -> Manifest:
-    """The manifest of the plan directory, which the first process of a launch begins and all read.
-
-    Args:
-        data: `Division.identity` of the calibration texts.
-    """
+def begin(job: Job, inputs: dict[str, Any], state: Any) -> Manifest:
+    """The manifest of the plan directory, which the first process of a launch begins and all read."""
     if state.is_main_process:
-        identities = {role: model.identity for role, model in job.pair.items()}
-        Manifest.begin(job.folder, STAGE, {**identities, "data": data, "settings": job.experiment.deciding("1")})
+        Manifest.begin(job.folder, STAGE, inputs)
     state.wait_for_everyone()
     return Manifest(job.folder, read_json(job.folder / MANIFEST))
 

@@ -79,7 +79,7 @@ def test_copies_of_the_template_are_runs_of_their_own(tmp_path):
     ("text", "message"),
     [
         ("alfa: 0.1", "unknown key 'alfa'; did you mean alpha"),
-        ("quick: {rows: 3}", "unknown key 'rows'"),
+        ("quick: {lines: 3}", "unknown key 'lines'"),
         ("klingon: 1", "unknown key 'klingon'; no key has a name like this; docs/stages.md lists all keys"),
         ("top_k: many", "top_k is 'many'; expected int"),
         ("top_k: 1.5", "top_k is 1.5; expected int"),

@@ -94,5 +94,7 @@ CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
     "filtered_self": filtered_self,
     "random_source": random_source,
 }
+# Those that have come closest to a fusion with learned strengths where we measured it.
+FEW = ("permuted", "self", "filtered_self")
 # The controls that are made from the fused W~ itself. The others are made from the selection and the transport alone.
 SHUFFLED = {"permuted"}

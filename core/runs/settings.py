@@ -177,8 +177,9 @@ class EvaluationSettings:
     controls: str = option(
         "usual",
         "e",
-        "all: also random_source, for which a model as large as the source reads the calibration texts (minutes)",
-        ("usual", "all"),
+        "few: permuted, self and filtered_self, where every control learns its strengths; all: also random_source, for "
+        "which a model as large as the source reads the calibration texts (minutes)",
+        ("few", "usual", "all"),
         changes="",
     )
 

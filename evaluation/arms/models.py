@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from core.errors import UserError
 from core.files import digest_of
-from core.fusion.controls import CONTROLS
+from core.fusion.controls import CONTROLS, FEW
 from core.fusion.feature_maps import FEATURE_MAPS
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
@@ -73,6 +73,10 @@ class Arms:
             found["random_source"] = f"{self.settings.feature_map} reads plans, which would have to be solved anew"
         elif self.experiment.evaluation.controls != "all":
             found["random_source"] = "it takes minutes, with --controls all"
+        if self.experiment.evaluation.controls == "few":
+            found |= dict.fromkeys(
+                [control for control in CONTROLS if control not in FEW], "few controls were asked for"
+            )
         if self.source_base is not None:
             found["self"] = "the target has learned nothing over itself, so that this is base"
             found["random_source"] = "a model with fresh weights has learned nothing over the source's base"

@@ -26,6 +26,7 @@ class TextSet:
         end_of_turn: whether losses include a token that ends an answer.
         identity: where the texts came from, and their digest (`Division.identity`).
         near_duplicates: how many texts were left out because another part has nearly the same text.
+        rows: the rows of the texts, from which `samples.json` takes its prompts.
     """
 
     examples: list[Example]
@@ -34,6 +35,7 @@ class TextSet:
     end_of_turn: bool
     identity: dict[str, Any] = field(default_factory=dict)
     near_duplicates: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -83,4 +85,5 @@ def text_set(name: str, rows: Sequence[Row], tokenizer: Any, max_tokens: int) ->
         groups=[rows[number].group for number in scored],
         left_out=len(rows) - len(scored),
         end_of_turn=any(rows[number].has_roles and special & set(examples[number]["labels"]) for number in scored),
+        rows=[rows[number] for number in scored],
     )

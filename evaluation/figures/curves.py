@@ -1,0 +1,54 @@
+"""The loss curves of all trainings of a run, in one axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from evaluation.figures.figure import Figure, Panel
+from evaluation.figures.theme import WIDE, series
+
+COLUMNS = ("training", "part", "update", "loss")
+
+
+def loss_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Training losses as lines, validation losses as markers.
+
+    Args:
+        curves: `ARM/SEED` -> contents of its loss_curve.json.
+    """
+    rows = [
+        (name, part, point["update"], point["loss"])
+        for name, curve in curves.items()
+        for part in ("train", "validation")
+        for point in curve[part]
+    ]
+    caption = (
+        "Loss of every update in nats per token, one colour per kind of training, one line per seed; markers are the "
+        "validation loss. The fused start should begin below the plain target and stay there. Losses that rise or jump "
+        "mean that the learning rate is too high. Single updates read other rows each time, so lines are rough."
+    )
+    last = "; ".join(f"{name} {curve['train'][-1]['loss']:.3f}" for name, curve in curves.items() if curve["train"])
+    panel = Panel(lambda axes: draw(axes, curves), f"Training loss of the last update: {last}", WIDE)
+    return Figure("loss_curves", "How the trainings went", caption, [panel], COLUMNS, rows)
+
+
+def draw(axes: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
+    """All curves; the trainings of one arm share a colour and one entry of the legend."""
+    arms = list(dict.fromkeys(name.partition("/")[0] for name in curves))
+    named = set()
+    for name, curve in curves.items():
+        arm = name.partition("/")[0]
+        look = series(arms.index(arm))
+        label = None if arm in named else arm
+        named.add(arm)
+        train = [(point["update"], point["loss"]) for point in curve["train"]]
+        axes.plot(*zip(*train, strict=True), color=look["color"], linewidth=1.1, alpha=0.8)
+        validation = [(point["update"], point["loss"]) for point in curve["validation"]]
+        axes.plot(*(zip(*validation, strict=True) if validation else ([], [])), markersize=5, label=label, **look)
+    axes.set(xlabel="update", ylabel="nats per token")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y")
+    axes.legend()

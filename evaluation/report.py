@@ -1,0 +1,35 @@
+#!/usr/bin/env python
+"""Show what a run found: RUN/report.html with all figures, or an index page for a folder that holds several runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from core.errors import UserError
+from core.locks import hold, outputs_held
+from core.runs.command_line import Parser
+from core.runs.process import run_command, setup_logging
+from evaluation.pages.index_page import runs_in, write_index
+from evaluation.pages.report_page import write_report
+from evaluation.pages.run_files import is_run
+
+
+@outputs_held()
+def main(argv: list[str]) -> None:
+    setup_logging()
+    parser = Parser(__doc__ or "")
+    parser.add_argument("run", type=Path, help="folder of a run, such as runs/demo, or one that holds runs")
+    folder = parser.parse(argv)["run"]
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; give the folder of a run, such as runs/demo")
+    hold(folder, wait=True)
+    write = write_report if is_run(folder) or not runs_in(folder) else write_index
+    print(f"report: {write(folder)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -49,7 +49,8 @@ def scores(kind: str, found: Mapping[str, Any]) -> Figure:
     )
     size = (WIDTH, MARGIN + LINE * max(1, len(arms)) * len(by_name))
     said = "; ".join(f"{row[0]} {row[3]} {row[4]:.1f} %" for row in rows)
-    panel = Panel(lambda axes: draw(axes, {name: row[2] for name, row in by_name.items()}, arms), said, size)
+    scores_of = {name: row[2] for name, row in by_name.items()}
+    panel = Panel(lambda axes: draw(axes, scores_of, arms), said, size, measured=True)
     title = "General abilities" if kind == "general" else f"Benchmarks of {kind}"
     return Figure(f"benchmarks_{kind}", title, caption, [panel], COLUMNS, rows)
 
@@ -97,7 +98,7 @@ def common_scale(sets: Mapping[str, Mapping[str, Any]]) -> Figure | None:
         "differences as much as large ones, so it says who is ahead and nothing about by how much."
     )
     alt = "; ".join(f"{name} {arm} {low_high:.2f}" for name, arm, _, low_high in rows)
-    panel = Panel(lambda axes: _draw_scale(axes, scaled, arms), alt, WIDE)
+    panel = Panel(lambda axes: _draw_scale(axes, scaled, arms), alt, WIDE, measured=True)
     columns = ("set", "arm", "z", "min_max")
     return Figure("common_scale", "Arms on a common scale", caption, [panel], columns, rows)
 

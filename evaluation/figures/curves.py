@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from evaluation.figures.figure import Figure, Panel
+from evaluation.figures.figure import Figure, Panel, whole_numbers
 from evaluation.figures.theme import WIDE, series
 
 COLUMNS = ("training", "part", "update", "loss")
@@ -49,6 +49,6 @@ def draw(axes: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
         validation = [(point["update"], point["loss"]) for point in curve["validation"]]
         axes.plot(*(zip(*validation, strict=True) if validation else ([], [])), markersize=5, label=label, **look)
     axes.set(xlabel="update", ylabel="nats per token")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
     axes.grid(axis="y")
     axes.legend()

@@ -13,9 +13,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from core.files import atomic_file, write_text
 from evaluation.figures.theme import COLOURS, PANEL, colour, style
@@ -23,6 +24,8 @@ from evaluation.figures.theme import COLOURS, PANEL, colour, style
 # Panels beside each other in the file of a figure.
 COLUMNS = 3
 PNG_DPI = 110
+# Space around the axes of a small panel in inches: left, bottom, right, top.
+MARGINS = (0.5, 0.42, 0.1, 0.28)
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,14 @@ class Panel:
         draw: draws it into axes.
         alt: what it shows, in words, for readers who do not see it.
         size: width and height in inches.
+        measured: whether matplotlib measures all labels to leave room for them, which names of arms and legends outside
+            the axes need, and which takes several times as long as drawing with `MARGINS`.
     """
 
     draw: Callable[[Axes], object]
     alt: str
     size: tuple[float, float] = PANEL
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Figure:
         """Write NAME.png, NAME.svg and NAME.csv into `folder`, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(style()):
-            canvas = self._all_panels()
+            canvas = drawing(self.panels)
             for kind, options in (("png", {"dpi": PNG_DPI}), ("svg", {"metadata": {"Date": None}})):
                 with atomic_file(folder / f"{self.name}.{kind}") as temporary:
                     canvas.savefig(temporary, format=kind, facecolor=colour("surface"), **options)
@@ -80,15 +86,29 @@ class Figure:
         writer.writerows([self.columns, *self.rows])
         return text.getvalue()
 
-    def _all_panels(self) -> Canvas:
-        columns = min(COLUMNS, len(self.panels))
-        lines = math.ceil(len(self.panels) / columns)
-        width, height = self.panels[0].size
-        canvas = Canvas(figsize=(columns * width, lines * height), layout="constrained")
-        FigureCanvasAgg(canvas)
-        for number, panel in enumerate(self.panels, 1):
-            panel.draw(canvas.add_subplot(lines, columns, number))
-        return canvas
+
+def drawing(panels: Sequence[Panel]) -> Canvas:
+    """Panels of one size in a grid of at most `COLUMNS` columns."""
+    (width, height), measured = panels[0].size, panels[0].measured
+    columns = min(COLUMNS, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    canvas = Canvas(figsize=(columns * width, lines * height), layout="constrained" if measured else None)
+    FigureCanvasAgg(canvas)
+    left, bottom, right, top = MARGINS
+    for number, panel in enumerate(panels):
+        line, column = divmod(number, columns)
+        if measured:
+            panel.draw(canvas.add_subplot(lines, columns, number + 1))
+        else:
+            x, y = (column + left / width) / columns, (lines - 1 - line + bottom / height) / lines
+            inside = (1 - (left + right) / width) / columns, (1 - (bottom + top) / height) / lines
+            panel.draw(canvas.add_axes((x, y, *inside)))
+    return canvas
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Put ticks at whole numbers alone."""
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def inline_svg(panel: Panel, name: str) -> str:
@@ -98,11 +118,8 @@ def inline_svg(panel: Panel, name: str) -> str:
     drawings of a page share one.
     """
     with matplotlib.rc_context(style()):
-        canvas = Canvas(figsize=panel.size, layout="constrained")
-        FigureCanvasSVG(canvas)
-        panel.draw(canvas.add_subplot())
         buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+        drawing([panel]).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)

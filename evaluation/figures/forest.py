@@ -14,8 +14,14 @@ from evaluation.figures.figure import Figure, Panel
 from evaluation.figures.theme import colour
 
 # Kind of an arm -> colour and marker.
-KINDS = {"fused": ("blue", "D"), "trained": ("orange", "s"), "control": ("grey", "o"), "other": ("green", "^")}
-WIDTH, LINE, MARGIN = 4.6, 0.27, 0.75
+KINDS = {
+    "base": ("ink", "o"),
+    "fused": ("blue", "D"),
+    "trained": ("orange", "s"),
+    "control": ("grey", "o"),
+    "other": ("green", "^"),
+}
+WIDTH, LINE, MARGIN = 4.2, 0.26, 0.7
 COLUMNS = ("arm", "kind", "nll", "diff", "low", "high", "seeds")
 
 
@@ -31,10 +37,28 @@ class Line:
 
 
 def kind_of(arm: str) -> str:
-    """Whether an arm is the fused model, a training, a control, or something else."""
+    """Whether an arm is the base, the fused model, a training, a control, or something else."""
     if arm in CONTROLS:
         return "control"
-    return "fused" if arm == "fused" else "trained" if arm in TRAINED else "other"
+    return arm if arm in ("base", "fused") else "trained" if arm in TRAINED else "other"
+
+
+def lines_of(arms: Mapping[str, Mapping[str, Any]]) -> list[Line]:
+    """One line per arm; that of the base is a point at 0.
+
+    Args:
+        arms: arm -> its difference to base with `ci95`, and `seeds` where it was trained.
+    """
+    return [
+        Line(
+            arm,
+            kind_of(arm),
+            found["diff"],
+            None if arm == "base" else found["ci95"],
+            [*found.get("seeds", {}).values()],
+        )
+        for arm, found in arms.items()
+    ]
 
 
 def losses(arms: Mapping[str, Mapping[str, Any]], name: str, title: str, texts: str) -> Figure:
@@ -44,23 +68,18 @@ def losses(arms: Mapping[str, Mapping[str, Any]], name: str, title: str, texts: 
         arms: `evaluation.arms.verdict.statistics`.
         texts: which texts these are, in words.
     """
-    lines = [
-        Line(arm, kind_of(arm), found["diff"], found["ci95"], list(found.get("seeds", {}).values()))
-        for arm, found in arms.items()
-        if arm != "base"
-    ]
+    lines = lines_of(arms)
     caption = (
         f"Loss of every arm minus that of the base on {texts}; left of the line is better. Bars are 95 % intervals, "
-        "small dots are single seeds. Transfer shows as a blue diamond that lies left of the line and of all grey "
+        "small dots are single seeds. Transfer shows as a blue diamond left of the base and of all grey "
         "circles, the controls; where a grey circle lies as far left, the gain needs no knowledge of the source."
     )
     rows = [
         (line.name, line.kind, arms[line.name]["nll"], line.diff, *(line.ci95 or ("", "")), _joined(line.seeds))
         for line in lines
     ]
-    rows.insert(0, ("base", "base", arms["base"]["nll"], 0.0, "", "", ""))
     alt = "Forest plot. " + "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines) + " nats per token."
-    panel = Panel(lambda axes: draw(axes, lines, "nats per token, minus base"), alt, height_for(lines))
+    panel = Panel(lambda axes: draw(axes, lines, "nats per token, minus base"), alt, height_for(lines), measured=True)
     return Figure(name, title, caption, [panel], COLUMNS, rows)
 
 
@@ -70,28 +89,24 @@ def bits(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
     Args:
         arms: arm, or `source` -> "bits_per_byte" and the difference to base.
     """
-    lines = [
-        Line(arm, kind_of(arm), found["diff"], found["ci95"], list(found.get("seeds", {}).values()))
-        for arm, found in arms.items()
-        if arm != "base"
-    ]
+    lines = lines_of(arms)
     caption = (
         "The same differences in bits per byte of text, a unit that does not depend on the tokenizer, with the source "
         "itself as the last line: how far it lies to the left is all that could be gained from it."
     )
     rows = [
         (
-            arm,
-            "base" if arm == "base" else kind_of(arm),
-            found["bits_per_byte"],
-            found["diff"],
-            *(found["ci95"] or ("", "")),
-            _joined(list(found.get("seeds", {}).values())),
+            line.name,
+            line.kind,
+            arms[line.name]["bits_per_byte"],
+            line.diff,
+            *(line.ci95 or ("", "")),
+            _joined(line.seeds),
         )
-        for arm, found in arms.items()
+        for line in lines
     ]
     alt = "Forest plot. " + "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines) + " bits per byte."
-    panel = Panel(lambda axes: draw(axes, lines, "bits per byte, minus base"), alt, height_for(lines))
+    panel = Panel(lambda axes: draw(axes, lines, "bits per byte, minus base"), alt, height_for(lines), measured=True)
     columns = ("arm", "kind", "bits_per_byte", *COLUMNS[3:])
     return Figure("bits_per_byte", "Against the source", caption, [panel], columns, rows)
 

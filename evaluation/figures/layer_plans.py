@@ -11,10 +11,11 @@ from torch import Tensor
 from core.fusion.projections import parse_projections, planned_sides
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import plans_file, read_tensor
-from evaluation.figures.figure import Figure, Panel
+from evaluation.figures.figure import Figure, Panel, whole_numbers
 from evaluation.figures.theme import colour
 
-SHUFFLE_SEED = 0
+# A few layers can be in order by chance, so that one shuffle alone may look like a sound plan.
+SHUFFLES = 20
 SIZE = (3.0, 2.7)
 
 
@@ -72,9 +73,12 @@ def table(side: str, P: Tensor, cost: Tensor) -> list[tuple[str, int, int, float
 
 
 def bad_plan(P: Tensor) -> Tensor:
-    """P with the source layers of every row shuffled."""
-    generator = torch.Generator().manual_seed(SHUFFLE_SEED)
-    return torch.stack([row[torch.randperm(len(row), generator=generator)] for row in P])
+    """P with the source layers of every row shuffled: of `SHUFFLES` shuffles the one that least follows depth."""
+    shuffles = []
+    for seed in range(SHUFFLES):
+        generator = torch.Generator().manual_seed(seed)
+        shuffles.append(torch.stack([row[torch.randperm(len(row), generator=generator)] for row in P]))
+    return min(shuffles, key=lambda shuffled: abs(depth_correlation(shuffled) or 0.0))
 
 
 def _panel(values: Tensor, title: str, alt: str, path: bool = True) -> Panel:
@@ -89,5 +93,5 @@ def draw(axes: Axes, values: Tensor, title: str, path: Sequence[int]) -> None:
     axes.set(title=title, xlabel="source layer", ylabel="target layer")
     axes.set_xlim(-0.5, values.shape[1] - 0.5)
     axes.set_ylim(-0.5, values.shape[0] - 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
+    whole_numbers(axes.yaxis)

@@ -20,8 +20,8 @@ RANGE, Z_MAX = 3.0, 5.0
 CAPTION = (
     "The plan says how much of a target neuron's mass goes to each source neuron. Rows and columns are put in an order "
     "in which neurons with similar partners stand together, and averaged in blocks; 1 is the density of the plan that "
-    "knows nothing. Structure shows as bright blocks or a bright diagonal; an even grey field means that no neuron has a "
-    "partner. The points are the activations of the three strongest matches: a narrow cloud is a good match."
+    "knows nothing. Structure shows as bright blocks or a bright diagonal; an even grey field means that no neuron has "
+    "a partner. The points are the activations of the three strongest matches: a narrow cloud is a good match."
 )
 
 

@@ -35,12 +35,10 @@ def by_strength(points: Sequence[Point]) -> Figure:
     """The gain against alpha, from runs that differ in nothing else."""
     points = sorted(points, key=lambda point: point.alpha)
     arms = list(dict.fromkeys(arm for point in points for arm in point.diffs))
-    panels = [
-        Panel(lambda axes: _losses(axes, points, arms), f"Gain at {len(points)} strengths of fusion", WIDE),
-    ]
+    panels = [Panel(lambda axes: _losses(axes, points, arms), f"Gain at {len(points)} strengths", WIDE, measured=True)]
     scored = list(dict.fromkeys(arm for point in points for arm in point.mean))
     if scored:
-        panels.append(Panel(lambda axes: _scores(axes, points, scored), "Mean benchmark score by strength", WIDE))
+        panels.append(Panel(lambda axes: _scores(axes, points, scored), "Mean score by strength", WIDE, measured=True))
     rows = [
         (point.run, point.alpha, arm, diff, *(ci95 or ("", "")), point.mean.get(arm, ""))
         for point in points
@@ -91,6 +89,6 @@ def by_source(points: Sequence[Point]) -> Figure:
         for arm, (diff, ci95) in point.diffs.items()
     ]
     alt = "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines)
-    panel = Panel(lambda axes: draw(axes, lines, "fused, nats per token, minus base"), alt, height_for(lines))
+    panel = Panel(lambda axes: draw(axes, lines, "nats per token, minus base"), alt, height_for(lines), measured=True)
     columns = ("run", "source", "arm", "diff", "low", "high", "benchmark_mean")
     return Figure("by_source", "How the gain depends on the source", caption, [panel], columns, rows)

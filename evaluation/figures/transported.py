@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from evaluation.figures.figure import Figure, Panel
+from evaluation.figures.figure import Figure, Panel, whole_numbers
 from evaluation.figures.theme import PANEL, series
 
 # Figure of the report -> title of its panel, and what it is for readers who do not see it.
@@ -75,7 +75,7 @@ def draw(axes: Axes, title: str, lines: Mapping[str, Sequence[tuple[int, float]]
     for number, (projection, line) in enumerate(lines.items()):
         axes.plot(*zip(*line, strict=True), label=projection, **series(number))
     axes.set(title=title, xlabel="target layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
     axes.grid(axis="y")
     if lines:
         axes.legend(ncols=4, loc="best", handlelength=1.4, columnspacing=0.9)
@@ -118,6 +118,6 @@ def _draw_selection(shares: np.ndarray, title: str, size: int) -> Any:
     def draw_shares(axes: Axes) -> None:
         axes.imshow(shares, origin="lower", vmin=0, vmax=1, extent=(0, size, -0.5, len(shares) - 0.5))
         axes.set(title=title, xlabel="neuron", ylabel="target layer")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes.yaxis)
 
     return draw_shares

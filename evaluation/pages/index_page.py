@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -36,7 +37,7 @@ def write_index(folder: Path) -> Path:
         The path of the page.
     """
     rows = []
-    sets = {}
+    sets: dict[str, dict[str, Any]] = {}
     for run in tqdm(runs_in(folder), desc="reports", unit="run"):
         try:
             if not is_current(run):

@@ -22,7 +22,7 @@ from evaluation.figures.mass import top_k_mass
 from evaluation.figures.neuron_plans import default_pair, neuron_plan, picker_data
 from evaluation.figures.pairs import Pair, matched_pairs
 from evaluation.figures.sensitivity import by_source, by_strength
-from evaluation.figures.theme import css_variables
+from evaluation.figures.theme import PANEL, css_variables
 from evaluation.figures.transported import selected, transported
 from evaluation.pages import verdict
 from evaluation.pages.benchmark_scores import benchmark_sets
@@ -90,9 +90,7 @@ def fusion_figures(files: RunFiles) -> Iterator[Figure]:
     sizes = {}
     for name in dict.fromkeys(line["projection"] for line in lines):
         sizes[name] = len(files.plans.strongest(PROJECTIONS[name].selected_side, 0))
-    part = {
-        name: size for name, size in sizes.items() if any(len(i) < size for key, i in index.items() if key[1] == name)
-    }
+    part = {name: size for name, size in sizes.items() if len(index[0, name]) < size}
     if part:
         yield selected(index, part)
 
@@ -155,11 +153,17 @@ def described(section: Section) -> dict[str, Any]:
             "title": figure.title,
             "caption": figure.caption,
             "panels": [Markup(drawing) for drawing in figure.inline()],
-            "wide": figure.panels[0].size[0] > 4,
+            "kind": kind_of(figure),
         }
         for figure in section.figures
     ]
     return {"anchor": section.anchor, "title": section.title, "figures": figures, "picks": bool(section.pairs)}
+
+
+def kind_of(figure: Figure) -> str:
+    """How panels flow on the page: `wide` ones one below the other, others in three columns, small ones in four."""
+    width = figure.panels[0].size[0]
+    return "wide" if width > PANEL[0] else "small" if width < PANEL[0] else ""
 
 
 def environment() -> Environment:

@@ -60,7 +60,7 @@ def _made_from(files: RunFiles) -> dict[str, Any]:
 
 
 def point_of(files: RunFiles) -> Point | None:
-    """What a run adds to a comparison; None for a strength that is no number (learned ones have no place on an axis)."""
+    """What a run adds to a comparison; None for learned strengths, which have no place on an axis."""
     assert files.fused is not None and files.results is not None
     alpha = files.fused.inputs["settings"]["alpha"]
     try:

@@ -26,12 +26,13 @@ def loss_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
         for point in curve[part]
     ]
     caption = (
-        "Loss of every update in nats per token, one colour per kind of training, one line per seed; markers are the "
-        "validation loss. The fused start should begin below the plain target and stay there. Losses that rise or jump "
-        "mean that the learning rate is too high. Single updates read other rows each time, so lines are rough."
+        "Thin lines are the training loss of every update in nats per token, one line per seed; markers are the "
+        "validation loss. The fused start should begin below the plain target and stay there; a validation loss that "
+        "rises means too high a learning rate. Every update reads other rows, so thin lines are rough, and with a "
+        "teacher they hold the teacher's part of the loss as well: only the markers compare distill with the others."
     )
     last = "; ".join(f"{name} {curve['train'][-1]['loss']:.3f}" for name, curve in curves.items() if curve["train"])
-    panel = Panel(lambda axes: draw(axes, curves), f"Training loss of the last update: {last}", WIDE)
+    panel = Panel(lambda axes: draw(axes, curves), f"Training loss of the last update: {last}", WIDE, measured=True)
     return Figure("loss_curves", "How the trainings went", caption, [panel], COLUMNS, rows)
 
 
@@ -45,9 +46,10 @@ def draw(axes: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
         label = None if arm in named else arm
         named.add(arm)
         train = [(point["update"], point["loss"]) for point in curve["train"]]
-        axes.plot(*zip(*train, strict=True), color=look["color"], linewidth=1.1, alpha=0.8)
+        axes.plot(*zip(*train, strict=True), color=look["color"], linewidth=0.9, alpha=0.7)
         validation = [(point["update"], point["loss"]) for point in curve["validation"]]
-        axes.plot(*(zip(*validation, strict=True) if validation else ([], [])), markersize=5, label=label, **look)
+        updates, losses = zip(*validation, strict=True) if validation else ((), ())
+        axes.plot(updates, losses, linestyle="--", label=label, **look)
     axes.set(xlabel="update", ylabel="nats per token")
     whole_numbers(axes.xaxis)
     axes.grid(axis="y")

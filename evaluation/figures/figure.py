@@ -21,9 +21,9 @@ from matplotlib.ticker import MaxNLocator
 from core.files import atomic_file, write_text
 from evaluation.figures.theme import COLOURS, PANEL, colour, style
 
-# Panels beside each other in the file of a figure.
-COLUMNS = 3
-PNG_DPI = 110
+# Width of a figure's file in inches, which says how many panels stand beside each other.
+FILE_WIDTH = 12.0
+PNG_DPI = 90
 # Space around the axes of a small panel in inches: left, bottom, right, top.
 MARGINS = (0.5, 0.42, 0.1, 0.28)
 
@@ -88,9 +88,9 @@ class Figure:
 
 
 def drawing(panels: Sequence[Panel]) -> Canvas:
-    """Panels of one size in a grid of at most `COLUMNS` columns."""
+    """Panels of one size in a grid that is at most `FILE_WIDTH` wide."""
     (width, height), measured = panels[0].size, panels[0].measured
-    columns = min(COLUMNS, len(panels))
+    columns = min(int(FILE_WIDTH / width), len(panels))
     lines = math.ceil(len(panels) / columns)
     canvas = Canvas(figsize=(columns * width, lines * height), layout="constrained" if measured else None)
     FigureCanvasAgg(canvas)

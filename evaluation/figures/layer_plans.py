@@ -8,7 +8,6 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from core.fusion.projections import parse_projections, planned_sides
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import plans_file, read_tensor
 from evaluation.figures.figure import Figure, Panel, whole_numbers
@@ -17,11 +16,14 @@ from evaluation.figures.theme import colour
 # A few layers can be in order by chance, so that one shuffle alone may look like a sound plan.
 SHUFFLES = 20
 SIZE = (3.0, 2.7)
+# The colours run between these quantiles: the first layers of two models often match so well that on a scale up to
+# their cell all others would be black.
+SHOWN = (0.01, 0.98)
 
 
 def sides_of(plans: PlanDirectory) -> tuple[str, ...]:
-    """The sides of a plan directory that have plans, in the order of the files."""
-    return planned_sides(parse_projections(plans.manifest.inputs["settings"]["projections"]))
+    """The sides of a plan directory that have plans, in the order in which they were made."""
+    return tuple(plans.manifest.record["sides"])
 
 
 def plan_of(plans: PlanDirectory, side: str) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,8 @@ def layer_plans(plans: PlanDirectory) -> Figure:
         "Bright cells of P say which source layer corresponds to which target layer; orange dots mark the strongest of "
         "each row. A sound plan is a band that rises from the lower left to the upper right, with a rank correlation "
         "near 1, and the cost has its valley in the same place. The last panel is the first plan with shuffled source "
-        "layers: dots all over the place mean that the layers were not matched, and nothing later can be trusted."
+        "layers: dots all over the place mean that the layers were not matched, and nothing later can be trusted. The "
+        "brightest 2 % of the cells have one colour."
     )
     columns = ("side", "target_layer", "source_layer", "P", "layer_cost", "is_argmax")
     return Figure("layer_plans", "Which layers correspond", caption, panels, columns, rows)
@@ -87,7 +90,8 @@ def _panel(values: Tensor, title: str, alt: str, path: bool = True) -> Panel:
 
 def draw(axes: Axes, values: Tensor, title: str, path: Sequence[int]) -> None:
     """A matrix [L, M] as a heat map, target layers upwards, with a dot at column `path[l]` of every row l."""
-    axes.imshow(values.numpy(), origin="lower")
+    low, high = values.double().quantile(torch.tensor(SHOWN, dtype=torch.double)).tolist()
+    axes.imshow(values.numpy(), origin="lower", vmin=low, vmax=high)
     if path:
         axes.plot(path, range(len(path)), "o", color=colour("orange"), markersize=3, markeredgecolor="white", mew=0.4)
     axes.set(title=title, xlabel="source layer", ylabel="target layer")

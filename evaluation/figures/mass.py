@@ -13,7 +13,7 @@ from evaluation.figures.theme import WIDE, colour, series
 
 AVERAGE = "average"
 # Shares of all entries at which the curves of plans of different sizes are averaged.
-SHARES = np.logspace(-6, 0, 61)
+SHARES = np.logspace(-5, 0, 51)
 
 
 def top_k_mass(pairs: Sequence[Pair]) -> Figure:
@@ -27,7 +27,8 @@ def top_k_mass(pairs: Sequence[Pair]) -> Figure:
         "A curve on the dotted line is the uniform plan, in which every neuron is matched with all others alike."
     )
     said = "; ".join(f"{side}: {np.interp(0.01, SHARES, ys):.2f}" for side, ys in curves.items())
-    panel = Panel(lambda axes: draw(axes, curves), f"Mass in the largest 1 % of the entries, {said}", WIDE)
+    alt = f"Mass in the largest 1 % of all entries, {said}"
+    panel = Panel(lambda axes: draw(axes, curves), alt, WIDE, measured=True)
     return Figure("top_k_mass", "How concentrated the neuron plans are", caption, [panel], columns, rows)
 
 
@@ -49,9 +50,10 @@ def draw(axes: Axes, curves: Mapping[str, np.ndarray]) -> None:
         if side == AVERAGE:
             axes.plot(SHARES, mass, color=colour("ink"), linewidth=2.2, label=side)
         else:
-            axes.plot(SHARES, mass, label=side, markevery=(number * 2, 12), **series(number))
+            axes.plot(SHARES, mass, label=side, markevery=(number, 7), **series(number))
     axes.plot(SHARES, SHARES, ":", color=colour("muted"), label="uniform plan")
     axes.set(xscale="log", xlabel="k as a share of all entries of Q", ylabel="mass in the k largest", ylim=(0, 1.02))
     axes.set_xlim(SHARES[0], 1)
+    axes.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1], ["0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
     axes.grid(axis="y")
     axes.legend(loc="upper left")

@@ -77,6 +77,8 @@ def draw(axes: Axes, title: str, lines: Mapping[str, Sequence[tuple[int, float]]
     axes.set(title=title, xlabel="target layer")
     whole_numbers(axes.xaxis)
     axes.grid(axis="y")
+    if title == FIGURES["strength"] and axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)
     if lines:
         axes.legend(ncols=4, loc="best", handlelength=1.4, columnspacing=0.9)
     else:

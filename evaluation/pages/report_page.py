@@ -118,7 +118,7 @@ def page(files: RunFiles, shown: list[Section]) -> str:
     """The page as HTML."""
     pairs = [pair for section in shown for pair in section.pairs]
     name = files.folder.resolve().name
-    models = " ← ".join(files.models[role]["name"] for role in ("target", "source") if role in files.models)
+    models = ", ".join(f"{role} {model['name']}" for role, model in files.models.items())
     trials = {key.partition("/")[0]: len(found.record["trials"]) for key, found in files.trainings.items()}
     found = files.results
     return (

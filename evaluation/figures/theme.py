@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-# Name -> (on a light page, on a dark page). The series are Okabe and Ito's colours, made darker or lighter until each
-# has a contrast of at least 3 to its page. tests/evaluation/test_figures.py holds contrasts, and distances between
-# series for readers with deuteranopia, protanopia and tritanopia.
+# Name -> (on a light page, on a dark page). The series began as Okabe and Ito's colours, and were moved as little as
+# possible until each has a contrast of at least 3 to its page and the first four are well apart for readers with
+# deuteranopia, protanopia and tritanopia. tests/evaluation/test_figures.py holds both.
 COLOURS = {
     "surface": ("#ffffff", "#15181d"),
     "panel": ("#f6f7f9", "#1d2127"),
     "rule": ("#d8dce2", "#363c45"),
     "ink": ("#1c2128", "#e7eaee"),
     "muted": ("#57606b", "#a8b1bc"),
-    "blue": ("#0069ad", "#5bb4ec"),
-    "orange": ("#b95300", "#f79346"),
-    "green": ("#00806e", "#2fd0a8"),
-    "pink": ("#b5578d", "#e79bc6"),
+    "blue": ("#004fad", "#5bb3f0"),
+    "orange": ("#d04700", "#f79346"),
+    "green": ("#008160", "#2ff0a9"),
+    "pink": ("#b95999", "#d7a1b4"),
     "sky": ("#2e93cb", "#8ed2fa"),
-    "gold": ("#8a7008", "#eddc55"),
+    "gold": ("#6a7907", "#eddc55"),
     "grey": ("#747d88", "#8b95a1"),
 }
 SERIES = ("blue", "orange", "green", "pink", "sky", "gold", "grey")

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
-"""Show what a run found: `report.py RUN` writes RUN/report.html with all figures, or, for a folder that holds several
-runs, a page that lists them. In place of RUN it takes the command line of evaluation/compare_arms.py."""
+"""Show what a run found on one page, RUN/report.html; of a folder with several runs, a page that lists them as well.
+
+In place of RUN it takes the command line of evaluation/compare_arms.py, of which it reads the run's folder alone.
+"""
 
 from __future__ import annotations
 

@@ -63,12 +63,10 @@ def point_of(files: RunFiles) -> Point | None:
     """What a run adds to a comparison; None for learned strengths, which have no place on an axis."""
     assert files.fused is not None and files.results is not None
     alpha = files.fused.inputs["settings"]["alpha"]
-    try:
-        number = float(alpha)
-    except ValueError:
+    if not isinstance(alpha, int | float):
         return None
     arms: Mapping[str, Mapping[str, Any]] = files.results["arms"]
     own = [found for kind, found in benchmark_sets(files.folder).items() if kind != "general"]
     mean = {arm: score["value"] for found in own for arm, score in found["mean"].items() if arm in COMPARED}
     diffs = {arm: (arms[arm]["diff"], arms[arm]["ci95"]) for arm in COMPARED if arm in arms}
-    return Point(files.folder.resolve().name, files.models["source"]["name"], number, diffs, mean)
+    return Point(files.folder.resolve().name, files.models["source"]["name"], float(alpha), diffs, mean)

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.files import MANIFEST, read_json
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
-from core.models.checkpoints import Checkpoint, open_pair
+from core.models.checkpoints import Checkpoint, open_pair, open_source_base
 from core.models.locate import missing_step
 from core.models.reading import Reading, Unaligned, is_aside, read_aligned, read_texts
 from core.runs import preflight as checks
@@ -45,11 +45,17 @@ class Job:
     target: Checkpoint
     source: Checkpoint
     folder: Path
+    source_base: Checkpoint | None = None
 
     @property
     def pair(self) -> dict[str, Checkpoint]:
         """Role -> model."""
         return {"target": self.target, "source": self.source}
+
+    @property
+    def models(self) -> dict[str, Checkpoint]:
+        """Role -> model, with the model that the source was tuned from where there is one."""
+        return self.pair if self.source_base is None else {**self.pair, "source_base": self.source_base}
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,9 @@ def main(argv: list[str]) -> None:
         print(f"{'; '.join(missing)}: its tensors, tokenizer and the disk are checked after that")
         return
     target, source = open_pair(experiment.models, experiment.compute.device)
-    job = Job(experiment, target, source, command.path("out_dir", "plans"))
-    check_output_folder(job.folder, target.folder, source.folder)
+    base = open_source_base(experiment.models, source, experiment.fusion.fused)
+    job = Job(experiment, target, source, command.path("out_dir", "plans"), base)
+    check_output_folder(job.folder, *(model.folder for model in job.models.values()))
     preflight(job, report=dry_run)
     division = divide(experiment.data.spec)
     rows = calibration_rows(division, experiment)
@@ -103,7 +110,7 @@ def main(argv: list[str]) -> None:
     else:
         if state.is_main_process:
             save_resolved(experiment, "1", job.folder)
-            write_rows_read(job.folder, {"calibration": division.marks(rows)}, recorded(target, source))
+            write_rows_read(job.folder, {"calibration": division.marks(rows)}, recorded(*job.models.values()))
         write_plan_directory(job, manifest, readings, state)
     if state.is_main_process:
         print(summary(manifest.record))
@@ -130,6 +137,7 @@ def models_not_here(experiment: Experiment) -> list[str]:
     pair = {
         "target": (models.target_model, models.target_revision),
         "source": (models.source_model, models.source_revision),
+        "source base": (models.source_base, models.source_base_revision),
     }
     steps = {role: (name, missing_step(name, revision)) for role, (name, revision) in pair.items() if name}
     return [f"{role} {name} waits for {step}" for role, (name, step) in steps.items() if step]
@@ -148,8 +156,10 @@ def preflight(job: Job, report: bool) -> None:
     cost = stage1_cost(*sizes, job.experiment, timed=False)
     if report:
         print(checks.stage1_report(job.target, job.source, cost))
+        if job.source_base is not None:
+            print(checks.describe("source base", job.source_base))
     fused = job.experiment.fusion.fused
-    problems = [problem for role, model in job.pair.items() for problem in checks.model_problems(role, model, fused)]
+    problems = [problem for role, model in job.models.items() for problem in checks.model_problems(role, model, fused)]
     problems += checks.disk_problems(job.folder, cost.disk)
     too_little_memory = checks.memory_problems(cost.memory, compute.device)
     if report:
@@ -189,7 +199,7 @@ def begin(job: Job, data: dict[str, Any], state: Any) -> Manifest:
         data: `Division.identity` of the calibration texts.
     """
     if state.is_main_process:
-        identities = {role: model.identity for role, model in job.pair.items()}
+        identities = {role: model.identity for role, model in job.models.items()}
         Manifest.begin(job.folder, STAGE, {**identities, "data": data, "settings": job.experiment.deciding("1")})
     state.wait_for_everyone()
     return Manifest(job.folder, read_json(job.folder / MANIFEST))

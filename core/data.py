@@ -22,7 +22,7 @@ _FOLDER = str(Path(__file__).resolve().parents[1] / "datasets")
 if _FOLDER not in sys.path:
     sys.path.append(_FOLDER)
 
-from dataset_general_texts import python_reference
+from dataset_general_texts import benchmark_prose, python_reference
 from dataset_sources import EPSILON, SOURCES, read_source
 
 __all__ = [
@@ -42,7 +42,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-DATA_SUBSETS = ("python_reference", *SOURCES, "file")
+# The data sets that need no network.
+INSTALLED = {"python_reference": python_reference, "benchmark_prose": benchmark_prose}
+DATA_SUBSETS = (*INSTALLED, *SOURCES, "file")
 # The ids of those data sets that are on the hub, for model cards.
 HUB_IDS = {name: source.hub_id for name, source in SOURCES.items()}
 # The column that names the group of a row, unless --group-column names another one.
@@ -168,12 +170,13 @@ def _read_records(spec: DataSpec) -> tuple[list[dict[str, Any]], str, str | None
         raise UserError("--data-subset file needs --data-file")
     if spec.subset not in DATA_SUBSETS:
         raise UserError(f"data subset {spec.subset!r}; expected one of {', '.join(DATA_SUBSETS)} (--data-subset)")
-    if spec.subset == "python_reference":
+    if spec.subset in INSTALLED:
         try:
-            return python_reference(), spec.subset, None
+            return INSTALLED[spec.subset](), spec.subset, None
         except ModuleNotFoundError as error:
             raise UserError(
-                f"{spec.subset}: this Python has no {error.name}; install your system's full Python"
+                f"{spec.subset}: this Python has no {error.name}; install your system's full Python, and the packages "
+                "of requirements.txt"
             ) from None
     records, revision_read = _read_hub(spec)
     return records, spec.subset, revision_read

@@ -7,49 +7,47 @@ import dataclasses
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from torch import Tensor
-from tqdm.auto import tqdm
-
-from core.errors import UserError
-from core.files import read_json, write_json, write_text
-from core.fusion.residual import fold_bias, fold_weight
-from core.fusion.residual_file import RESIDUAL_FILE, join_residuals, load_residuals, save_residuals
-from core.fusion.settings import FusionSettings
+from core.files import write_json, write_text
+from core.fusion.feature_maps import FEATURE_MAPS
+from core.fusion.residual_file import RESIDUAL_FILE, join_residuals
 from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 from core.hub import push_folder
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance
-from core.models.checkpoints import Checkpoint, open_pair
+from core.models.checkpoints import Checkpoint, open_pair, open_source_base
 from core.models.folded import write_folded
 from core.runs import preflight as checks
 from core.runs.card import CARD, fused_card
 from core.runs.command_line import Command, parse_command, save_resolved
+from core.runs.fused_layers import PARTS, FusedLayers
 from core.runs.licences import licence_warning
 from core.runs.lineage import fused_lineage
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import log_to_file, run_command, setup_logging
-from core.runs.rows_read import write_rows_read
+from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import Experiment
+from core.runs.strength_search import StrengthRows, search_settings, strength_rows, strength_search
 from core.training.hot_linear import enable_hot_residual_for_model
+from core.training.strengths import Choice
+from evaluation.significance import record_of_difference
 
 __all__ = ["enable_hot_residual_for_model", "fuse_attention_only_from_hot_dir", "main"]
 
 log = logging.getLogger("stage2")
 STAGE = "fused"
-# While the checkpoint is being made, this folder in it holds the layers that are done.
-PARTS = "parts"
 # Below this |W~| / |W| fusing with W~ only makes the selected part of the target's weight smaller.
 DAMPING_RATIO = 1e-3
+# Below this |W~ - W| / |W| a task vector is lost in the rounding of float32.
+NOTHING_RATIO = 1e-7
 # The figures of the report that are averaged over layers, in the order of the printed table.
 FIGURES = ("norm_ratio", "cosine", "explained_variance")
 
@@ -63,15 +61,17 @@ class Job:
     target: Checkpoint
     source: Checkpoint
     folder: Path
-
-    def part(self, layer: int) -> Path:
-        """The file of one layer's residuals until the checkpoint is complete."""
-        return self.folder / PARTS / f"{layer}.safetensors"
+    source_base: Checkpoint | None = None
 
     @property
-    def parts(self) -> list[Path]:
-        """The files of all layers."""
-        return [self.part(layer) for layer in range(self.plans.shape[0])]
+    def layers(self) -> FusedLayers:
+        """The residuals of all layers until the checkpoint is complete."""
+        return FusedLayers(self.folder, self.plans.shape[0], self.experiment.fusion)
+
+    @cached_property
+    def rows(self) -> StrengthRows | None:
+        """The rows on which strengths are found; None where the strength is given."""
+        return strength_rows(self.experiment, self.plans) if self.experiment.fusion.finds_alpha else None
 
 
 @outputs_held()
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     manifest = Manifest.begin(job.folder, STAGE, manifest_inputs(job))
     log_to_file(command.log_file("output_dir", "fused"))
     settings, made_from = job.experiment.fusion, job.plans.manifest.inputs
-    lineage = fused_lineage(job.target, job.source, made_from, dataclasses.asdict(settings))
+    lineage = fused_lineage(job.target, job.source, made_from, dataclasses.asdict(settings), job.source_base)
     if warning := licence_warning(lineage["models"]):
         log.warning(warning)
     if manifest.complete:
@@ -102,10 +102,10 @@ def main(argv: list[str]) -> None:
     shutil.rmtree(job.folder / PARTS, ignore_errors=True)
     print(summary(manifest.record))
     ratio = max(mean["norm_ratio"] or 0.0 for mean in manifest.record["mean"].values())
-    if settings.alpha > 0 and not ratio >= DAMPING_RATIO:
-        log.warning(
-            "|W~|/|W| is %.1e: fusion only damps the target; --feature-map regression transports real weights", ratio
-        )
+    whole = job.source_base is None
+    if settings.alpha != 0 and not ratio >= (DAMPING_RATIO if whole else NOTHING_RATIO):
+        what = "|W~|/|W| is %.1e: fusion only damps" if whole else "|W~-W|/|W| is %.1e: fusion does not change"
+        log.warning(what + " the target; --feature-map regression transports real weights", ratio)
     push_folder(job.folder, job.experiment.output.push_to_hub)
 
 
@@ -138,11 +138,15 @@ def open_job(command: Command) -> Job:
         source_model=command.experiment.models.source_model or made_from["source"]["id"],
     )
     target, source = open_pair(experiment.models, experiment.compute.device)
-    check_output_folder(folder, plans.folder, target.folder, source.folder)
+    base = open_source_base(experiment.models, source, experiment.fusion.fused)
+    models = [model.folder for model in (target, source, base) if model is not None]
+    check_output_folder(folder, plans.folder, *models)
     plans.check_models(target, source)
     experiment.fusion.check_feature_map()
     plans.check_projections(experiment.fusion.fused)
-    return Job(experiment, plans, target, source, folder)
+    if base is not None and not FEATURE_MAPS[experiment.fusion.feature_map].reads_feature_plans:
+        plans.check_source_inputs(experiment.fusion.fused)
+    return Job(experiment, plans, target, source, folder, base)
 
 
 def preflight(job: Job, report: bool) -> None:
@@ -153,14 +157,17 @@ def preflight(job: Job, report: bool) -> None:
     """
     settings = job.experiment.fusion
     disk = checks.stage2_disk(job.target, settings)
-    memory = checks.stage2_memory(
-        job.plans, job.target, job.source, settings.fused, job.experiment.output.max_shard_bytes
-    )
+    memory = checks.stage2_memory(job.plans, job.target, job.source, settings, job.experiment.output.max_shard_bytes)
     problems = [
         *checks.model_problems("target", job.target, settings.fused),
         *checks.model_problems("source", job.source, settings.fused),
         *checks.disk_problems(job.folder, disk),
     ]
+    if job.source_base is not None:
+        memory += checks.task_vector_memory(job.source, settings.fused)
+        problems += checks.model_problems("source base", job.source_base, settings.fused)
+        if report:
+            print(checks.describe("source base", job.source_base))
     if report:
         print(checks.stage2_report(job.plans, job.target, job.source, settings, memory, disk))
         problems += checks.memory_problems(memory, job.experiment.compute.device)
@@ -170,10 +177,14 @@ def preflight(job: Job, report: bool) -> None:
 def manifest_inputs(job: Job) -> dict[str, Any]:
     """All that the bytes of the checkpoint depend on."""
     fusion = dataclasses.asdict(job.experiment.fusion)
+    found = {} if job.rows is None else {"strength_rows": job.rows.identity()}
+    base = {} if job.source_base is None else {"source_base": job.source_base.identity}
     return {
+        **found,
         "plans": job.plans.manifest.record["fingerprint"],
         "target": job.target.identity,
         "source": job.source.identity,
+        **base,
         "settings": fusion,
         "writing": {name: value for name, value in job.experiment.deciding("2").items() if name not in fusion},
     }
@@ -181,24 +192,32 @@ def manifest_inputs(job: Job) -> dict[str, Any]:
 
 def write_checkpoint(job: Job, manifest: Manifest, lineage: dict[str, Any]) -> None:
     """Fuse, and write every file of the checkpoint; the manifest that says that it is complete comes last."""
-    settings, folder = job.experiment.fusion, job.folder
+    settings, folder, layers = job.experiment.fusion, job.folder, job.layers
     save_resolved(job.experiment, "2", folder)
-    lines = transport_layers(job)
-    join_residuals(job.parts, folder / RESIDUAL_FILE)
-    write_folded(job.target, folder, fold_from(job.parts, job.target, settings), job.experiment.output.max_shard_bytes)
+    layers.transport(job.plans, job.target, job.source, job.source_base)
+    choice = find_strength(job)
+    rows = settings.row_kinds[0] if choice is None else choice.candidate
+    alpha = float(settings.alpha) if choice is None else choice.alpha
+    join_residuals(layers.paths(rows), folder / RESIDUAL_FILE, alpha, settings.residual_form)
+    fold = layers.fold_from(rows, job.target, alpha)
+    write_folded(job.target, folder, fold, job.experiment.output.max_shard_bytes)
+    lines, strength = layers.report(rows), None if choice is None else choice.record()
     means, dropped = means_by_projection(lines), sum(line["bias"] == "dropped" for line in lines)
     write_json(
         folder / "fusion_report.json",
         {
             "settings": dataclasses.asdict(settings),
+            "strength": strength,
             "mean": means,
             "dropped_biases": dropped,
             "projections": lines,
         },
     )
-    write_text(folder / CARD, fused_card(lineage, means, dropped))
-    write_rows_read(folder, {}, [job.plans.folder])
+    write_text(folder / CARD, fused_card(lineage, means, dropped, choice.sentence("Fusion") if choice else None))
+    made_with = [job.plans.folder, *recorded(job.source_base)]
+    write_rows_read(folder, {} if job.rows is None else job.rows.marks(), made_with)
     manifest.finish(
+        strength=strength,
         mean=means,
         dropped_biases=dropped,
         source_layers_used=sum(len(line["source_layers"]) for line in lines) / len(lines),
@@ -209,49 +228,16 @@ def write_checkpoint(job: Job, manifest: Manifest, lineage: dict[str, Any]) -> N
     )
 
 
-def transport_layers(job: Job) -> list[dict[str, Any]]:
-    """Write the residuals of every target layer to a file of its own and return the lines of the report.
-
-    Layers that a killed run finished are not computed again.
-
-    Raises:
-        UserError: a layer has no corresponding source layer, or a weight is not finite.
-    """
-    (job.folder / PARTS).mkdir(exist_ok=True)
-    settings, projections = job.experiment.fusion, job.experiment.fusion.fused
-    missing = [layer for layer, path in enumerate(job.parts) if not path.is_file()]
-    fused = fuse_attention_only_from_hot_dir(job.plans, job.target, job.source, settings, missing)
-    found = tqdm(fused, total=len(missing) * len(projections), desc="fusing", unit="projection")
-    try:
-        for layer, of_layer in groupby(found, key=lambda one: one[0].layer):
-            residuals, lines = zip(*of_layer, strict=True)
-            write_json(job.part(layer).with_suffix(".json"), {"lines": lines})
-            # The residuals are written last: a layer with this file is done.
-            save_residuals(job.part(layer), residuals, settings.alpha, settings.residual_form)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return [line for path in job.parts for line in read_json(path.with_suffix(".json"))["lines"]]
-
-
-def fold_from(parts: Sequence[Path], target: Checkpoint, settings: FusionSettings) -> Callable[[str, Tensor], Tensor]:
-    """Function (tensor name, tensor) -> folded tensor, which reads the residuals of one layer at a time. Tensors that
-    are not fused pass through it unchanged."""
-    fused = {
-        target.tensor_name(layer, projection): (layer, projection)
-        for layer in range(len(parts))
-        for projection in settings.fused
-    }
-    of_layer = lru_cache(1)(lambda layer: {one.projection: one for one in load_residuals(parts[layer])[0]})
-
-    def fold(name: str, tensor: Tensor) -> Tensor:
-        module, _, kind = name.rpartition(".")
-        if module not in fused or kind not in ("weight", "bias"):
-            return tensor
-        layer, projection = fused[module]
-        fold_one = fold_weight if kind == "weight" else fold_bias
-        return fold_one(tensor, of_layer(layer)[projection], settings.alpha, settings.residual_form)
-
-    return fold
+def find_strength(job: Job) -> Choice | None:
+    """Choose or learn the strength as the settings ask, with the target in memory; None where they give it."""
+    if job.rows is None:
+        return None
+    model = job.target.load_model(job.experiment.compute.dtype)
+    search = strength_search(job.rows, job.target, model, job.experiment, record_of_difference)
+    candidates = {rows: partial(job.layers.residuals, rows) for rows in job.experiment.fusion.row_kinds}
+    choice = search.find("fused", candidates, search_settings(job.experiment))
+    log.info(choice.sentence(f"{job.source.name} for {job.target.name}"))
+    return choice
 
 
 def means_by_projection(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -267,12 +253,15 @@ def means_by_projection(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, 
 
 def summary(record: dict[str, Any]) -> str:
     """The table that stage 2 ends with, from the finished manifest."""
-    lines = ["projection   |W~|/|W|     cosine   share of output variance explained on rows kept aside"]
+    ratio = "|W~-W|/|W|" if "source_base" in record["lineage"]["models"] else "  |W~|/|W|"
+    lines = [f"projection {ratio}     cosine   share of output variance explained on rows kept aside"]
     for projection, mean in record["mean"].items():
         figures = ["-" if mean[key] is None else f"{mean[key]:.3g}" for key in FIGURES]
         lines.append(f"{projection:10} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10}")
     if record["dropped_biases"]:
         lines.append(f"{record['dropped_biases']} source biases dropped: the target has none there")
+    if record["strength"] is not None:
+        lines.append(record["strength"]["sentence"])
     lines.append(
         f"source layers in a transported weight: {record['source_layers_used']:.1f} of "
         f"{record['source_layers']} on average (--p-topk)"

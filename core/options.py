@@ -58,7 +58,8 @@ def option(
         stages: the commands that take it as a flag: 1, 2 and 3 are the stages, e is the comparison on held-out texts
             and b the benchmarks. A setting of no command can still stand in an experiment file.
         help: what `--help` says.
-        choices, range: the values it may have; for a tuple, the values that each entry may have.
+        choices, range: the values it may have; for a tuple, the values that each entry may have. A number that has
+            both may also be one of these words.
         changes: those of `stages` whose output gets other bytes when the value changes; there the value is part of the
             fingerprint. The default is all of `stages`. Fewer are given for a setting that names an input (a model or
             rows), whose contents are in the fingerprint instead, and for one that only decides where or how fast
@@ -117,6 +118,8 @@ class Setting:
             return None
         if self.kind is tuple:
             return self._read_entries(value)
+        if value in self.words:
+            return value
         if self.kind is bool or isinstance(value, bool):
             if self.kind is bool and isinstance(value, bool):
                 return value
@@ -126,7 +129,12 @@ class Setting:
                     return self.kind(value)
             except (TypeError, ValueError, OverflowError):
                 pass
-        raise ValueError(f"expected {self.kind.__name__}")
+        raise ValueError(f"expected {' or '.join([self.kind.__name__, *self.words])}")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that a number may be in place of a number."""
+        return self.choices if self.choices and self.range else ()
 
     def _read_entries(self, value: Any) -> tuple[Any, ...]:
         if self.entry is str:
@@ -140,12 +148,15 @@ class Setting:
 
     def check(self, value: Any) -> None:
         """Raise UserError for a value that is not among `choices` or not in `range`."""
-        if self.choices and value not in (None, "") and value not in self.choices:
+        if value in self.words:
+            return
+        if self.choices and not self.range and value not in (None, "", *self.choices):
             raise UserError(f"{self.name} is {value!r}; expected one of {', '.join(self.choices)}")
         if self.range is not None and value is not None:
             for number in value if self.kind is tuple else (value,):
                 if number not in self.range:
-                    raise UserError(f"{self.name} is {number}; {self.range.expected}")
+                    words = "".join(f", or {word}" for word in self.words)
+                    raise UserError(f"{self.name} is {number}; {self.range.expected}{words}")
 
 
 def settings_of(group: type, name: str) -> list[Setting]:
@@ -159,10 +170,11 @@ def settings_of(group: type, name: str) -> list[Setting]:
 
 
 def _type_of(hint: Any) -> dict[str, Any]:
-    """Type, type of entries and optionality that an annotation such as `float | None` or `tuple[str, ...]` states."""
-    optional = isinstance(hint, types.UnionType)
-    if optional:
-        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    """Type, type of entries and optionality that an annotation such as `float | None` or `tuple[str, ...]` states. Of
+    `float | str`, a number or a word, it is the number's."""
+    optional = type(None) in get_args(hint)
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
     if get_origin(hint) is tuple:
         return {"kind": tuple, "entry": get_args(hint)[0], "optional": optional}
     return {"kind": hint, "entry": None, "optional": optional}

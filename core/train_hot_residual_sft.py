@@ -25,18 +25,17 @@ from core.runs.card import CARD, adapted_card
 from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.lineage import adapted_lineage
 from core.runs.process import log_to_file, process_state, run_command, setup_logging
-from core.runs.rows_read import check_held_out, check_same_split, recorded, write_rows_read
+from core.runs.rows_read import check_held_out, check_same_split, recorded, with_data_of, write_rows_read
 from core.runs.settings import Experiment
 from core.training.curve import save_curve
-from core.training.distill import SEQUENCE_METHOD, Teacher, read_answers, same_vocabulary, write_answers
 from core.training.recipe import Recipe, TrainingData
 from core.training.search import CHECKPOINTS, SearchResult, search, write_results
 from core.training.sft import sft_examples
 from core.training.start import Start, open_start, open_teacher, save_folded
+from core.training.teaching import TARGETS, Taught, learn_from
 
 log = logging.getLogger("stage3")
 STAGE, UNTRAINED = "adapted", "untrained"
-ANSWERS = "source_answers.jsonl"
 
 
 @outputs_held()
@@ -71,7 +70,8 @@ def main(argv: list[str]) -> None:
         if job.process.is_main_process:
             finish(job, manifest, rows, prepared, result)
     if job.process.is_main_process:
-        shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+        for of_training in (CHECKPOINTS, TARGETS):
+            shutil.rmtree(job.folder / of_training, ignore_errors=True)
         push_folder(job.folder, repository(job.experiment))
 
 
@@ -114,7 +114,8 @@ class Job:
     def recipe(self) -> Recipe:
         """How training goes."""
         experiment = self.experiment
-        return Recipe(experiment.name, experiment.training, experiment.adapters, experiment.compute)
+        training, adapters = experiment.training, experiment.adapters
+        return Recipe(experiment.name, training, adapters, experiment.compute, experiment.distill)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class Prepared:
     """The rows as training reads them.
 
     Attributes:
-        data: token ids and labels, and the teacher of token-level distillation.
+        data: token ids and labels, and the teacher of distillation by tokens.
         counts: of rows and tokens, as `sft_examples` gives them.
         method: how a teacher takes part, in words; None without one.
     """
@@ -177,22 +178,12 @@ def open_job(command: Command, output_default: str) -> Job:
 
 def resolved(experiment: Experiment, start: Start) -> Experiment:
     """The experiment with what the start decides: the dtype for `auto`, and the data of the plans if none is given."""
-    compute, data = experiment.compute, experiment.data
+    compute = experiment.compute
     if compute.dtype == "auto":
         half_types = {"BF16": "bfloat16", "F16": "float16"} if compute.device != "cpu" else {}
         most_common = mode(dtype for _, dtype in start.checkpoint.headers.values())
         experiment = experiment.changed(dtype=half_types.get(most_common, "float32"))
-    if start.made_by is None or data.data_subset or data.data_file is not None:
-        return experiment
-    of_plans = start.made_by["data"]
-    log.info("no data given: taking that of the plans, %s", of_plans["file"] or of_plans["subset"])
-    return experiment.changed(
-        data_subset=of_plans["subset"],
-        data_file=of_plans["file"],
-        split_seed=of_plans["split_seed"],
-        max_rows_read=of_plans["max_samples"],
-        group_column=of_plans["group_column"],
-    )
+    return experiment if start.made_by is None else with_data_of(experiment, start.made_by["data"])
 
 
 def read_rows(job: Job) -> RowsRead:
@@ -216,36 +207,15 @@ def read_rows(job: Job) -> RowsRead:
 
 
 def prepare(job: Job, rows: RowsRead) -> Prepared:
-    """Tokenize the rows, after a source with another vocabulary has written its answers into them."""
+    """Tokenize the rows, after the source of `distill` has taught."""
     tokenizer = job.start.checkpoint.load_tokenizer()
     block_size = job.experiment.training.block_size
-    sft, teacher, method = rows.sft, None, None
+    taught = Taught(rows.sft)
     if job.source is not None:
-        sft, teacher, method = learn_from(job.source, job, rows.sft, tokenizer)
-    examples, counts = sft_examples(sft, tokenizer, block_size)
+        taught = learn_from(job.source, rows.sft, tokenizer, job.recipe, job.folder, job.process)
+    examples, counts = sft_examples(taught.rows, tokenizer, block_size, taught.numbers)
     validation = sft_examples(rows.validation, tokenizer, block_size)[0] if rows.validation else []
-    return Prepared(TrainingData(examples, validation, teacher), counts, method)
-
-
-def learn_from(source: Checkpoint, job: Job, rows: list[Row], tokenizer: Any) -> tuple[list[Row], Teacher | None, str]:
-    """Let the source teach: by tokens where both models have the same vocabulary, and by whole answers elsewhere.
-
-    Returns:
-        (the rows to train on, the teacher by tokens, the method in words for the card).
-    """
-    training, compute = job.experiment.training, job.experiment.compute
-    source_tokenizer = source.load_tokenizer()
-    if same_vocabulary(tokenizer, source_tokenizer):
-        teacher = Teacher(source.load_model(compute.dtype).requires_grad_(False), job.experiment.distill)
-        log.info("same vocabulary; %s", teacher.method)
-        return rows, teacher, teacher.method
-    log.info("the vocabularies differ; %s", SEQUENCE_METHOD)
-    path = job.folder / ANSWERS
-    if job.process.is_main_process:
-        model = source.load_model(compute.dtype)
-        write_answers(rows, model, source_tokenizer, path, training.block_size, compute.tokens_per_batch)
-    job.process.wait_for_everyone()
-    return read_answers(rows, path), None, SEQUENCE_METHOD
+    return Prepared(TrainingData(examples, validation, taught.teacher), counts, taught.method)
 
 
 def finish(job: Job, manifest: Manifest, rows: RowsRead, prepared: Prepared, result: SearchResult) -> None:

@@ -1,15 +1,19 @@
-"""General texts that come with Python: its language reference, and the docstrings of the standard library."""
+"""Texts that every installation has: Python's own documentation, and prose about the benchmarks of lm-eval."""
 
 import ast
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 MIN_CHARACTERS = 200
 # Modules and packages that do not document Python, or repeat its documentation.
 LEFT_OUT = {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "turtledemo"}
+# What a paragraph of prose does not hold: lists, headings, tables, code, addresses.
+NO_PROSE = re.compile(r"^\s*([-*+|#>$]|\d+\.)|https?:|[|{}<>=\\]|`.*`.*`.*`", re.MULTILINE)
+FENCED = re.compile(r"^\s*```.*?^\s*```", re.MULTILINE | re.DOTALL)
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 
 
@@ -24,11 +28,45 @@ def python_reference() -> list[dict[str, Any]]:
         ModuleNotFoundError: this Python has no `pydoc_data`, or no source files of the standard library. Some
             distributions ship them as packages of their own.
     """
+    return _in_groups((*_topics(), *_docstrings()))
+
+
+def benchmark_prose() -> list[dict[str, Any]]:
+    """Paragraphs of English prose, of at least 200 characters, from the pages on benchmarks that the package lm_eval
+    ships (MIT licence): mostly the abstracts of the papers that introduced them, each paragraph once.
+
+    CPython ships no such text: beside its documentation there is its licence, and the licences of all packages are a
+    dozen texts that repeat each other.
+
+    Returns:
+        Rows {"text", "group"}. A group is a folder of benchmarks, joined with others as in `python_reference`.
+    Raises:
+        ModuleNotFoundError: lm_eval is not installed, or without these pages.
+    """
+    found = find_spec("lm_eval")  # nothing is imported
+    folder = Path(found.submodule_search_locations[0] if found and found.submodule_search_locations else "") / "tasks"
+    pages = sorted(folder.rglob("README.md")) if found else []
+    if not pages:
+        raise ModuleNotFoundError(name="lm_eval (with its folder tasks)")
+    texts = ((page.relative_to(folder).parts[0], FENCED.sub("", page.read_text("utf-8"))) for page in pages)
+    prose = ((name, "\n\n".join(filter(_is_prose, _paragraphs(text)))) for name, text in texts)
+    return _in_groups(prose)
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether a paragraph consists of English sentences; a foreign name or a dash does no harm."""
+    foreign = sum(not character.isascii() for character in paragraph)
+    return paragraph[0].isupper() and foreign < 0.02 * len(paragraph) and not NO_PROSE.search(paragraph)
+
+
+def _in_groups(texts: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Rows {"text", "group"} of all paragraphs of the texts (name, text), each once. Names that share a paragraph are
+    one group."""
     from scipy.cluster.hierarchy import DisjointSet  # imports half of scipy, which other data does not need
 
     groups: DisjointSet = DisjointSet()
-    first: dict[str, str] = {}  # paragraph -> the topic or module in which it was found first
-    for name, text in (*_topics(), *_docstrings()):
+    first: dict[str, str] = {}  # paragraph -> the name under which it was found first
+    for name, text in texts:
         groups.add(name)
         for paragraph in _paragraphs(text):
             groups.merge(name, first.setdefault(paragraph, name))

@@ -20,12 +20,12 @@ from core.runs.command_line import Command, parse_command, unfinished
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.settings import Experiment
-from evaluation.arms.models import Arms
+from evaluation.arms.models import Arms, open_base_of
 from evaluation.arms.results import Results
 from evaluation.arms.run import Run, folders_to_compare
 from evaluation.arms.samples import SAMPLES, write_samples
 from evaluation.arms.texts import TextSet, text_sets
-from evaluation.arms.verdict import table, trial_notes
+from evaluation.arms.verdict import strength_notes, table, trial_notes
 
 log = logging.getLogger("compare")
 MODES = {"dry_run": "check everything that can be checked without loading a model, print it, and stop"}
@@ -45,19 +45,19 @@ def main(argv: list[str]) -> None:
     run = Run.open(folder, plans)
     target, source = open_pair(experiment.models, experiment.compute.device)
     plans.check_models(target, source)
-    sets = text_sets(experiment, run, target.load_tokenizer())
+    arms = Arms(run, target, source, experiment, open_base_of(run, experiment, source))
+    sets = text_sets(experiment, run, (target.load_tokenizer(), source.load_tokenizer()))
     if "dry_run" in command.modes:
-        print(report(Arms(run, target, source, experiment), sets))
+        print(report(arms, sets))
         return
     hold(folder)
     log_to_file(command.log_file("run_dir", "."))
-    arms = Arms(run, target, source, experiment)
     results = Results(folder / "results.json", inputs_of(run, sets, experiment), arms.made_from, sets)
     for arm, losses in arms.losses(results.missing, sets):
         results.add(arm, losses)
     record = results.finish(arms.absent)
     text = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
-    text = "\n".join([text, *trial_notes(run.trials)])
+    text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])
     print(text)
     write_to_cards(run, sets["held_out"].identity, text)
     write_samples(folder / SAMPLES, arms, sets["held_out"].rows)

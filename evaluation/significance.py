@@ -154,6 +154,13 @@ def difference(
     return Estimate(diff, variance, dof, tuple(by_seed.tolist()), len(numbers))
 
 
+def record_of_difference(
+    ours: Sequence[float], other: Sequence[float], weights: Sequence[float], groups: Sequence[Hashable]
+) -> dict[str, Any]:
+    """`difference` of two models without seeds, as a record for files."""
+    return difference([ours], [other], weights, groups).record()
+
+
 def combined(estimates: Mapping[str, Estimate], weights: Mapping[str, float]) -> Estimate:
     """The weighted sum of differences on independent items, such as the mean over benchmarks.
 

@@ -91,7 +91,8 @@ def assets(task: str, data_dir: Path, workspace: Path) -> list[Asset]:
     names = list(task_benchmarks(task))
     if task != "general":
         experiment = Experiment.of(**load_experiment(EXPERIMENTS / f"{task}.yaml"))
-        for name in (experiment.models.target_model, experiment.models.source_model):
+        models = experiment.models
+        for name in filter(None, (models.target_model, models.source_model, models.source_base)):
             found.append(Asset("model", name, partial(_model_size, name), partial(_fetch_model, name)))
         spec, path = experiment.data.spec, data_dir / f"{task}.jsonl"
         if spec.subset in HUB_IDS:

@@ -59,7 +59,7 @@ def wrong_layer(fused: Residual, transport: Transport, generator: Generator) -> 
 
 def self_regressed(fused: Residual, transport: Transport, generator: Generator) -> Residual:
     """W~ regressed from the target's own inputs to its own outputs, which smooths W without any source. The mean output
-    is kept."""
+    is kept. With a task vector it is W: the target differs from itself by nothing."""
     return transport.regress_own(fused)
 
 
@@ -73,6 +73,18 @@ def filtered_self(fused: Residual, transport: Transport, generator: Generator) -
     return transport.regress_own(fused, filtered=True)
 
 
+def random_source(fused: Residual, transport: Transport, generator: Generator) -> Residual:
+    """W~ once more, from a transport that reads a source of the same architecture with fresh weights. What it gains is
+    what any network of this shape would give.
+
+    Args:
+        transport: not the one that made `fused`, but one on the rows of such a source; layers are matched as for
+            `fused`, by the plans of the real source.
+    """
+    (found,) = transport_into([fused], transport, fused.layer)
+    return found
+
+
 CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
     "damped": damped,
     "damped_mean": damped_mean,
@@ -80,4 +92,5 @@ CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
     "wrong_layer": wrong_layer,
     "self": self_regressed,
     "filtered_self": filtered_self,
+    "random_source": random_source,
 }

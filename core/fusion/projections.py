@@ -113,7 +113,7 @@ def planned_sides(projections: Iterable[str]) -> tuple[str, ...]:
 
 def source_sides(projections: Iterable[str]) -> tuple[str, ...]:
     """What is recorded of the source: its outputs, and the inputs from which layers are matched. The input of down is
-    as wide as the outputs of gate and up, and nothing reads the source's."""
+    as wide as the outputs of gate and up, and nothing but a task vector reads the source's."""
     projections = tuple(projections)
     needed = {*projections, *planned_sides(projections)}
     return tuple(side for side in recorded_sides(projections) if side in needed)

@@ -34,6 +34,11 @@ class Residual:
     original_bias: Tensor | None
 
     @property
+    def name(self) -> str:
+        """`LAYER.PROJECTION`, by which files and strengths name it."""
+        return f"{self.layer}.{self.projection}"
+
+    @property
     def axis(self) -> int:
         """Whether ROWS or COLUMNS of the weight are selected."""
         return PROJECTIONS[self.projection].axis
@@ -44,7 +49,7 @@ class Residual:
         entries, because every output reads the selected inputs."""
         return self.index if self.axis == ROWS else torch.arange(len(self.weight), device=self.index.device)
 
-    def to(self, device: str) -> Residual:
+    def to(self, device: str | torch.device) -> Residual:
         """The same residual with its tensors on `device`."""
         tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors)

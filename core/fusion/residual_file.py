@@ -1,7 +1,8 @@
 """`hot_residual.safetensors`: the residuals of a fused checkpoint, from which the target and W~ can both be restored.
 
 For every fused projection it holds `<layer>.<projection>.` followed by `index`, `weight`, `original_weight` and, where
-there are biases, `bias` and `original_bias`; its metadata holds alpha and the residual's form.
+there are biases, `bias` and `original_bias`; its metadata holds the residual's form and alpha, which is one number, or
+`<layer>.<projection>` -> number.
 """
 
 from __future__ import annotations
@@ -18,34 +19,38 @@ from core.errors import UserError
 from core.files import write_safetensors
 from core.fusion.projections import PROJECTIONS
 from core.fusion.residual import Residual
+from core.fusion.strengths import Strength
 
 RESIDUAL_FILE = "hot_residual.safetensors"
 TENSORS = ("index", "weight", "bias", "original_weight", "original_bias")
 
 
-def save_residuals(path: Path, residuals: Iterable[Residual], alpha: float, form: str) -> None:
+def save_residuals(path: Path, residuals: Iterable[Residual], alpha: Strength, form: str) -> None:
     """Write residuals, and the alpha and form they are mixed with, to one file."""
     tensors = {
-        f"{residual.layer}.{residual.projection}.{name}": getattr(residual, name)
+        f"{residual.name}.{name}": getattr(residual, name)
         for residual in residuals
         for name in TENSORS
         if getattr(residual, name) is not None
     }
-    write_safetensors(path, tensors, {"settings": json.dumps({"alpha": alpha, "form": form})})
+    write_safetensors(path, tensors, _metadata(alpha, form))
 
 
-def join_residuals(parts: Sequence[Path], path: Path) -> None:
-    """Join the files of different layers into one. Their tensors stay mapped from the parts and are never all in
-    memory."""
+def join_residuals(parts: Sequence[Path], path: Path, alpha: Strength, form: str) -> None:
+    """Join the files of different layers into one with this alpha and form. Their tensors stay mapped from the parts
+    and are never all in memory."""
     tensors: dict[str, Tensor] = {}
     for part in parts:
         with safe_open(part, "pt") as file:
-            metadata = file.metadata()
             tensors |= {name: file.get_tensor(name) for name in file.offset_keys()}
-    write_safetensors(path, tensors, metadata)
+    write_safetensors(path, tensors, _metadata(alpha, form))
 
 
-def load_residuals(path: Path) -> tuple[list[Residual], float, str]:
+def _metadata(alpha: Strength, form: str) -> dict[str, str]:
+    return {"settings": json.dumps({"alpha": alpha, "form": form})}
+
+
+def load_residuals(path: Path) -> tuple[list[Residual], Strength, str]:
     """Read (residuals, alpha, form); the residuals come layer by layer, in the order of the table of projections.
 
     Raises:

@@ -28,7 +28,7 @@ class Ridge:
     def __init__(self, R: Tensor, ridge: float):
         self.R = R
         self.by_rows = R.shape[0] < R.shape[1]
-        self.factor = _factor(R, ridge, self.by_rows)
+        self.factor, self.shift = _factor(R, ridge, self.by_rows)
 
     def map(self, S: Tensor) -> Tensor:
         """The map [s, r] to the responses S [T, s], so that S is about R @ map^T."""
@@ -40,18 +40,55 @@ class Ridge:
         return found.to(self.R.dtype)
 
     def fitted(self, S: Tensor) -> Tensor:
-        """What the map makes of R itself, [T, s]."""
-        return self.R @ self.map(S).T  # [T, r] @ [r, s] -> [T, s]
+        """What the map makes of R itself, [T, s].
+
+        By rows this is S - lambda d (R R^T + lambda d I)^-1 S, which needs no product with R.
+        """
+        if not self.by_rows:
+            return self.R @ self.map(S).T  # [T, r] @ [r, s] -> [T, s]
+        S = S.to(self.factor.dtype)
+        return (S - self.shift * torch.cholesky_solve(S, self.factor)).to(self.R.dtype)
 
 
-def _factor(R: Tensor, ridge: float, by_rows: bool) -> Tensor:
-    """Cholesky factor [r, r] or [T, T] of the system, in float64 only where float32 finds it not positive definite."""
+def _factor(R: Tensor, ridge: float, by_rows: bool) -> tuple[Tensor, Tensor]:
+    """(Cholesky factor [r, r] or [T, T] of the system, lambda d), in float64 only where float32 finds the system not
+    positive definite."""
     gram = R @ R.T if by_rows else R.T @ R
     scale = gram.diagonal().sum() / R.shape[1]
-    gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+    shift = torch.where(scale > 0, ridge * scale, torch.ones_like(scale))
+    gram.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
     if info == 0:
-        return factor
+        return factor, shift
     if R.dtype == torch.float64:
         raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
     return _factor(R.double(), ridge, by_rows)
+
+
+def orthogonal_map(R: Tensor, S: Tensor, rank: int) -> Tensor:
+    """The map [s, r] with orthonormal rows or columns, whichever are fewer, that fits R @ map^T to S best.
+
+    This is the orthogonal Procrustes problem (Schonemann 1966): U V^T from the singular value decomposition of S^T R.
+    For r = s it minimises |R map^T - S|, and otherwise it maximises the inner product of the two. Computed in float64,
+    because the singular values of activations span seven orders of magnitude.
+
+    Args:
+        R: [T, r] and S: [T, s], both centred.
+        rank: how many directions the rows can span. The others, in which rows hold nothing but their rounding, are
+            mapped to zero; an orthogonal map would turn that rounding into any direction at full length.
+    """
+    product = S.T.double() @ R.double()  # [s, T] @ [T, r] -> [s, r]
+    if rank < min(product.shape):
+        # The leading directions of the shorter side come first, which takes less than half the time of the whole SVD.
+        short = product if product.shape[0] <= product.shape[1] else product.T
+        leading = torch.linalg.eigh(short @ short.T).eigenvectors[:, -rank:]  # ascending
+        short_map = leading @ _polar(leading.T @ short)
+        return (short_map if short is product else short_map.T).to(R.dtype)
+    return _polar(product).to(R.dtype)
+
+
+def _polar(matrix: Tensor) -> Tensor:
+    """U V^T of a matrix U S V^T, without the directions in which it is zero."""
+    U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = values > values[0] * torch.finfo(values.dtype).eps * max(matrix.shape)
+    return U[:, kept] @ Vh[kept]

@@ -8,6 +8,7 @@ with k = 128 of 2048 neurons that is a sixteenth of the work and memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +20,32 @@ from core.fusion.inputs import Plans, Weights
 from core.fusion.projections import COLUMNS, PROJECTIONS, ROWS
 from core.fusion.residual import Residual, check_finite, select
 from core.fusion.settings import FusionSettings
+from core.fusion.task_vector import TaskVector
 
 
 class Transport:
-    """W~ of any target layer and projection, from one plan directory and the source's weights."""
+    """W~ of any target layer and projection, from one plan directory and the source's weights.
 
-    def __init__(self, plans: Plans, source: Weights, settings: FusionSettings):
-        self.plans, self.source = plans, source
+    Attributes:
+        plans: the plan directory.
+        source: what is transported: the source's weights or, with the base that it was tuned from, its task vector.
+        of_task_vector: whether it is the task vector. W~ is then W plus the transported difference, so that mixing it
+            in with strength alpha gives W + alpha Out (W_source - W_base) In.
+    """
+
+    def __init__(self, plans: Plans, source: Weights, settings: FusionSettings, base: Weights | None = None):
+        task_vector = None if base is None else TaskVector(source, base)
+        self.plans, self.source, self.of_task_vector = plans, task_vector or source, base is not None
         kind = FEATURE_MAPS[settings.feature_map]
-        self.feature_map = kind(plans, settings.p_topk, settings.q_topk, settings.ridge, settings.rows)
+        self.feature_map = kind(
+            plans, settings.p_topk, settings.q_topk, settings.ridge, settings.row_kinds[0], task_vector
+        )
+
+    def with_rows(self, rows: str) -> Transport:
+        """The same transport with W~ regressed on rows of another kind (`core.fusion.anchored`)."""
+        other = copy(self)
+        other.feature_map = self.feature_map.with_rows(rows)
+        return other
 
     def transported(self, layer: int, indices: Mapping[str, Tensor]) -> Transported:
         """W~ and b~ of projections of one target layer on the selected rows or columns, as the feature map gives them
@@ -35,10 +53,16 @@ class Transport:
         return self.feature_map.transported(self.source, layer, indices)
 
     def fill(self, residual: Residual, weight: Tensor, bias: Tensor | None) -> Residual:
-        """A residual with W~ on its selection, as the settings complete it: added to the target's own weight where only
-        the difference to it was regressed, and with the target's mean output kept where the feature map says so."""
-        if self.feature_map.fits.kind == "difference":
+        """A residual with W~ on its selection, as the settings complete it: added to the target's own weight where a
+        change of it was transported, and with the target's mean output kept where the feature map says so.
+
+        Keeping the mean takes what a change does to the mean output out of the change, Delta - Delta x x^T / |x|^2, so
+        that no change stays none.
+        """
+        if self.feature_map.fits.gives_change:
             weight = residual.original_weight + weight
+            if bias is not None and residual.original_bias is not None:
+                bias = residual.original_bias + bias
         filled = replace(residual, weight=weight, bias=None if residual.original_bias is None else bias)
         return self.keep_mean(filled) if self.feature_map.keeps_mean else filled
 
@@ -62,6 +86,9 @@ class Transport:
     def regress_own(self, residual: Residual, filtered: bool = False) -> Residual:
         """W~ regressed from the target's own inputs to its own outputs: what smoothing alone does to W.
 
+        The target has learned nothing over itself, so with a task vector W~ is W. Filtered, a task vector has a control
+        nevertheless: W plus a change along the target's own components, as strong as the transported one.
+
         Args:
             filtered: the outputs are first given the spectrum that transport gives the source's outputs, in their own
                 principal components: what denoising alone does to W.
@@ -72,6 +99,8 @@ class Transport:
         own = own if outputs is None else own[:, outputs]
         if filtered:
             own = with_spectrum_of(own, self.feature_map.responses(layer, projection, outputs))
+        elif self.of_task_vector:
+            own = torch.zeros_like(own)
         weight = self.feature_map.fits.regress(layer, projection, own, outputs)
         return self.fill(residual, weight if residual.axis == ROWS else weight[:, index], None)
 
@@ -95,7 +124,12 @@ def empty_residual(plans: Plans, target: Weights, layer: int, projection: str, t
 
 
 def fuse_attention_only_from_hot_dir(
-    plans: Plans, target: Weights, source: Weights, settings: FusionSettings, layers: Iterable[int] | None = None
+    plans: Plans,
+    target: Weights,
+    source: Weights,
+    settings: FusionSettings,
+    layers: Iterable[int] | None = None,
+    base: Weights | None = None,
 ) -> Iterator[tuple[Residual, dict[str, Any]]]:
     """Transported residual and report of every projection of the target, layer by layer.
 
@@ -104,20 +138,30 @@ def fuse_attention_only_from_hot_dir(
         target, source: the weights of the two models.
         settings: feature map, form, alpha and selection.
         layers: the target layers to do; None for all.
+        base: the model that the source was tuned from; what is transported is then the difference of the two.
     Yields:
         (Residual, report). The report has the keys layer, projection, selected (the number k), norm_ratio |W~| / |W|,
         cosine (between W~ and W), explained_variance (None without rows kept aside), source_layers {m: p[m]} and bias
-        (fused, dropped, kept or none).
+        (fused, dropped, kept or none). With a base, W~ stands for the transported difference alone in the first two,
+        and nothing is said of the variance that it explains, because the target's output is not what it is to predict.
     Raises:
         UserError: a target layer has no corresponding source layer.
         ValueError: a weight or W~ is not finite, or the ridge is too small.
     """
-    transport, projections = Transport(plans, source, settings), settings.fused
+    transport = Transport(plans, source, settings, base)
     for layer in range(plans.shape[0]) if layers is None else layers:
-        empty = [empty_residual(plans, target, layer, projection, settings.top_k) for projection in projections]
-        for residual in transport_into(empty, transport, layer):
-            check_finite(residual)
-            yield residual, _report(residual, transport)
+        yield from fuse_layer(transport, target, settings, layer)
+
+
+def fuse_layer(
+    transport: Transport, target: Weights, settings: FusionSettings, layer: int
+) -> Iterator[tuple[Residual, dict[str, Any]]]:
+    """Transported residual and report of every projection of one target layer, as `fuse_attention_only_from_hot_dir`
+    yields them."""
+    empty = [empty_residual(transport.plans, target, layer, name, settings.top_k) for name in settings.fused]
+    for residual in transport_into(empty, transport, layer):
+        check_finite(residual)
+        yield residual, _report(residual, transport)
 
 
 def transport_into(residuals: Sequence[Residual], transport: Transport, from_layer: int) -> list[Residual]:
@@ -147,6 +191,8 @@ def explained_variance(residual: Residual, plans: Plans) -> float | None:
 def _report(residual: Residual, transport: Transport) -> dict[str, Any]:
     """What `fuse_attention_only_from_hot_dir` yields beside a residual."""
     W, W_tilde = residual.original_weight.double(), residual.weight.double()
+    if transport.of_task_vector:
+        W_tilde = W_tilde - W
     norm, norm_tilde = float(W.norm()), float(W_tilde.norm())
     shares = transport.feature_map.shares(residual.layer, residual.projection)
     return {
@@ -155,7 +201,7 @@ def _report(residual: Residual, transport: Transport) -> dict[str, Any]:
         "selected": len(residual.index),
         "norm_ratio": norm_tilde / norm if norm else None,
         "cosine": float((W * W_tilde).sum()) / (norm * norm_tilde) if norm and norm_tilde else None,
-        "explained_variance": explained_variance(residual, transport.plans),
+        "explained_variance": None if transport.of_task_vector else explained_variance(residual, transport.plans),
         "source_layers": {str(m): p for m, p in shares.items()},
         "bias": _fate_of_biases(residual, transport.source, next(iter(shares))),
     }

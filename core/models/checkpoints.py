@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -165,7 +166,7 @@ class Checkpoint:
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again") from None
 
-    def _check_code(self) -> None:
+    def check_code(self) -> None:
         """Raise UserError when the model's classes are not part of transformers and may not run, or are missing."""
         if not self.layout.family.needs_code:
             return
@@ -200,7 +201,7 @@ class Checkpoint:
         """
         import transformers
 
-        self._check_code()
+        self.check_code()
         if dtype == "auto" and self.device == "cpu":
             dtype = "float32"
         loader = getattr(transformers, self.layout.family.auto)
@@ -238,3 +239,40 @@ def open_pair(models: ModelSettings, device: str) -> tuple[Checkpoint, Checkpoin
         open_checkpoint(models.target_model, models.target_revision, code, device),
         open_checkpoint(models.source_model, models.source_revision, code, device),
     )
+
+
+def open_source_base(models: ModelSettings, source: Checkpoint, projections: Iterable[str]) -> Checkpoint | None:
+    """The model that the source was tuned from, on the source's device; None where the settings name none.
+
+    Args:
+        projections: those of which the difference is transported.
+    Raises:
+        UserError: as `open_checkpoint`; or it is the source itself, of another family, or a weight has another shape.
+    """
+    if models.source_base is None:
+        return None
+    base = open_checkpoint(models.source_base, models.source_base_revision, models.trust_remote_code, source.device)
+    if base.same_model(source.identity):
+        raise UserError(
+            f"source base {base.name} is the source {source.name} itself, which has learned nothing over it; give the "
+            "model that the source was tuned from, or leave --source-base out"
+        )
+    check_same_shapes(source, base, projections)
+    return base
+
+
+def check_same_shapes(source: Checkpoint, base: Checkpoint, projections: Iterable[str]) -> None:
+    """Raise UserError where the weights of some projections cannot be subtracted; the message names the tensor."""
+    kinds = [f"{model.layout.model_type} model of {model.layout.n_layers} layers" for model in (base, source)]
+    problem = f"it is a {kinds[0]}, and the source a {kinds[1]}" if kinds[0] != kinds[1] else None
+    pairs = [(layer, name) for name in projections for layer in range(source.layout.n_layers)]
+    for layer, name in [] if problem else pairs:
+        tensor, in_source = (f"{model.tensor_name(layer, name)}.weight" for model in (base, source))
+        shape, expected = base.headers.get(tensor, ("missing",))[0], source.headers.get(in_source, ("missing",))[0]
+        if shape != expected:
+            problem = f"{tensor} is {shape}, and in the source {expected}"
+            break
+    if problem:
+        raise UserError(
+            f"source base {base.name} is not what {source.name} was tuned from: {problem}; give another --source-base"
+        )

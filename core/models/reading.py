@@ -6,6 +6,7 @@ in it. Both readings are made together here, before any model is loaded; nothing
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ def read_aligned(
     positions: list[tuple[int, int, int]] = []  # (text, token of the target, token of the source)
     alone: list[tuple[int, int]] = []  # (text, token of the target)
     for number, row in enumerate(rows):
-        target_ids, target_ends = _token_ends(target_tokenizer, row.plain, max_tokens)
-        source_ids, source_ends = _token_ends(source_tokenizer, row.plain, max_tokens)
+        target_ids, target_ends = text_token_ends(target_tokenizer, row.plain, max_tokens)
+        source_ids, source_ends = text_token_ends(source_tokenizer, row.plain, max_tokens)
         encoded.append((target_ids, source_ids))
         positions += [(number, target_ends[end], source_ends[end]) for end in target_ends if end in source_ends]
         if not is_aside(number):
@@ -132,25 +133,41 @@ def is_aside(text_number: int) -> bool:
     return text_number % ASIDE_EVERY == ASIDE_EVERY - 1
 
 
-def _token_ends(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], dict[int, int]]:
+def text_token_ends(
+    tokenizer: Any, text: str, max_tokens: int, add_special_tokens: bool = True
+) -> tuple[list[int], dict[int, int]]:
     """(token ids cut at `max_tokens`, character offset -> the last token that ends there).
 
     Special tokens and the first token of the text are left out: attention sinks dominate their variance. Of several
     tokens that end at one offset, such as the bytes of a Thai letter, the last one has read all of it. The ends are
     found before the cut, because after a cut inside a letter its first bytes would pass for the whole.
     """
-    encoding = tokenized(tokenizer, text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ends: dict[int, int] = {}
-    first = None
-    for token, (span, special) in enumerate(
-        zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
-    ):
-        if special or span[0] == span[1]:
-            continue
-        first = token if first is None else first
-        ends[span[1]] = token
-    kept = {end: token for end, token in ends.items() if token != first and token < max_tokens}
+    options = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    encoding = tokenized(tokenizer, text, add_special_tokens=add_special_tokens, **options)
+    first = min((token for token, _, _ in _text_tokens(encoding)), default=None)
+    ends = token_ends(encoding).items()
+    kept = {end: token for end, token in ends if token != first and token < max_tokens}
     return encoding["input_ids"][:max_tokens], kept
+
+
+def token_ends(encoding: Any) -> dict[int, int]:
+    """Character offset -> the token that ends there; special tokens that the tokenizer added are left out.
+
+    A token may hold the end of one letter and the first bytes of the next. Tokenizers then say that it ends with the
+    next letter, which it has not read whole. So an end counts only where the following token begins at or after it.
+
+    Args:
+        encoding: of one text, with `offset_mapping` and `special_tokens_mask`.
+    """
+    tokens = _text_tokens(encoding)
+    following = [begin for _, begin, _ in tokens[1:]] + [math.inf]
+    return {end: token for (token, _, end), begin in zip(tokens, following, strict=False) if begin >= end}
+
+
+def _text_tokens(encoding: Any) -> list[tuple[int, int, int]]:
+    """(token, the offset at which it begins, the one at which it ends) of the tokens that hold text."""
+    spans = enumerate(zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True))
+    return [(token, begin, end) for token, ((begin, end), special) in spans if not special and begin < end]
 
 
 def text_batches(reading: Reading, tokens_per_batch: int) -> list[list[int]]:

@@ -20,9 +20,16 @@ class ModelSettings:
     source_model: str = option(
         "", "123e", "model that gives knowledge: folder, id in $MODELS_ROOT, or hub id", changes=""
     )
+    source_base: str | None = option(
+        None,
+        "12e",
+        "model that the source was tuned from; what is transported is then what the source learned over it",
+        changes="",
+    )
     target_revision: str | None = option(None, "12e", "hub revision of the target", changes="")
     source_revision: str | None = option(None, "123e", "hub revision of the source", changes="")
-    trust_remote_code: bool = option(False, "13e", "allow code that comes with a model", changes="")
+    source_base_revision: str | None = option(None, "12e", "hub revision of the source's base", changes="")
+    trust_remote_code: bool = option(False, "123e", "allow code that comes with a model", changes="")
 
 
 @dataclass(frozen=True)
@@ -32,19 +39,24 @@ class ComputeSettings:
     device: str = option("cpu", "123e", "torch device, e.g. cpu or cuda:0")
     dtype: str = option(
         "auto",
-        "13e",
+        "123e",
         "compute dtype; auto: float32 on a CPU, else the model's own",
         ("auto", "float32", "bfloat16", "float16"),
+        only_with="a model that runs",
     )
     seed: int = option(
         0,
-        "13e",
-        "seed of the row sample, of training and of the permuted control",
+        "123e",
+        "seed of the row sample, of learned strengths, of training and of the permuted control",
         range=NOT_NEGATIVE,
-        only_with="token pooling",
+        only_with="something drawn",
     )
     tokens_per_batch: int = option(
-        4096, "13e", "tokens per forward pass, padding included; a longer text goes alone", range=AT_LEAST_ONE
+        4096,
+        "123e",
+        "tokens per forward pass, padding included; a longer text goes alone",
+        range=AT_LEAST_ONE,
+        only_with="a model that runs",
     )
 
 

@@ -19,28 +19,54 @@ REPORT_HEADINGS = {"norm_ratio": "\\|W~\\| / \\|W\\|", "explained_variance": "ex
 PAPER = "[arXiv 2602.05495](https://arxiv.org/abs/2602.05495)"
 
 
-def fused_card(lineage: Mapping[str, Any], means: Mapping[str, Mapping[str, float | None]], dropped_biases: int) -> str:
+def fused_card(
+    lineage: Mapping[str, Any],
+    means: Mapping[str, Mapping[str, float | None]],
+    dropped_biases: int,
+    strength: str | None = None,
+) -> str:
     """README.md of a fused checkpoint.
 
     Args:
         lineage: `core.runs.lineage.fused_lineage`.
         means: projection -> figure -> mean over layers, of stage 2's report.
         dropped_biases: how many biases of the source have no place in the target.
+        strength: how the strength was found, as a sentence; None where it was given.
     """
     models = lineage["models"]
-    target, source = models["target"]["name"], models["source"]["name"]
+    target, learned = models["target"]["name"], "source_base" in models
     introduction = f"""\
-The attention weights of `{target}` (target) with those of `{source}` (source) transported into its
-coordinates by optimal transport ({PAPER}) and mixed in. Everything else,
+{_what_was_transported(models)} Everything else,
 tokenizer and chat template included, is the target's. The weights are plain:
 `{models["target"]["loader"]}.from_pretrained` loads them. `{RESIDUAL_FILE}` holds the transported part for adaptation.
 
 The layers and neurons of the two models were matched on {_data_text(lineage["data"])}."""
-    report = f"## What was transported\n\nMeans over layers.\n\n{_report_table(means)}"
+    report = f"## What was transported\n\nMeans over layers.\n\n{_report_table(means, learned)}"
     if dropped_biases:
         report += f"\n\n{dropped_biases} source biases dropped: the target has none there."
+    if strength:
+        report += f"\n\n{strength}."
     sections = [introduction, NO_RESULTS, _models_section(models), report, _settings_section(lineage["settings"])]
-    return _card(f"{target} fused with {source}", _front_matter(models, "merge", [lineage["data"]]), sections)
+    return _card(f"{target} fused with {_given(models)}", _front_matter(models, "merge", [lineage["data"]]), sections)
+
+
+def _given(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the target was given, for titles: the source, or what it learned over its base."""
+    source = models["source"]["name"]
+    return f"what {source} learned over {models['source_base']['name']}" if "source_base" in models else source
+
+
+def _what_was_transported(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first sentence of a fused checkpoint's card."""
+    target, source = models["target"]["name"], models["source"]["name"]
+    if "source_base" in models:
+        return f"""\
+The weights of `{target}` (target) plus the difference of those of `{source}` (source) to those of
+`{models["source_base"]["name"]}`, which it was tuned from, transported into the target's coordinates. The layers were
+matched by optimal transport ({PAPER})."""
+    return f"""\
+The attention weights of `{target}` (target) with those of `{source}` (source) transported into its
+coordinates by optimal transport ({PAPER}) and mixed in."""
 
 
 def adapted_card(
@@ -76,9 +102,10 @@ def _training_method(models: Mapping[str, Mapping[str, Any]], distillation: str 
     """(title of the card, first sentence: what was trained from what)."""
     target = models["target"]["name"]
     if "source" in models:
-        fused = f"`{target}` fused with `{models['source']['name']}`"
+        given = _given(models) if "source_base" in models else f"`{models['source']['name']}`"
+        fused = f"`{target}` fused with {given}"
         return (
-            f"{target} fused with {models['source']['name']}, fine-tuned",
+            f"{target} fused with {_given(models)}, fine-tuned",
             f"Fine-tuned from {fused}, by residual-frozen adaptation\n({PAPER}, section 4.3).",
         )
     if "teacher" in models:
@@ -152,7 +179,9 @@ def _models_section(models: Mapping[str, Mapping[str, Any]]) -> str:
         revision, licence = model["revision"] or "not recorded", licence_text(model["licence"])
         link = model["licence"].get("license_link")
         licence = f"[{licence}]({link})" if link else licence
-        lines.append(f"| {role} | `{model['name']}` | {revision} | {model['weights'][:12]} | {licence} |")
+        lines.append(
+            f"| {role.replace('_', ' ')} | `{model['name']}` | {revision} | {model['weights'][:12]} | {licence} |"
+        )
     if local := [f"`{model['name']}`" for model in models.values() if not model["hub_id"]]:
         verb = "are local folders" if len(local) > 1 else "is a local folder"
         lines += ["", f"{' and '.join(local)} {verb}, hence not listed as `base_model`."]
@@ -161,11 +190,16 @@ def _models_section(models: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _report_table(means: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The means of stage 2's report as a table; `-` where no layer has a figure."""
+def _report_table(means: Mapping[str, Mapping[str, float | None]], learned: bool) -> str:
+    """The means of stage 2's report as a table; `-` where no layer has a figure.
+
+    Args:
+        learned: what was transported is the difference of a source to its base.
+    """
     keys = next(iter(means.values())).keys()
+    headings = REPORT_HEADINGS | ({"norm_ratio": "\\|W~ - W\\| / \\|W\\|"} if learned else {})
     lines = [
-        "| projection | " + " | ".join(REPORT_HEADINGS.get(key, key.replace("_", " ")) for key in keys) + " |",
+        "| projection | " + " | ".join(headings.get(key, key.replace("_", " ")) for key in keys) + " |",
         "| --- " * (len(keys) + 1) + "|",
     ]
     for projection, mean in means.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -214,6 +214,8 @@ def add_settings(parser: Parser, settings: Sequence[Setting], aliases: Mapping[s
             options = {"type": numbers, "metavar": "FLOAT,FLOAT"}
         elif setting.kind is not bool:
             options = {"type": setting.kind, "choices": setting.choices, "metavar": setting.kind.__name__.upper()}
+        if setting.words:
+            options |= {"type": _number_or(setting), "choices": None}
         groups[setting.group].add_argument(
             *map(_flag, names), dest=setting.name, default=None, help=_help(setting), **options
         )
@@ -231,6 +233,18 @@ def _help(setting: Setting) -> str:
     if setting.default not in (None, "", ()) and "default" not in text:
         text += f" (default {setting.default})"
     return text.replace("%", "%%")
+
+
+def _number_or(setting: Setting) -> Callable[[str], Any]:
+    """A reader of a flag that is a number or a word."""
+
+    def read(text: str) -> Any:
+        try:
+            return setting.read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}; {error}") from None
+
+    return read
 
 
 def _flag(name: str) -> str:

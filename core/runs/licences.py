@@ -80,10 +80,10 @@ def licence_warning(models: Mapping[str, Mapping[str, Any]]) -> str | None:
     """One line of warning when the licences of the models differ or one of them is unknown, otherwise None.
 
     Args:
-        models: role (`target`, `source`) -> `core.runs.lineage.describe_model`.
+        models: role (`target`, `source`, `source_base`) -> `core.runs.lineage.describe_model`.
     """
     texts = {role: licence_text(model["licence"]) for role, model in models.items()}
-    by_role = ", ".join(f"{role} {text}" for role, text in texts.items())
+    by_role = ", ".join(f"{role.replace('_', ' ')} {text}" for role, text in texts.items())
     if len({text.lower() for text in texts.values()}) > 1:
         return f"licences differ: {by_role}; check that both allow what you plan"
     if UNSTATED & set(texts.values()):

@@ -43,15 +43,22 @@ def _recorded_origin(folder: Path) -> str | None:
 
 
 def fused_lineage(
-    target: Checkpoint, source: Checkpoint, made_from: Mapping[str, Any], fusion: dict[str, Any]
+    target: Checkpoint,
+    source: Checkpoint,
+    made_from: Mapping[str, Any],
+    fusion: dict[str, Any],
+    source_base: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Where a fused checkpoint comes from: {models: role -> description, data, settings: stage -> settings}.
 
     Args:
         made_from: the inputs in the manifest of the plan directory.
         fusion: the settings of stage 2.
+        source_base: the model that the source was tuned from, where their difference was transported.
     """
     models = {"target": describe_model(target), "source": describe_model(source)}
+    if source_base is not None:
+        models["source_base"] = describe_model(source_base)
     return {
         "models": models,
         "data": made_from["data"],

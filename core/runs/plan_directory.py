@@ -108,6 +108,16 @@ class PlanDirectory:
         if missing := [name for name in projections if name not in made]:
             raise UserError(f"{self.folder} has no activations of {', '.join(missing)}; run stage 1 with --projections")
 
+    def check_source_inputs(self, projections: Iterable[str]) -> None:
+        """Raise UserError for a projection whose inputs stage 1 did not record of the source, as task vectors need."""
+        with safe_open(activations_file(self.folder, "source"), "pt") as file:
+            found = set(file.keys())
+        if missing := [name for name in projections if f"{PROJECTIONS[name].input_side}.0" not in found]:
+            raise UserError(
+                f"{self.folder} has no inputs of the source's {', '.join(missing)}, which --source-base needs; run "
+                "stage 1 with --source-base as well"
+            )
+
     def mean(self, model: str, side: str, layer: int) -> Tensor:
         """Mean activation [n] of each neuron over all rows."""
         return self._read(model, f"{side}.{layer}.mean")

@@ -11,12 +11,14 @@ import psutil
 
 from core.errors import UserError
 from core.fusion.projections import ATTENTION, PROJECTIONS, ROWS, recorded_sides
-from core.fusion.settings import FusionSettings
+from core.fusion.settings import LEARNED, FusionSettings
+from core.fusion.strengths import Strength, in_words
 from core.models.checkpoints import Checkpoint
 from core.runs.cost import BASE_BYTES, Cost
 from core.runs.cost_table import cost_table
 from core.runs.plan_directory import ROWS_CACHE, PlanDirectory
 from core.runs.settings import Experiment
+from core.training.soft_targets import BYTES_PER_POSITION
 
 GIB = 2**30
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -96,30 +98,46 @@ def _has_bias(model: Checkpoint, projection: str) -> bool:
 
 
 def stage2_memory(
-    plans: PlanDirectory, target: Checkpoint, source: Checkpoint, projections: Sequence[str], max_shard_bytes: int
+    plans: PlanDirectory, target: Checkpoint, source: Checkpoint, settings: FusionSettings, max_shard_bytes: int
 ) -> float:
-    """Peak bytes of stage 2: the rows and feature maps of one pair of layers, or one shard while it is written."""
-    n, m = (max(model.layout.size(side) for side in recorded_sides(projections)) for model in (target, source))
+    """Peak bytes of stage 2: the rows and feature maps of one pair of layers, one shard while it is written, or the
+    target in float32 with all residuals while strengths are found."""
+    n, m = (max(model.layout.size(side) for side in recorded_sides(settings.fused)) for model in (target, source))
     rows = plans.manifest.record["rows"]
     mixing = 4.0 * rows * (ROWS_CACHE * 2 + 2) * max(n, m) + 24.0 * n * m + 8.0 * m**2
     largest = max(target.sizes.values())
     shard = max(min(max_shard_bytes, sum(target.sizes.values())), largest) + 8 * largest
-    return BASE_BYTES + max(mixing, shard)
+    finding = 0.0
+    if settings.finds_alpha:
+        # Of each fused weight W~, the target's own, and their difference while strengths are learned.
+        residuals = residual_bytes(target, settings) * (1.5 if settings.alpha == LEARNED else 1.0)
+        finding = 4.0 * sum(math.prod(shape) for shape, _ in target.headers.values()) + residuals
+    return BASE_BYTES + max(mixing, shard, finding)
+
+
+def task_vector_memory(source: Checkpoint, projections: Sequence[str]) -> float:
+    """Bytes that the difference of the source to its base adds to `stage2_memory`: two weights and their difference."""
+    widest = max(source.layout.size(name) * source.layout.size(PROJECTIONS[name].input_side) for name in projections)
+    return 12.0 * widest
 
 
 def stage2_disk(target: Checkpoint, settings: FusionSettings) -> float:
-    """Bytes of the fused checkpoint: the target's weights, and the residual in float32.
+    """Bytes of the fused checkpoint: the target's weights, and the residuals.
 
-    The residual holds W~ and the target's W on the selection. It is on disk twice while the files of the layers are
-    joined.
+    These are on disk twice while the files of the layers are joined, and once more for every further kind of rows.
     """
-    residual = 0.0
+    return sum(target.sizes.values()) + (1 + len(settings.row_kinds)) * residual_bytes(target, settings)
+
+
+def residual_bytes(target: Checkpoint, settings: FusionSettings) -> float:
+    """Bytes of the residuals in float32: W~ and the target's W on the selection."""
+    found = 0.0
     for name in settings.fused:
         projection = PROJECTIONS[name]
         size, other = target.layout.size(projection.selected_side), target.layout.size(projection.whole_side)
         selected = min(settings.top_k or size, size)
-        residual += 8.0 * selected * other * target.layout.n_layers
-    return sum(target.sizes.values()) + 2 * residual
+        found += 8.0 * selected * other * target.layout.n_layers
+    return found
 
 
 def stage1_report(target: Checkpoint, source: Checkpoint, cost: Cost) -> str:
@@ -154,13 +172,13 @@ def stage2_report(
 
 
 def stage3_report(
-    start: Checkpoint, folder: Path, experiment: Experiment, strengths: Sequence[float], rows: tuple[int, int]
+    start: Checkpoint, folder: Path, experiment: Experiment, strengths: Sequence[Strength], rows: tuple[int, int]
 ) -> str:
     """What stage 3 would do.
 
     Args:
         start: the model to train.
-        strengths: the alphas to train with.
+        strengths: the strengths to train with.
         rows: the numbers of rows to train on and to validate on.
     Raises:
         UserError: the tokenizer cannot be read, or the disk has too little space.
@@ -169,8 +187,11 @@ def stage3_report(
     training, parameters = experiment.training, sum(math.prod(shape) for shape, _ in start.headers.values())
     # A resume point holds the weights and both moments of AdamW in float32, and a finished trial its weights.
     disk = sum(start.sizes.values()) + 16.0 * parameters
+    if training.training_scenario == "distill" and experiment.distill.distill_by == "tokens":
+        # As if no text were shorter than the limit, and the vocabularies differed.
+        disk += float(BYTES_PER_POSITION) * rows[0] * training.block_size
     refuse(disk_problems(folder, disk))
-    alphas = f", alpha {', '.join(f'{alpha:g}' for alpha in strengths)}" if training.hot else ""
+    alphas = f", alpha {', '.join(map(in_words, strengths))}" if training.hot else ""
     rates = ", ".join(f"{rate:g}" for rate in training.lr_search or (training.learning_rate,))
     updates = math.ceil(rows[0] * training.epochs / (training.train_batch_size * training.gradient_accumulation))
     return "\n".join(

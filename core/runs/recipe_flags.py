@@ -32,7 +32,7 @@ VARIABLES = (
 )
 # Settings that the script decides itself. It trains with and without the residual, and never distils. It pushes nothing
 # to the hub, because all tasks and seeds would go to one repository.
-SET_BY_SCRIPT = ("training_scenario", "distill_weight", "distill_temperature", "push_to_hub")
+SET_BY_SCRIPT = ("training_scenario", "distill_by", "distill_weight", "distill_temperature", "push_to_hub")
 # What run_train_final.sh hands to a script of its own before it comes here.
 VARIANTS = ("source_size", "source_family", "alpha")
 

@@ -79,7 +79,7 @@ def make_absolute(given: dict[str, Any], started_in: Path) -> None:
     for name in PATHS:
         if name in given:
             given[name] = str(started_in / given[name])
-    for name in ("target_model", "source_model"):
+    for name in ("target_model", "source_model", "source_base"):
         if name in given and (started_in / given[name]).exists():
             given[name] = str(started_in / given[name])
 
@@ -128,6 +128,7 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
     pair = base = f"{task}-quick" if quick else task
     if pair_of(after) != pair_of(before):
         pair += f"-{Path(after.models.target_model).name}-from-{Path(after.models.source_model).name}"
+        pair += f"-since-{Path(after.models.source_base).name}" if after.models.source_base else ""
     same_target = pair_of(after)[:2] == pair_of(before)[:2]
     names = {
         "name": pair + strengths_in_name(before, after) + (f"-{after.fusion.feature_map}" if other_map else ""),
@@ -139,10 +140,12 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
 
 
 def strengths(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The strength in training that goes with what is asked for: the one of fusion, or none where several are tried."""
+    """The strength in training that goes with what is asked for: the one of fusion, which stage 2 may have to find, or
+    none where several are tried."""
     if "alpha_search" in given:
         return {"train_alpha": None}
-    return {"train_alpha": given["alpha"]} if "alpha" in given else {}
+    alpha = given.get("alpha")
+    return {} if alpha is None else {"train_alpha": None if isinstance(alpha, str) else alpha}
 
 
 def strengths_in_name(before: Experiment, after: Experiment) -> str:
@@ -151,20 +154,26 @@ def strengths_in_name(before: Experiment, after: Experiment) -> str:
     The strength in training is named where it is not that of fusion.
     """
 
-    def both(experiment: Experiment) -> tuple[float, tuple[float, ...]]:
+    def both(experiment: Experiment) -> tuple[float | str, tuple[float | str, ...]]:
         training, alpha = experiment.training, experiment.fusion.alpha
         return alpha, training.alpha_search or (alpha if training.train_alpha is None else training.train_alpha,)
+
+    def text(alpha: float | str) -> str:
+        return alpha if isinstance(alpha, str) else f"{alpha:g}"
 
     alpha, in_training = both(after)
     if (alpha, in_training) == both(before):
         return ""
-    return f"-alpha{alpha:g}" + ("" if in_training == (alpha,) else f"-train{'+'.join(f'{a:g}' for a in in_training)}")
+    return f"-alpha{text(alpha)}" + ("" if in_training == (alpha,) else f"-train{'+'.join(map(text, in_training))}")
 
 
 def pair_of(experiment: Experiment) -> tuple[Any, ...]:
-    """What says which two models a run is of."""
+    """What says which models a run is of."""
     models = experiment.models
-    return models.target_model, models.target_revision, models.source_model, models.source_revision
+    return (
+        *(models.target_model, models.target_revision, models.source_model, models.source_revision),
+        *(models.source_base, models.source_base_revision),
+    )
 
 
 def check(run: Mapping[str, Any], results: Path, dry_run: bool) -> None:

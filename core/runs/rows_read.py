@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from core.data import SPEC_ON_DISK, DataSpec, Division
 from core.errors import UserError
 from core.files import read_json, write_json
 from core.models.checkpoints import Checkpoint
+from core.runs.settings import Experiment
 from core.texts.split import shared_values
+
+log = logging.getLogger(__name__)
 
 # A file of an output folder: part -> marks (`Division.marks`) of the rows of this part that were read by the stage that
 # made the folder, or by a stage that made one of its inputs.
@@ -70,6 +74,24 @@ def check_held_out(division: Division, folders: Iterable[Path]) -> None:
             "or a question with rows that were: the data has changed since; run all stages again with it, or give the "
             "data as it was"
         )
+
+
+def with_data_of(experiment: Experiment, made_from: Mapping[str, Any]) -> Experiment:
+    """The experiment with the data of an earlier stage where it names none itself.
+
+    Args:
+        made_from: `Division.identity` of the rows that the earlier stage read.
+    """
+    if experiment.data.data_subset or experiment.data.data_file is not None:
+        return experiment
+    log.info("no data given: taking that of the plans, %s", made_from["file"] or made_from["subset"])
+    return experiment.changed(
+        data_subset=made_from["subset"],
+        data_file=made_from["file"],
+        split_seed=made_from["split_seed"],
+        max_rows_read=made_from["max_samples"],
+        group_column=made_from["group_column"],
+    )
 
 
 def check_same_split(made_from: Mapping[str, Any], spec: DataSpec, revision: str | None) -> None:

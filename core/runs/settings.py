@@ -27,12 +27,18 @@ MIN_TEXTS = 16
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
 # The conditions that `option(only_with=...)` may name: whether a setting can change a byte of a stage's output while
-# the other settings are as they are. In stage 1 the seed draws the rows of token pooling and nothing else; in the other
-# stages it always matters.
+# the other settings are as they are. In stage 1 the seed draws the rows of token pooling and nothing else. Stage 2 runs
+# no model and draws nothing, unless it finds strengths.
 CONDITIONS: dict[str, Callable[[Experiment, str], bool]] = {
     "token pooling": lambda e, stage: stage != "1" or e.reading.pooling == "token",
+    "a model that runs": lambda e, stage: stage != "2" or e.fusion.finds_alpha,
+    "something drawn": lambda e, stage: (
+        e.reading.pooling == "token" if stage == "1" else stage != "2" or e.fusion.alpha == "learned"
+    ),
     "hot": lambda e, _: e.training.training_scenario == "hot",
     "distill": lambda e, _: e.training.training_scenario == "distill",
+    "learned strengths": lambda e, _: e.fusion.alpha == "learned",
+    "distill by tokens": lambda e, _: e.training.training_scenario == "distill" and e.distill.distill_by == "tokens",
     "LoRA": lambda e, _: e.adapters.use_lora,
     "early stop": lambda e, _: e.training.early_stop is not None,
     "no early stop": lambda e, _: e.training.early_stop is None,
@@ -51,21 +57,21 @@ class DataSettings:
 
     split_seed: int = option(
         0,
-        "13e",
+        "123e",
         "seed of the split into calibration, fine-tuning, validation and held-out texts",
         range=NOT_NEGATIVE,
         changes="",
     )
-    data_subset: str = option("", "13e", "texts", DATA_SUBSETS, changes="")
+    data_subset: str = option("", "123e", "texts", DATA_SUBSETS, changes="")
     data_file: str | None = option(
         None,
-        "13e",
+        "123e",
         "local .jsonl, .json, .csv, .parquet or .txt, a folder of such files, or one that datasets' save_to_disk wrote",
         changes="",
     )
     max_rows_read: int = option(
         MAX_ROWS_READ,
-        "13e",
+        "123e",
         "at most so many rows of the data set are read, in a seeded order, and divided into calibration, fine-tuning, "
         "validation and held-out parts",
         range=AT_LEAST_ONE,
@@ -74,7 +80,7 @@ class DataSettings:
     )
     group_column: str | None = option(
         None,
-        "13e",
+        "123e",
         "column that says what a row belongs to, e.g. its document: no group is in two parts; default the column "
         "group, and where there is none, what texts share",
         changes="",
@@ -160,9 +166,27 @@ class EvaluationSettings:
     """Held-out texts: on which losses are compared."""
 
     held_out_samples: int = option(64, "e", "at most so many held-out texts", range=AT_LEAST_ONE, changes="")
-    general_file: str | None = option(
-        None, "e", "local general text; what fusion costs there is reported beside the gain", changes=""
+    general_subset: str | None = option(
+        None,
+        "e",
+        "general text, whose loss is reported beside the gain: what fusion costs there",
+        DATA_SUBSETS,
+        changes="",
     )
+    general_file: str | None = option(None, "e", "local general text, in place of general_subset", changes="")
+    controls: str = option(
+        "usual",
+        "e",
+        "all: also random_source, for which a model as large as the source reads the calibration texts (minutes)",
+        ("usual", "all"),
+        changes="",
+    )
+
+    def general_spec(self, split_seed: int) -> DataSpec | None:
+        """Which general text is read, and the split of which the held-out part is scored; None for no such text."""
+        if self.general_file is None and self.general_subset is None:
+            return None
+        return DataSpec("file" if self.general_file else str(self.general_subset), self.general_file, split_seed)
 
 
 @dataclass(frozen=True)
@@ -272,6 +296,8 @@ class Experiment:
             setting.check(self.value(setting))
         for group in (self.fusion, self.training, self.output):
             group.check()
+        if self.models.source_base is not None:
+            self.fusion.check_task_vector()
         if self.training.freeze_strategy == "frozen_base" and self.adapters.use_lora:
             raise UserError("LoRA adapts the base, which frozen_base freezes; leave out one of the two")
         check_device(self.compute.device)
@@ -289,4 +315,5 @@ def all_settings() -> dict[str, Setting]:
 
 def of_one_scenario() -> set[str]:
     """The settings that only one scenario of stage 3 reads, in which trainings of different scenarios may differ."""
-    return {name for name, setting in all_settings().items() if setting.only_with in ("hot", "distill")}
+    of_one = ("hot", "distill", "distill by tokens")
+    return {name for name, setting in all_settings().items() if setting.only_with in of_one}

@@ -74,6 +74,11 @@ def tokenized(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
     return encoding
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of the special tokens, such as those that begin a text or end a turn."""
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def _model_name(tokenizer: Any) -> str:
     return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 

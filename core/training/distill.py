@@ -1,10 +1,11 @@
 """The source as a teacher (`--training-scenario distill`): what the same budget gives without transport.
 
-Where both models read and write the same token ids, the target learns the source's distribution over the next token
-(Hinton et al., arXiv 1503.02531). Elsewhere it learns what the source would have written, which is called
-sequence-level distillation (Kim and Rush, arXiv 1606.07947): the source's greedy answer takes the place of a row's own
-answer. In a row of text, which has no answer, the source's continuation of the first half takes the place of the second
-half.
+The target learns the source's distribution over the next token (Hinton et al., arXiv 1503.02531). Here is the case in
+which both models read and write the same token ids; the other one is in `core.training.soft_targets`.
+
+By flag it learns what the source would have written instead, which is called sequence-level distillation (Kim and Rush,
+arXiv 1606.07947): the source's greedy answer takes the place of a row's own answer. In a row of text, which has no
+answer, the source's continuation of the first half takes the place of the second half.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from core.errors import UserError
 from core.files import write_text
 from core.texts.tokens import templated, tokenized
 from core.training.settings import DistillSettings
-from core.training.sft import IGNORED
+from core.training.sft import IGNORED, has_mrope, model_inputs
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,33 @@ class Teacher:
             f"{self.settings.distill_temperature}"
         )
 
+    def joined(self, total: Tensor, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch with the teacher, summed over its labelled tokens, in nats: (1 - w) of the cross-entropy
+        to the labels, and w of the divergence.
 
-# The same of a teacher with another vocabulary.
+        Args:
+            total: the cross-entropy to the labels, summed.
+            logits: of the target, [B, S, V].
+            batch: as the collators of `core.training.sft` make it.
+        """
+        temperature = self.settings.distill_temperature
+        divergence = distillation_loss(logits, self._logits(model_inputs(batch)), batch["labels"], temperature)
+        return torch.lerp(total, divergence, self.settings.distill_weight)
+
+    @torch.no_grad()
+    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The teacher's logits [B, S, V] for the student's inputs, with positions of the kind that the teacher counts.
+
+        Only packs come with positions, [1, S] or, for a student with M-RoPE, [4, 1, S].
+        """
+        if "position_ids" in inputs:
+            positions = inputs["position_ids"].reshape(-1, *inputs["input_ids"].shape)[0]
+            positions = positions.expand(4, 1, -1) if has_mrope(self.model) else positions
+            inputs = {**inputs, "position_ids": positions}
+        return self.model(**inputs, use_cache=False).logits
+
+
+# The same of a source that answers.
 SEQUENCE_METHOD = "sequence-level: the source's greedy answers (of a text, its second half) in place of the rows' own"
 
 

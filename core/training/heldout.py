@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from core.batching import token_batches
@@ -18,7 +19,6 @@ def trained_tokens(examples: Sequence[Example]) -> list[int]:
     return [sum(label != IGNORED for label in example["labels"][1:]) for example in examples]
 
 
-@torch.no_grad()
 def text_nll(
     model: Any, examples: Sequence[Example], tokens_per_batch: int, desc: str, show: bool = True
 ) -> list[float]:
@@ -36,12 +36,26 @@ def text_nll(
         One number per example, in the order of the examples.
     """
     nll = [0.0] * len(examples)
+    for batch, losses in token_losses(model, examples, tokens_per_batch, desc, show):
+        for n, loss in zip(batch, losses.sum(1).tolist(), strict=True):
+            nll[n] = loss
+    return nll
+
+
+@torch.no_grad()
+def token_losses(
+    model: Any, examples: Sequence[Example], tokens_per_batch: int, desc: str, show: bool = True
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The negative log-likelihood of every token in nats, batch by batch; the arguments are those of `text_nll`.
+
+    Yields:
+        (numbers of the B examples of a batch, losses [B, S-1] in float32). Column s - 1 holds token s, because nothing
+        predicts token 0; a token without loss, or of the padding, has 0.
+    """
     batches = token_batches([len(example["input_ids"]) for example in examples], tokens_per_batch)
     for batch in tqdm(batches, desc=f"evaluating {desc}", unit="batch", disable=not show):
         inputs = padded_batch([examples[n] for n in batch], model.device)
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # [B, S-1, V]
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-        for n, loss in zip(batch, losses.sum(1).tolist(), strict=True):
-            nll[n] = loss
-    return nll
+        yield batch, losses

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.fusion.projections import COLUMNS, ROWS
-from core.fusion.residual import Residual, mix, mix_at
+from core.fusion.residual import Residual, fold_bias, fold_weight, mix, mix_at
+from core.fusion.strengths import Strength, strength_of
 from core.models.families import linear_at
 from core.training.settings import FREEZE_STRATEGIES
 
@@ -132,7 +133,7 @@ class _ThroughEffectiveWeight(torch.autograd.Function):
 
 
 def enable_hot_residual_for_model(
-    model: nn.Module, residuals: Iterable[Residual], name_of: Callable[[int, str], str], alpha: float, form: str
+    model: nn.Module, residuals: Iterable[Residual], name_of: Callable[[int, str], str], alpha: Strength, form: str
 ) -> list[str]:
     """Replace each fused projection of `model` by a HotResidualLinear around the same base parameters.
 
@@ -147,9 +148,23 @@ def enable_hot_residual_for_model(
     for residual in residuals:
         name = name_of(residual.layer, residual.projection)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, HotResidualLinear(linear_at(model, name), residual, alpha, form))
+        layer = HotResidualLinear(linear_at(model, name), residual, strength_of(alpha, residual), form)
+        setattr(model.get_submodule(parent), child, layer)
         names.append(name)
     return names
+
+
+@torch.no_grad()
+def fold_in_place(
+    model: nn.Module, residuals: Iterable[Residual], name_of: Callable[[int, str], str], alpha: Strength, form: str
+) -> None:
+    """Write W_eff and b_eff of fused projections into the weights of a loaded target; `restore_base` undoes it."""
+    for residual in residuals:
+        linear, strength = linear_at(model, name_of(residual.layer, residual.projection)), strength_of(alpha, residual)
+        residual = residual.to(linear.weight.device)
+        linear.weight.copy_(fold_weight(linear.weight, residual, strength, form))
+        if linear.bias is not None:
+            linear.bias.copy_(fold_bias(linear.bias, residual, strength, form))
 
 
 @torch.no_grad()

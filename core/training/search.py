@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import read_json, write_json, write_safetensors
+from core.fusion.strengths import Strength, in_words
 from core.models.families import TOWERS
 from core.training.hot_linear import set_trainable
 from core.training.recipe import Recipe, TrainingData
@@ -39,12 +40,12 @@ class Trial:
     """One training of a search.
 
     Attributes:
-        alpha: the strength of the residual; None where the target is trained without one.
+        alpha: the strength of the residual, or of each projection's; None where the target is trained without one.
         learning_rate: the peak learning rate.
         folder: where its resume points are, and in the end its weights and its outcome.
     """
 
-    alpha: float | None
+    alpha: Strength | None
     learning_rate: float
     folder: Path
 
@@ -105,7 +106,11 @@ def search(start: Start, data: TrainingData, recipe: Recipe, folder: Path, proce
     for number, trial in enumerate(trials):
         if not trial.finished:
             log.info(
-                "trial %d of %d: alpha %s, learning rate %s", number + 1, len(trials), trial.alpha, trial.learning_rate
+                "trial %d of %d: %slearning rate %s",
+                number + 1,
+                len(trials),
+                "" if trial.alpha is None else f"alpha {in_words(trial.alpha)}, ",
+                trial.learning_rate,
             )
             run_trial(start, data, recipe, trial, process, alone=len(trials) == 1)
         outcomes.append(trial.outcome())

@@ -10,6 +10,7 @@ from core.options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, option
 
 SCENARIOS = ("hot", "no_hot", "distill")
 FREEZE_STRATEGIES = ("frozen_hot", "frozen_transport", "frozen_base", "none")
+DISTILL_BY = ("tokens", "answers")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -74,10 +75,11 @@ class TrainingSettings:
     )
     validation_samples: int = option(
         32,
-        "3",
+        "23",
         "at most so many validation rows, of groups that nothing else reads; their loss is recorded before, during and "
-        "after training; 0: none",
+        "after training (0: none), and strengths are chosen on them",
         range=NOT_NEGATIVE,
+        only_with="a model that runs",
     )
     eval_steps: int | None = option(
         None,
@@ -150,13 +152,21 @@ class AdapterSettings:
 class DistillSettings:
     """Distillation: how much the source teaches."""
 
-    distill_weight: float = option(
-        0.5,
+    distill_by: str = option(
+        "tokens",
         "3",
-        "share of the divergence from the teacher in the loss of distill, where both models have the same vocabulary",
-        range=SHARE,
+        "tokens: the source's distributions over the next token join the labels, across vocabularies where tokens of "
+        "both models end at the same character; answers: the source's greedy answers replace the rows' own",
+        DISTILL_BY,
         only_with="distill",
     )
+    distill_weight: float = option(
+        0.5, "3", "share of the teacher in the loss of distill by tokens", range=SHARE, only_with="distill by tokens"
+    )
     distill_temperature: float = option(
-        1.0, "3", "temperature that softens both distributions in that divergence", range=POSITIVE, only_with="distill"
+        1.0,
+        "3",
+        "temperature that softens the teacher's distribution and the target's in that share",
+        range=POSITIVE,
+        only_with="distill by tokens",
     )

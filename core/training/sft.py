@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from core.batching import pad, pad_with_mask
 from core.data import Row
 from core.errors import UserError
-from core.texts.tokens import templated, tokenized
+from core.texts.tokens import special_ids, templated, tokenized
 
 log = logging.getLogger(__name__)
-# One row: {"input_ids", "labels"}, of equal length.
+# One row: {"input_ids", "labels"}, of equal length. Where a teacher has stored distributions, also SOFT_TARGETS: for
+# every token the number of the distribution over the token after it, or NO_TARGET.
 Example = dict[str, list[int]]
+SOFT_TARGETS, NO_TARGET = "soft_targets", -1
 # The label of a token without loss.
 IGNORED = -100
 # While a chat template is rendered, this stands in place of an answer, so that we find where the template puts it.
@@ -49,7 +52,7 @@ def _ids_with_loss(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
         return ids, [True] * len(ids)
     if not tokenizer.chat_template:
         encoded = tokenized(tokenizer, row.plain, return_offsets_mapping=True)
-        ids, has_loss = encoded["input_ids"], _in_spans(encoded, _lines_of_answers(row), tokenizer)
+        ids, has_loss = encoded["input_ids"], _in_spans(encoded, lines_of_answers(row), tokenizer)
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             return [*ids, tokenizer.eos_token_id], [*has_loss, row.messages[-1][0] == "assistant"]
         return ids, has_loss
@@ -97,7 +100,7 @@ def answer_spans(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     )
 
 
-def _lines_of_answers(row: Row) -> list[tuple[int, int]]:
+def lines_of_answers(row: Row) -> list[tuple[int, int]]:
     """The spans of characters of the assistant's answers in `Row.plain`, which has one message per line."""
     spans, begin = [], 0
     for role, content in row.messages:
@@ -115,7 +118,7 @@ def _in_spans(encoded: Any, spans: Sequence[tuple[int, int]], tokenizer: Any) ->
     Args:
         encoded: what the tokenizer gave for the text, with `offset_mapping`.
     """
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer)
     has_loss, after_span = [], False
     for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         inside = begin < end and any(begin < to and end > start for start, to in spans)
@@ -131,9 +134,13 @@ def _template(tokenizer: Any) -> str:
     return template if isinstance(template, str) else template.get("default", "")
 
 
-def sft_examples(rows: Sequence[Row], tokenizer: Any, block_size: int) -> tuple[list[Example], dict[str, int]]:
+def sft_examples(
+    rows: Sequence[Row], tokenizer: Any, block_size: int, soft_targets: Sequence[list[int]] | None = None
+) -> tuple[list[Example], dict[str, int]]:
     """The examples of all rows that have a token with loss.
 
+    Args:
+        soft_targets: for every row what its example has as SOFT_TARGETS.
     Returns:
         (examples, counts): `rows` that were given, `tokens` and `trained_tokens` (those with loss) of the examples, how
         many rows were `cut` at `block_size` tokens, and how many were `left_out` for want of a loss.
@@ -142,10 +149,12 @@ def sft_examples(rows: Sequence[Row], tokenizer: Any, block_size: int) -> tuple[
     """
     examples: list[Example] = []
     cut = 0
-    for row in rows:
+    for number, row in enumerate(rows):
         example = sft_example(row, tokenizer, block_size + 1)  # one token more shows whether the row has to be cut
         cut += len(example["input_ids"]) > block_size
         example = {name: values[:block_size] for name, values in example.items()}
+        if soft_targets is not None:
+            example[SOFT_TARGETS] = soft_targets[number]
         if any(label != IGNORED for label in example["labels"]):
             examples.append(example)
     counts = {
@@ -199,7 +208,10 @@ def flattening_collator(mrope: bool) -> Callable[[list[list[Example]]], dict[str
     flatten = DataCollatorWithFlattening()
 
     def collate(packs: list[list[Example]]) -> dict[str, Tensor]:
-        batch = flatten([example for examples in packs for example in examples])
+        examples = [example for pack in packs for example in pack]
+        batch = flatten(examples)
+        if SOFT_TARGETS in examples[0]:
+            batch[SOFT_TARGETS] = torch.tensor([[n for example in examples for n in example[SOFT_TARGETS]]])
         if mrope:
             batch["position_ids"] = batch["position_ids"].expand(4, 1, -1)
         return batch
@@ -213,10 +225,19 @@ def has_mrope(model: Any) -> bool:
 
 
 def padded_batch(examples: Sequence[Example], device: Any = None) -> dict[str, Tensor]:
-    """A batch of examples, each a row [S] padded on the right: ids, attention mask and labels, all [B, S].
+    """A batch of examples, each a row [S] padded on the right: ids, attention mask and labels, all [B, S], and
+    SOFT_TARGETS where the examples have them.
 
     Padding has no loss.
     """
     ids, mask = pad_with_mask([example["input_ids"] for example in examples], device)
     labels = pad([example["labels"] for example in examples], IGNORED)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels.to(device)}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels.to(device)}
+    if SOFT_TARGETS in examples[0]:
+        batch[SOFT_TARGETS] = pad([example[SOFT_TARGETS] for example in examples], NO_TARGET)
+    return batch
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch a model reads; the rest is for the loss."""
+    return {name: value for name, value in batch.items() if name not in ("labels", SOFT_TARGETS)}

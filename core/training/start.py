@@ -13,6 +13,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.fusion.residual import Residual, fold_bias, fold_weight
 from core.fusion.residual_file import RESIDUAL_FILE, load_residuals, save_residuals
+from core.fusion.strengths import Strength, strength_of
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.models.families import SEED_MODEL_TYPES
@@ -30,16 +31,16 @@ class Start:
         checkpoint: a fused checkpoint of stage 2, an adapted one of stage 3, or any model.
         made_by: the manifest of that stage; None for any other model.
         residuals: the transported parts and the target's own values in their place; empty for any other model.
-        alpha, form: the strength and the form of the fusion.
+        alpha, form: the strength, or that of each projection, and the form of the fusion.
     """
 
     checkpoint: Checkpoint
     made_by: dict[str, Any] | None
     residuals: list[Residual]
-    alpha: float
+    alpha: Strength
     form: str
 
-    def strengths(self, training: TrainingSettings) -> tuple[float, ...]:
+    def strengths(self, training: TrainingSettings) -> tuple[Strength, ...]:
         """The strengths alpha to train with: those to search, or else the one that is given, or else the fused one."""
         given = self.alpha if training.train_alpha is None else training.train_alpha
         return (training.hot and training.alpha_search) or (given,)
@@ -60,7 +61,7 @@ class Start:
         if training.hot and training.freeze_strategy == "frozen_base" and 0 in self.strengths(training):
             raise UserError("alpha 0 leaves nothing to train with frozen_base; give a larger one")
 
-    def load(self, alpha: float | None) -> Any:
+    def load(self, alpha: Strength | None) -> Any:
         """The model that trains, in float32.
 
         Half types are for the forward and backward passes alone, because small updates of a weight would vanish in
@@ -118,7 +119,7 @@ def check_model_type(checkpoint: Checkpoint, model_type: str | None) -> None:
 
 
 def save_folded(
-    start: Start, folder: Path, state: Mapping[str, Tensor], alpha: float | None, max_shard_bytes: int
+    start: Start, folder: Path, state: Mapping[str, Tensor], alpha: Strength | None, max_shard_bytes: int
 ) -> None:
     """Fold the weights of the unfolded model, and write exactly the tensors, names and dtypes that the start has.
 
@@ -143,7 +144,8 @@ def save_folded(
         module, _, kind = (trained or name).rpartition(".")
         if alpha is not None and module in by_module and kind in ("weight", "bias"):
             fold = fold_weight if kind == "weight" else fold_bias
-            value = fold(value, by_module[module], alpha, start.form)
+            residual = by_module[module]
+            value = fold(value, residual, strength_of(alpha, residual), start.form)
         # A copy, because tied weights that are stored twice would share memory, which safetensors refuses.
         return value.detach().to(tensor.dtype, copy=True)
 

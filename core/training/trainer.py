@@ -17,10 +17,9 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingA
 from core.errors import UserError, first_line
 from core.models.locate import SINGLE_FILE
 from core.training.curve import curve_of
-from core.training.distill import distillation_loss
 from core.training.heldout import text_nll, trained_tokens
 from core.training.recipe import Recipe, TrainingData
-from core.training.sft import IGNORED, flattening_collator, has_mrope, pack, padded_batch
+from core.training.sft import IGNORED, flattening_collator, has_mrope, model_inputs, pack, padded_batch
 from core.training.weights import Diverged, check_finite, load_trained, save_trained
 
 # The file of a resume point in which the Trainer keeps its state.
@@ -144,35 +143,20 @@ class ExactTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The cross-entropy per token with loss, in nats; with a teacher (1 - w) of it and w of the divergence.
+        """The cross-entropy per token with loss, in nats; with a teacher, as its `joined` mixes the two.
 
         The mean is over all tokens of an update, whatever its batches. Models would average every batch alone.
         """
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs, use_cache=False)
+        labels = inputs["labels"]
+        outputs = model(**model_inputs(inputs), use_cache=False)
         total = F.cross_entropy(
             outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
         if self.data.teacher is not None:
-            settings = self.data.teacher.settings
-            teacher_logits = self._teacher_logits(self.data.teacher.model, inputs)
-            divergence = distillation_loss(outputs.logits, teacher_logits, labels, settings.distill_temperature)
-            total = torch.lerp(total, divergence, settings.distill_weight)
+            total = self.data.teacher.joined(total, outputs.logits, inputs)
         # The number of tokens is that of all processes together, but their gradients are averaged and not summed.
         loss = total * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
-
-    @torch.no_grad()
-    def _teacher_logits(self, teacher: Any, inputs: dict[str, Any]) -> Tensor:
-        """The teacher's logits [B, S, V] for the student's inputs, with positions of the kind that the teacher counts.
-
-        Only packs come with positions, [1, S] or, for a student with M-RoPE, [4, 1, S].
-        """
-        if "position_ids" in inputs:
-            positions = inputs["position_ids"].reshape(-1, *inputs["input_ids"].shape)[0]
-            inputs = {**inputs, "position_ids": positions.expand(4, 1, -1) if has_mrope(teacher) else positions}
-        return teacher(**inputs, use_cache=False).logits
 
 
 @dataclass(frozen=True)

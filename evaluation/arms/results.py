@@ -8,6 +8,7 @@ from typing import Any
 
 from core.files import read_json, write_json
 from core.manifest import FORMAT_VERSION, provenance
+from evaluation.arms.bits import SOURCE, bits_per_byte
 from evaluation.arms.models import Losses
 from evaluation.arms.texts import TextSet
 from evaluation.arms.verdict import statistics
@@ -38,7 +39,9 @@ class Results:
         """
         before = read_json(path) if path.is_file() else {}
         same = (before.get("format"), before.get("inputs")) == (FORMAT_VERSION, inputs)
-        measured = before["per_text"] if same else {}
+        # A file of an earlier version has no losses on bytes, so that everything is measured again.
+        of_tokens, of_bytes = (before.get(kind, {}) if same else {} for kind in ("per_text", "per_text_bytes"))
+        measured = [arm for arm in of_bytes if arm in of_tokens or arm == SOURCE]
         kept = [arm for arm in measured if arm in made_from and before["made_from"].get(arm) == made_from[arm]]
         self.path, self.sets = path, sets
         self.record: dict[str, Any] = {
@@ -46,18 +49,24 @@ class Results:
             "metric": "negative log-likelihood per token (nats)",
             "inputs": inputs,
             "made_from": made_from,
-            "per_text": {arm: measured[arm] for arm in kept},
+            "per_text": {arm: of_tokens[arm] for arm in kept if arm in of_tokens},
+            "per_text_bytes": {arm: of_bytes[arm] for arm in kept},
+            "strengths": {arm: found for arm, found in before.get("strengths", {}).items() if arm in kept},
             "near_duplicates": {name: texts.near_duplicates for name, texts in sets.items()},
         }
 
     @property
     def missing(self) -> list[str]:
         """The arms that have not been measured, in the order of the table."""
-        return [arm for arm in self.record["made_from"] if arm not in self.record["per_text"]]
+        return [arm for arm in self.record["made_from"] if arm not in self.record["per_text_bytes"]]
 
     def add(self, arm: str, losses: Losses) -> None:
         """Record the losses of one arm, on disk as well."""
-        self.record["per_text"][arm] = losses
+        if losses.tokens:
+            self.record["per_text"][arm] = losses.tokens
+        self.record["per_text_bytes"][arm] = losses.bytes
+        if losses.strength is not None:
+            self.record["strengths"][arm] = losses.strength
         write_json(self.path, self.record)
 
     def finish(self, absent: Mapping[str, str]) -> dict[str, Any]:
@@ -67,8 +76,12 @@ class Results:
             absent: arm that could not be measured -> why.
         """
         for name, texts in self.sets.items():
-            losses = {arm: self.record["per_text"][arm][name] for arm in self.record["made_from"]}
-            self.record[name] = texts.counts()
+            losses, of_bytes = (
+                {arm: self.record[kind][arm][name] for arm in self.record["made_from"] if arm in self.record[kind]}
+                for kind in ("per_text", "per_text_bytes")
+            )
+            bits = bits_per_byte(of_bytes, texts.spans, texts.groups)
+            self.record[name] = {**texts.counts(), "bits_per_byte": bits}
             figures = "arms" if name == "held_out" else f"arms_{name}"
             self.record[figures] = statistics(losses, texts.tokens, texts.groups)
         self.record["held_out"]["absent"] = absent

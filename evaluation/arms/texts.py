@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core.data import DataSpec, Row, divide
+from core.data import Row, divide
 from core.errors import UserError
 from core.runs.rows_read import check_held_out, check_same_split
 from core.runs.settings import Experiment
+from core.texts.tokens import special_ids
 from core.training.heldout import trained_tokens
 from core.training.sft import Example, sft_example
 from evaluation.arms.run import Run
+from evaluation.arms.spans import ByteSpans, byte_spans
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class TextSet:
         groups: the group of every text.
         left_out: number of texts that were left out because they have no token with loss.
         end_of_turn: whether losses include a token that ends an answer.
+        spans: the bytes of every text that target and source are both scored on.
         identity: where the texts came from, and their digest (`Division.identity`).
         near_duplicates: how many texts were left out because another part has nearly the same text.
         rows: the rows of the texts, from which `samples.json` takes its prompts.
@@ -33,6 +36,7 @@ class TextSet:
     groups: list[str]
     left_out: int
     end_of_turn: bool
+    spans: ByteSpans
     identity: dict[str, Any] = field(default_factory=dict)
     near_duplicates: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -48,18 +52,18 @@ class TextSet:
         return {**counted, "left_out": self.left_out, "end_of_turn": self.end_of_turn}
 
 
-def text_sets(experiment: Experiment, run: Run, tokenizer: Any) -> dict[str, TextSet]:
-    """`held_out`: texts of the run's data that no stage has read; `general`: general ones, where a file of them is set.
+def text_sets(experiment: Experiment, run: Run, tokenizers: tuple[Any, Any]) -> dict[str, TextSet]:
+    """`held_out`: texts of the run's data that no stage has read; `general`: general ones, where any are set.
 
     Args:
-        tokenizer: of the target, in whose tokens all arms are scored.
+        tokenizers: of the target, in whose tokens all arms are scored, and of the source.
     Raises:
         UserError: the data is divided otherwise than for the plans, a stage has read a row, or no text has a token
             with loss.
     """
     specs = {"held_out": experiment.data.spec}
-    if experiment.evaluation.general_file is not None:
-        specs["general"] = DataSpec("file", experiment.evaluation.general_file, experiment.data.split_seed)
+    if (general := experiment.evaluation.general_spec(experiment.data.split_seed)) is not None:
+        specs["general"] = general
     stages = [run.plans.folder, *(manifest.folder for manifest in run.checkpoints.values())]
     sets = {}
     for name, spec in specs.items():
@@ -68,22 +72,25 @@ def text_sets(experiment: Experiment, run: Run, tokenizer: Any) -> dict[str, Tex
             check_same_split(run.plans.manifest.inputs["data"], division.spec, division.revision)
         check_held_out(division, stages)
         rows = division.rows("held_out", experiment.evaluation.held_out_samples)
-        texts = text_set(name, rows, tokenizer, experiment.reading.max_tokens)
+        texts = text_set(name, rows, tokenizers, experiment.reading.max_tokens)
         sets[name] = replace(texts, identity=division.identity(rows), near_duplicates=division.near_duplicates)
     return sets
 
 
-def text_set(name: str, rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> TextSet:
+def text_set(name: str, rows: Sequence[Row], tokenizers: tuple[Any, Any], max_tokens: int) -> TextSet:
     """The texts of `rows` that have a token with loss, each cut at `max_tokens`. Raises UserError when none has."""
+    tokenizer = tokenizers[0]
     examples = [sft_example(row, tokenizer, max_tokens) for row in rows]
     scored = [number for number, count in enumerate(trained_tokens(examples)) if count]
     if not scored:
         raise UserError(f"the {name} texts have no token with loss within {max_tokens} tokens; raise --max-tokens")
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = [examples[number] for number in scored]
+    special = special_ids(tokenizer)
     return TextSet(
-        examples=[examples[number] for number in scored],
+        examples=kept,
         groups=[rows[number].group for number in scored],
         left_out=len(rows) - len(scored),
         end_of_turn=any(rows[number].has_roles and special & set(examples[number]["labels"]) for number in scored),
         rows=[rows[number] for number in scored],
+        spans=byte_spans(name, [rows[number] for number in scored], kept, tokenizers, max_tokens),
     )

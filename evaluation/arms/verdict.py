@@ -6,11 +6,12 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from core.fusion.controls import CONTROLS
+from core.fusion.strengths import mean_strength
+from evaluation.arms.bits import SOURCE, bit_notes, columns, heading
+from evaluation.arms.paired import Paired
 from evaluation.arms.run import TRAINED
-from evaluation.significance import below_zero, difference, interval
+from evaluation.significance import below_zero, interval
 
 # With fewer groups even the estimate of the variance varies so much that intervals are only a rough guide.
 FEW_GROUPS = 20
@@ -23,49 +24,30 @@ def statistics(
 ) -> dict[str, dict[str, Any]]:
     """The figures of every arm: its loss, its difference to base, and the difference of fused to it.
 
-    Trainings `ARM/SEED` make up one arm: its loss is the mean over seeds, `seeds` holds the difference of each seed,
-    and the spread of the seeds is part of the interval (`evaluation.significance.difference`).
-
     Args:
         per_text: arm, or `ARM/SEED` -> summed negative log-likelihood of every text, in nats.
         tokens: number of tokens with loss of every text, each at least 1.
         groups: group of every text.
     Returns:
         arm -> {"nll": nats per token, "ppl": perplexity, None where no float holds it, "n": texts, "groups", then the
-        difference to base as `Estimate.record` gives it, "better": texts with a smaller loss than base, "seeds",
-        "fused_minus_arm"}; `fused_adapted` also has "minus_no_hot" and "minus_distill" where these were trained.
+        difference to base as `Paired.minus` gives it, "fused_minus_arm"}; `fused_adapted` also has "minus_no_hot" and
+        "minus_distill" where these were trained.
     """
-    runs: dict[str, dict[str, Sequence[float]]] = {}
-    for name, sums in per_text.items():
-        arm, _, seed = name.partition("/")
-        runs.setdefault(arm, {})[seed] = sums
-    total = sum(tokens)
-    mean = {arm: np.mean(list(by_seed.values()), axis=0) for arm, by_seed in runs.items()}
-
-    def values(arm: str, seeds: Sequence[str]) -> list[Sequence[float]]:
-        return [runs[arm][""]] if "" in runs[arm] else [runs[arm][seed] for seed in seeds]
-
-    def minus(a: str, b: str) -> dict[str, Any]:
-        """Arm a minus arm b; each seed is compared with the same seed where both arms have several."""
-        seeds = [seed for seed in {**runs[a], **runs[b]} if seed]
-        estimate = difference(values(a, seeds), values(b, seeds), tokens, groups)
-        by_seed = {"seeds": dict(zip(seeds, estimate.by_seed, strict=True))} if seeds else {}
-        return {**estimate.record(), "better": int((mean[a] < mean[b]).sum()), **by_seed}
-
+    paired = Paired(per_text, tokens, groups)
     figures: dict[str, dict[str, Any]] = {}
-    for arm in mean:
-        nll = float(mean[arm].sum() / total)
+    for arm in paired.mean:
+        nll = paired.average(arm)
         figures[arm] = {
             "nll": nll,
             "ppl": math.exp(nll) if nll < LARGEST_EXPONENT else None,
             "n": len(tokens),
             "groups": len(set(groups)),
-            **minus(arm, "base"),
-            "fused_minus_arm": minus("fused", arm),
+            **paired.minus(arm, "base"),
+            "fused_minus_arm": paired.minus("fused", arm),
         }
     for rival in TRAINED:
-        if rival in mean and rival != "fused_adapted":
-            figures["fused_adapted"][f"minus_{rival}"] = minus("fused_adapted", rival)
+        if rival in paired.mean and rival != "fused_adapted":
+            figures["fused_adapted"][f"minus_{rival}"] = paired.minus("fused_adapted", rival)
     return figures
 
 
@@ -79,22 +61,27 @@ def table(
 
     Args:
         arms: `statistics` of the held-out texts.
-        held_out: `TextSet.counts` of these, with "absent": arm -> why it could not be measured.
+        held_out: `TextSet.counts` of these, with "absent": arm -> why it could not be measured, and "bits_per_byte" as
+            `evaluation.arms.bits.bits_per_byte` gives it.
         general: `statistics` of general text, where there is any.
-        general_counts: `TextSet.counts` of it.
+        general_counts: `TextSet.counts` of it, with "bits_per_byte".
     """
     lines = [
         f"held out: {held_out['texts']} texts of {held_out['groups']} groups, {held_out['tokens']} tokens; nats per "
         "token, negative is better",
-        f"{'arm':14} {'nll':>8} {'ppl':>8}  {'minus base [95 %]':>27} {'better':>10}  {'fused minus arm [95 %]':>27}",
+        f"{'arm':14} {'nll':>8} {'ppl':>8}  {'minus base [95 %]':>27} {'better':>10}  {'fused minus arm [95 %]':>27}"
+        + heading(held_out),
     ]
     for arm, figures in arms.items():
         base = "" if arm == "base" else interval(figures)
         better = "" if arm == "base" else f"{figures['better']} of {figures['n']}"
         versus = "" if arm == "fused" else interval(figures["fused_minus_arm"])
         ppl = "inf" if figures["ppl"] is None else f"{figures['ppl']:.2f}"
-        lines.append(f"{arm:14} {figures['nll']:8.4f} {ppl:>8}  {base:>27} {better:>10}  {versus:>27}")
-    lines += [*notes(held_out), *seed_notes(arms), verdict(arms)]
+        row = f"{arm:14} {figures['nll']:8.4f} {ppl:>8}  {base:>27} {better:>10}  {versus:>27}"
+        lines.append(row + columns(arm, held_out))
+    if source := columns(SOURCE, held_out):
+        lines.append(f"{SOURCE:14}{'':87}{source}")
+    lines += [*notes(held_out), *seed_notes(arms), verdict(arms), *bit_notes(held_out)]
     for rival in ("no_hot", "distill"):
         if rival in arms:
             found = arms["fused_adapted"][f"minus_{rival}"]
@@ -103,7 +90,7 @@ def table(
         changes = ", ".join(f"{arm} {interval(general[arm])}" for arm in ("fused", *TRAINED) if arm in general)
         count = f"{general_counts['texts']} texts of {general_counts['groups']} groups"
         lines.append(f"On general text ({count}, base {general['base']['nll']:.4f}), minus base: {changes}.")
-        lines += [f"General text: {note}" for note in notes(general_counts)]
+        lines += [f"General text: {note}" for note in [*notes(general_counts), *bit_notes(general_counts)]]
     return "\n".join(lines)
 
 
@@ -120,6 +107,18 @@ def notes(counts: Mapping[str, Any]) -> list[str]:
     elif groups < FEW_GROUPS:
         lines.append(f"The intervals rest on only {groups} groups and are rough.")
     return lines
+
+
+def strength_notes(strengths: Mapping[str, Any]) -> list[str]:
+    """A sentence on the strengths of the controls, where that of the fusion was chosen or learned.
+
+    Args:
+        strengths: control -> `core.training.strengths.Choice.record`.
+    """
+    if not strengths:
+        return []
+    found = ", ".join(f"{control} {mean_strength(one['alpha']):.3f}" for control, one in strengths.items())
+    return [f"Strengths of the controls were found in the same way (means over projections): {found}."]
 
 
 def seed_notes(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -147,12 +146,17 @@ def trial_notes(trials: Mapping[str, int]) -> list[str]:
 def verdict(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """Whether anything was transferred: fused has to be reliably better than base and than every control.
 
-    Each of these tests has to succeed, so the chance of a false alarm is not above that of a single test.
+    Each of these tests has to succeed, so the chance of a false alarm is not above that of a single test. A gain that
+    `filtered_self` shares is called denoising, because that control has seen the source's spectrum alone.
     """
     rivals = [arm for arm in ("base", *CONTROLS) if arm in arms]
     unbeaten = [arm for arm in rivals if not below_zero(arms[arm]["fused_minus_arm"])]
     if unbeaten:
-        return f"No transfer shown: fused is not reliably better than {', '.join(unbeaten)}."
+        shown = f"No transfer shown: fused is not reliably better than {', '.join(unbeaten)}."
+        if "filtered_self" not in unbeaten or "base" in unbeaten:
+            return shown
+        left = interval(arms["filtered_self"]["fused_minus_arm"])
+        return f"{shown} filtered_self shares its gain (fused minus filtered_self = {left}): that is denoising."
     missing = [control for control in CONTROLS if control not in arms]
     controls = f"every control that was measured (without {', '.join(missing)})" if missing else "every control"
     return f"Transfer: without training, fused is better than base and than {controls} (95 % intervals)."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.arms.verdict import table, trial_notes, verdict
+from evaluation.arms.verdict import strength_notes, table, trial_notes, verdict
 from evaluation.significance import interval
 
 NO_RESULTS = "No verdict yet: the losses on held-out texts have not been measured."
@@ -46,7 +46,8 @@ def sentences(results: Mapping[str, Any], trials: Mapping[str, int]) -> list[str
     text = table(arms, results["held_out"], results.get("arms_general"), results.get("general"))
     heads = tuple(f"{name:14} " for name in ("arm", "source", *arms))
     lines = [line for line in text.splitlines() if not line.startswith(("held out:", *heads))]
-    return [*(line for line in lines if line != verdict(arms)), *trial_notes(trials)]
+    notes = [*strength_notes(results.get("strengths", {})), *trial_notes(trials)]
+    return [*(line for line in lines if line != verdict(arms)), *notes]
 
 
 def arm_rows(results: Mapping[str, Any]) -> list[list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation import markdown
+from evaluation.arms.bits import bit_notes
 from evaluation.arms.run import TRAINED
 from evaluation.arms.verdict import notes, seed_notes, verdict
 from evaluation.significance import interval
@@ -135,5 +136,6 @@ def held_out_table(runs: Mapping[str, Any]) -> list[str]:
     for name, run in runs.items():
         counts = run["texts"]
         size = f"{counts['texts']} texts of {counts['groups']} groups, {counts['tokens']} tokens"
-        lines.append(f"{name}: {size}. {' '.join([*notes(counts), *seed_notes(run['arms']), verdict(run['arms'])])}")
+        said = [*notes(counts), *seed_notes(run["arms"]), verdict(run["arms"]), *bit_notes(counts)]
+        lines.append(f"{name}: {size}. {' '.join(said)}")
     return [*lines, *absent, ""]

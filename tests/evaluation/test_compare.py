@@ -21,11 +21,13 @@ from core.manifest import Manifest
 from core.models.checkpoints import open_checkpoint, open_pair
 from core.runs.card import RESULTS_BEGIN, RESULTS_END
 from core.runs.plan_directory import PlanDirectory
-from core.training.heldout import text_nll
+from core.runs.settings import Experiment
+from core.training.heldout import text_nll, token_losses
 from evaluation import compare_arms
 from evaluation.arms import models as arm_models
 from evaluation.arms.models import Arms
 from evaluation.arms.run import TRAINED, Run
+from evaluation.arms.spans import ByteSpans
 from evaluation.arms.texts import TextSet, text_set
 
 
@@ -46,7 +48,7 @@ def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
 
 
 # The rows of the table, and the models that are measured: each training has two seeds.
-ARMS = ("base", *CONTROLS, "fused", *TRAINED)
+ARMS = ("base", *(control for control in CONTROLS if control != "random_source"), "fused", *TRAINED)
 MEASURED = [*ARMS[: -len(TRAINED)], *(f"{arm}/seed{n}" for arm in TRAINED for n in (0, 1))]
 
 
@@ -120,13 +122,29 @@ def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsy
     assert all(arm in table for arm in ARMS)
     assert results["arms_general"] == results["arms"] and "On general text" in table  # the same file here
     assert len({round(arm["nll"], 7) for arm in results["arms"].values()}) == len(ARMS)
+    assert list(results["per_text_bytes"]) == [*MEASURED, "source"]
+    bits = results["held_out"]["bits_per_byte"]
+    assert list(bits["arms"]) == [*ARMS, "source"] and results["general"]["bits_per_byte"] == bits
+    assert f"{bits['arms']['source']['bits_per_byte']:.4f}" in next(
+        line for line in table.splitlines() if line.startswith("source ")
+    )
+    assert f"In bits per byte (of {bits['bytes']} bytes of {bits['texts']} texts" in table
+    assert "random_source is left out: it takes minutes, with --controls all." in table
 
-    results["per_text"].pop("wrong_layer")  # as after a kill: the other arms are not measured again
+    for arm in ("wrong_layer", "source"):  # as after a kill: the other arms are not measured again
+        results["per_text_bytes"].pop(arm)
     (folder / "results.json").write_text(json.dumps(results))
     measured = []
-    monkeypatch.setattr(arm_models, "text_nll", lambda *a: measured.append(a[3]) or text_nll(*a))
+    for name, measure in {"text_nll": text_nll, "token_losses": token_losses}.items():
+        monkeypatch.setattr(arm_models, name, lambda *a, measure=measure: measured.append(a[3]) or measure(*a))
     run_main(compare_arms, *flags)
-    assert measured == ["wrong_layer, held_out", "wrong_layer, general"] and capsys.readouterr().out == table
+    again = [f"{arm}, {name}" for arm in ("wrong_layer", "source") for name in ("held_out", "general")]
+    assert measured == again and capsys.readouterr().out == table
+    measured.clear()
+    results.pop("per_text_bytes")  # a file of an earlier version: all arms are measured again
+    (folder / "results.json").write_text(json.dumps(results))
+    run_main(compare_arms, *flags)
+    assert len(measured) == 2 * len([*MEASURED, "source"]) and capsys.readouterr().out == table
     measured.clear()
     results = json.loads((folder / "results.json").read_text())
     results["made_from"]["no_hot/seed1"] = "another training"
@@ -176,7 +194,7 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
         command.experiment,
     )
     examples = [{"input_ids": list(range(12)), "labels": list(range(12))}]
-    sets = {"held_out": TextSet(examples, ["a"], 0, False)}
+    sets = {"held_out": TextSet(examples, ["a"], 0, False, ByteSpans([0], False, [[]], []))}
     losses = [found for _, found in arms.losses(["base", "damped", "permuted", "wrong_layer", "base"], sets)]
     assert losses[0] == losses[-1] != losses[1]
 
@@ -255,16 +273,16 @@ def test_no_text_with_a_token_to_score_is_an_error(fails, run):
 
 
 def test_texts_without_a_token_to_score_are_left_out_and_counted(models):
-    tokenizer = open_checkpoint(str(models["target"])).load_tokenizer()
+    tokenizer, other = (open_checkpoint(str(models[name])).load_tokenizer() for name in ("target", "source"))
     rows = [Row(((None, "model layer neuron"),), "a"), Row(((None, "x"),), "b"), Row(((None, "plan weight"),), "a")]
-    texts = text_set("held_out", rows, tokenizer, 100)
+    texts = text_set("held_out", rows, (tokenizer, other), 100)
     tokens = [len(tokenizer(row.plain)["input_ids"]) - 1 for row in rows]
     assert tokens[1] == 0 and texts.tokens == [tokens[0], tokens[2]]
     assert texts.counts() == {"texts": 2, "tokens": sum(tokens), "groups": 1, "left_out": 1, "end_of_turn": False}
     answers = [Row((("user", "plan"), ("assistant", "weight")), "a")]
-    assert text_set("held_out", answers, tokenizer, 100).end_of_turn
+    assert text_set("held_out", answers, (tokenizer, other), 100).end_of_turn
     cut = [Row((("user", "plan"), ("assistant", "weight " * 50)), "a")]
-    assert not text_set("held_out", cut, tokenizer, 12).end_of_turn  # the end of the answer was cut off
+    assert not text_set("held_out", cut, (tokenizer, other), 12).end_of_turn  # the end of the answer was cut off
 
 
 def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
@@ -288,12 +306,21 @@ def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run):
         CONTROLS["wrong_layer"](residual, SimpleNamespace(plans=plans), torch.Generator())
 
 
-@pytest.mark.parametrize(("layers", "absent"), [(1, ["wrong_layer"]), (2, [])])
-def test_a_control_that_a_target_cannot_have_is_no_arm(tmp_path, layers, absent):
-    fused = Manifest(tmp_path / "fused", {})
-    arms = Arms(Run(tmp_path, SimpleNamespace(shape=(layers, 4)), fused, {}), None, None, None)
+@pytest.mark.parametrize(
+    ("layers", "feature_map", "controls", "absent"),
+    [
+        (1, "regression", "usual", ["wrong_layer", "random_source"]),
+        (2, "regression", "all", []),
+        (2, "coupling", "all", ["filtered_self", "random_source"]),
+    ],
+)
+def test_a_control_that_a_run_cannot_have_is_no_arm(tmp_path, layers, feature_map, controls, absent):
+    fused = Manifest(tmp_path / "fused", {"inputs": {"settings": {"feature_map": feature_map}}})
+    run = Run(tmp_path, SimpleNamespace(shape=(layers, 4)), fused, {})
+    arms = Arms(run, None, None, Experiment.of(controls=controls))
     assert list(arms.absent) == absent
-    assert list(arms.made_from) == ["base", *(control for control in CONTROLS if control not in absent), "fused"]
+    kept = [control for control in CONTROLS if control not in absent]
+    assert list(arms.made_from) == ["base", *kept, "fused", "source"]
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

@@ -104,6 +104,17 @@ def test_verdict_is_honest():
     assert "no interval can be given" in text and "[no interval]" in text and "No transfer shown" in text
 
 
+def test_a_gain_that_filtered_self_shares_is_called_denoising():
+    per_text, tokens = made_up()
+    arms = statistics({**per_text, "filtered_self": per_text["fused"]}, tokens, range(50))
+    text = table(arms, counts(tokens, range(50)))
+    assert "not reliably better than filtered_self. filtered_self shares its gain (fused minus filtered_self = " in text
+    assert "that is denoising" in text
+    without_gain = {**per_text, "filtered_self": per_text["base"], "fused": per_text["base"]}
+    assert "denoising" not in table(statistics(without_gain, tokens, range(50)), counts(tokens, range(50)))
+    assert "denoising" not in table(statistics(per_text, tokens, range(50)), counts(tokens, range(50)))
+
+
 def test_a_loss_that_is_not_a_number_is_no_success():
     """It is refused where losses are measured, and should one get through, the sentence claims no success."""
     with pytest.raises(UserError, match="fused: the loss of 2 of 4 general texts is not finite, first that of text 2"):

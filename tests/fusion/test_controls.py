@@ -42,5 +42,6 @@ def test_controls_share_norm_or_mean_but_not_the_correspondence(projection, bias
     own = Ridge(R, settings.ridge).map(plans.rows("target", projection, 0, "fit"))
     smoothed = transport.fill(residual, own.index_select(residual.axis, residual.index), None)
     assert_close(made["self"].weight, smoothed.weight)
+    assert torch.equal(made["random_source"].weight, residual.weight)  # here on the rows of the same source
     for control in made.values():
         assert torch.equal(control.index, residual.index) and control.weight.shape == residual.weight.shape

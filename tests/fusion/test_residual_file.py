@@ -42,8 +42,15 @@ def test_files_of_layers_join_to_the_bytes_of_one_file(tmp_path):
     for layer in (0, 2, 11):
         parts.append(tmp_path / f"{layer}.safetensors")
         save_residuals(parts[-1], [r for r in everything if r.layer == layer], 0.4, "interpolate")
-    join_residuals(parts, tmp_path / "joined.safetensors")
+    join_residuals(parts, tmp_path / "joined.safetensors", 0.4, "interpolate")
     assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_strength_of_each_projection_is_kept_exactly(tmp_path):
+    strengths = {one.name: 0.1 / (n + 3) for n, one in enumerate(residuals())}
+    save_residuals(tmp_path / "part.safetensors", residuals(), 0.0, "interpolate")
+    join_residuals([tmp_path / "part.safetensors"], tmp_path / "r.safetensors", strengths, "interpolate")
+    assert load_residuals(tmp_path / "r.safetensors")[1] == strengths
 
 
 def test_missing_residual_file_says_what_to_give(tmp_path):

@@ -84,39 +84,45 @@ def test_yaml_numbers_without_a_point_are_floats(tmp_path):
 CHANGES = {
     "1": "device dtype seed max_tokens pooling max_rows tokens_per_batch device_map epsilon eta sinkhorn_iters "
     "sinkhorn_tol sinkhorn_mode layer_cost_scale projections",
-    "2": "device feature_map residual_form alpha projections rows top_k p_topk q_topk ridge max_shard_size",
+    "2": "device feature_map residual_form alpha projections rows top_k p_topk q_topk ridge max_shard_size alpha_steps "
+    "free_alpha dtype seed tokens_per_batch validation_samples",
     "3": "device dtype seed tokens_per_batch max_shard_size training_scenario freeze_strategy train_alpha block_size "
     "packing epochs train_batch_size gradient_accumulation gradient_checkpointing learning_rate lr_scheduler "
     "warmup weight_decay max_grad_norm save_steps validation_samples eval_steps early_stop alpha_search lr_search "
-    "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_weight distill_temperature",
+    "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_by distill_weight "
+    "distill_temperature",
     "e": "device dtype seed max_tokens tokens_per_batch",
 }
 # Stage -> the settings that only name an input. The contents of the model or of the rows are recorded in their place.
 INPUTS = {
-    "1": "target_model target_revision source_model source_revision data_subset data_file max_rows_read group_column "
-    "split_seed calibration_samples",
-    "2": "target_model target_revision source_model source_revision",
+    "1": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
+    "data_file max_rows_read group_column split_seed calibration_samples",
+    "2": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
+    "data_file max_rows_read group_column split_seed",
     "3": "source_model source_revision data_subset data_file max_rows_read group_column split_seed sft_samples",
-    "e": "target_model target_revision source_model source_revision data_subset data_file max_rows_read group_column "
-    "split_seed held_out_samples general_file",
+    "e": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
+    "data_file max_rows_read group_column split_seed held_out_samples general_file general_subset",
 }
 # Stage -> the settings on which no byte of its output depends: they say where, how fast, or what else is done.
 WITHOUT_EFFECT = {
     "1": "trust_remote_code activations_budget_mb pairs_budget_mb",
-    "2": "push_to_hub",
+    "2": "trust_remote_code push_to_hub",
     "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
-    "e": "trust_remote_code",
+    "e": "trust_remote_code controls",
 }
 # Type of a setting -> a value that none of them has by default.
 OTHERS = {str: "another", int: 7, float: 0.77, bool: True, tuple: (0.5,)}
 
 
 LORA, DISTILL, TOKEN = {"use_lora": True}, {"training_scenario": "distill"}, {"pooling": "token"}
+LEARNED = {"alpha": "learned"}
 # Setting -> the values of others without which it changes nothing.
 NEEDS: dict[str, dict] = {
-    **dict.fromkeys(("seed", "max_rows"), TOKEN),
+    "max_rows": TOKEN,
+    "seed": TOKEN | LEARNED,
+    **dict.fromkeys(("dtype", "tokens_per_batch", "validation_samples", "alpha_steps", "free_alpha"), LEARNED),
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), LORA),
-    **dict.fromkeys(("distill_weight", "distill_temperature"), DISTILL),
+    **dict.fromkeys(("distill_by", "distill_weight", "distill_temperature"), DISTILL),
     "save_steps": {"early_stop": 3},
 }
 
@@ -137,9 +143,10 @@ def test_every_setting_of_a_stage_is_decided_and_a_changed_one_changes_the_finge
     ("stage", "others", "names"),
     [
         ("1", {"pooling": "text"}, "seed max_rows"),
-        ("3", {"training_scenario": "no_hot"}, "freeze_strategy train_alpha alpha_search distill_weight"),
+        ("3", {"training_scenario": "no_hot"}, "freeze_strategy train_alpha alpha_search distill_by distill_weight"),
         ("3", {"training_scenario": "distill"}, "freeze_strategy train_alpha alpha_search"),
-        ("3", {"training_scenario": "hot"}, "distill_weight distill_temperature"),
+        ("3", {"training_scenario": "distill", "distill_by": "answers"}, "distill_weight distill_temperature"),
+        ("3", {"training_scenario": "hot"}, "distill_by distill_weight distill_temperature"),
         ("3", {"use_lora": False}, "lora_rank lora_alpha lora_dropout lora_targets"),
         ("3", {"lr_search": (0.1,)}, "learning_rate"),
         ("3", {"early_stop": None}, "save_steps"),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import llama, make_tokenizer, save
+from permuted_models import SQUARE, permuted
 from safetensors.torch import load_file
 from stages import digests, fuse, logits, plan
 from torch.testing import assert_close
@@ -17,6 +18,7 @@ from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport
 from core.models.checkpoints import open_checkpoint
+from core.runs import fused_layers
 from core.runs.plan_directory import PlanDirectory
 from core.training.hot_linear import enable_hot_residual_for_model, restore_base
 
@@ -26,7 +28,7 @@ def test_fused_checkpoint_is_plain_and_loads_in_stock_transformers(fused, models
     assert before.keys() == after.keys()
     for name in before:
         changed = not torch.equal(before[name], after[name])
-        assert changed == any(f".{projection.path}." in name for projection in PROJECTIONS.values()), name
+        assert changed == any(f".{PROJECTIONS[projection].path}." in name for projection in ATTENTION), name
     assert {
         "config.json",
         "tokenizer.json",
@@ -39,7 +41,7 @@ def test_fused_checkpoint_is_plain_and_loads_in_stock_transformers(fused, models
     } <= set(digests(fused))
     assert not torch.equal(logits(fused), logits(models["target"]))
     report = json.loads((fused / "fusion_report.json").read_text())
-    assert report["dropped_biases"] == 9 and len(report["projections"]) == 3 * len(PROJECTIONS)
+    assert report["dropped_biases"] == 9 and len(report["projections"]) == 3 * len(ATTENTION)
     assert "base_model" in (fused / "README.md").read_text()
 
 
@@ -173,34 +175,11 @@ def test_sharded_half_precision_target_keeps_names_and_dtype(plans, models, text
     assert index["weight_map"].keys() == before.keys() == after.keys() and len(set(index["weight_map"].values())) > 3
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in before.values())
     assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
-    fused_layers = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(fused_layers) == 3 * len(PROJECTIONS) and all("_proj.weight" in name for name in fused_layers)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 3 * len(ATTENTION) and all("_proj.weight" in name for name in changed)
     whole = fuse(plans, models, tmp_path / "g", "--top-k", "4")
     assert [path.name for path in whole.glob("model*")] == ["model.safetensors"]
     assert torch.equal(logits(out), logits(whole))
-
-
-SQUARE = dict(head_dim=8, num_key_value_heads=3, hidden_size=24, num_hidden_layers=2)
-
-
-def permuted(target):
-    """The same model with its hidden channels and its heads in another order."""
-    channels, heads = torch.randperm(24, generator=torch.Generator().manual_seed(5)), torch.tensor([2, 0, 1])
-    neurons = (heads[:, None] * 8 + torch.arange(8)).flatten()
-    state = {}
-    for name, value in target.state_dict().items():
-        if name.endswith("o_proj.weight"):
-            value = value[channels][:, neurons]
-        elif "self_attn" in name:
-            value = value[neurons][:, channels]
-        elif name.endswith("down_proj.weight") or value.ndim == 1:
-            value = value[channels]
-        else:
-            value = value[:, channels]
-        state[name] = value
-    source = llama(**SQUARE)
-    source.load_state_dict(state)
-    return source
 
 
 def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
@@ -235,12 +214,7 @@ def test_corollary_4_2_a_permuted_source_gives_the_target_back(texts, tmp_path):
 def test_corollary_4_2_holds_through_the_mlp(texts, tmp_path):
     """The same with the neurons of the MLP permuted as well, and all seven projections fused."""
     target = llama(**SQUARE)
-    source = permuted(target)
-    for layer in source.model.layers:
-        order = torch.randperm(layer.mlp.up_proj.out_features, generator=torch.Generator().manual_seed(5))
-        for name in ("gate_proj", "up_proj"):
-            getattr(layer.mlp, name).weight.data = getattr(layer.mlp, name).weight.data[order]
-        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order]
+    source = permuted(target, mlp=True)
     tokenizer = make_tokenizer(400, 1)
     models = {"target": save(target, tokenizer, tmp_path / "t"), "source": save(source, tokenizer, tmp_path / "s")}
     assert_close(logits(models["source"]), logits(models["target"]), atol=1e-4, rtol=1e-4)
@@ -303,7 +277,7 @@ def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path
 
 def test_fusion_killed_between_layers_goes_on_with_the_missing_ones(fused, plans, models, tmp_path, monkeypatch):
     flags = ["--feature-map", "regression", "--alpha", "0.3", "--top-k", "0"]
-    save_one, done = stage2.save_residuals, []
+    save_one, done = fused_layers.save_residuals, []
 
     def dies(path, residuals, *arguments):
         if len(done) == 2:
@@ -312,9 +286,9 @@ def test_fusion_killed_between_layers_goes_on_with_the_missing_ones(fused, plans
         save_one(path, residuals, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage2, "save_residuals", dies)
+        patch.setattr(fused_layers, "save_residuals", dies)
         with pytest.raises(KeyboardInterrupt):
             fuse(plans["token"], models, tmp_path / "f", *flags)
-    monkeypatch.setattr(stage2, "save_residuals", lambda *a: done.append(a[1][0].layer) or save_one(*a))
+    monkeypatch.setattr(fused_layers, "save_residuals", lambda *a: done.append(a[1][0].layer) or save_one(*a))
     assert digests(fuse(plans["token"], models, tmp_path / "f", *flags)) == digests(fused)
     assert done == [0, 1, 2]

@@ -84,6 +84,23 @@ def test_python_reference_texts_that_share_a_paragraph_stay_together(reference):
     assert {group[p] for p in paragraphs if p in group} == {"module difflib"}
 
 
+def test_prose_about_benchmarks_has_enough_groups_and_no_lists_or_addresses():
+    for seed in range(3):
+        parts = divide(DataSpec("benchmark_prose", split_seed=seed)).parts
+        assert len({row.group for row in parts["held_out"]}) >= 20  # so that intervals on it are not rough
+    texts = [row.plain for rows in parts.values() for row in rows]
+    assert len(texts) > 120 and min(map(len, texts)) >= 200
+    assert not any(mark in text for text in texts for mark in ("http:", "https:", "\n- ", "|", "@inproceedings"))
+
+
+def test_a_python_without_lm_eval_says_so(monkeypatch):
+    import dataset_general_texts
+
+    monkeypatch.setattr(dataset_general_texts, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="benchmark_prose: this Python has no lm_eval"):
+        divide(DataSpec("benchmark_prose"))
+
+
 def test_a_python_without_its_sources_is_an_error(monkeypatch, tmp_path):
     import dataset_general_texts
 
@@ -119,7 +136,7 @@ def test_missing_and_unknown_data(tmp_path):
         divide(DataSpec("file", str(tmp_path / "none.jsonl")))
     with pytest.raises(UserError, match="needs --data-file"):
         divide(DataSpec("file"))
-    with pytest.raises(UserError, match="expected one of python_reference, medical, finance"):
+    with pytest.raises(UserError, match="expected one of python_reference, benchmark_prose, medical"):
         divide(DataSpec("gsm9k"))
 
 

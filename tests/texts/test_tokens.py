@@ -47,7 +47,7 @@ def test_a_template_that_refuses_a_row_is_an_error(template, fails, models, chat
     errors = [
         fails(stage1, *stage1_flags, *data),
         fails(stage3, "--model_dir", refusing, *data, "--training-scenario", "no_hot", "--output_dir", tmp_path / "a"),
-        fails(stage3, *distill, *data, "--training-scenario", "distill"),
+        fails(stage3, *distill, *data, "--training-scenario", "distill", "--distill-by", "answers"),
     ]
     for line in errors:
         assert f"the chat template of {refusing} does not take the text that begins 'question" in line

@@ -58,8 +58,8 @@ def test_distillation_by_tokens_where_vocabularies_agree(fused, models, texts, t
     assert not (other / "hot_residual.safetensors").exists() and not (other / "source_answers.jsonl").exists()
 
 
-def test_distillation_by_sequences_where_they_differ(fused, models, tmp_path):
-    out = run(fused, tmp_path / "a", "--training-scenario", "distill")
+def test_distillation_by_answers(fused, models, tmp_path):
+    out = run(fused, tmp_path / "a", "--training-scenario", "distill", "--distill-by", "answers")
     record = json.loads((out / "manifest.json").read_text())
     assert record["distillation"].startswith("sequence-level") and not (out / "hot_residual.safetensors").exists()
     rows = load_rows(DataSpec("file", record["data"]["file"]), "sft", 8)
@@ -179,8 +179,17 @@ def test_sharded_parameters_give_the_same_gradients(fused, tmp_path):
     assert torchrun(script, ROOT, ROOT / "tests", fused).stdout.count("equal") == 2
 
 
-def test_two_processes_share_the_answers_of_the_source(fused, tmp_path):
+def test_answers_are_given_between_models_of_one_vocabulary_too(models, texts, tmp_path):
+    flags = ("--training-scenario", "distill", "--data-file", texts, "--source-model", models["other"])
+    out = run(models["target"], tmp_path / "a", *flags, "--distill-by", "answers")
+    assert (out / "source_answers.jsonl").is_file()
+    assert json.loads((out / "manifest.json").read_text())["distillation"].startswith("sequence-level")
+
+
+@pytest.mark.parametrize("by", ["tokens", "answers"])
+def test_two_processes_share_what_the_source_teaches(by, fused, tmp_path):
     flags = ["--model_dir", fused, "--sft-samples", 8, "--training-scenario", "distill", "--validation-samples", 0]
+    flags += ["--distill-by", by]
     run_main(stage3, *flags, "--output_dir", tmp_path / "one", "--gradient-accumulation", 2)
     torchrun(
         ROOT / "core/train_hot_residual_sft.py", *flags, "--output_dir", tmp_path / "two", "--gradient-accumulation", 1

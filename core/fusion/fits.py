@@ -1,0 +1,80 @@
+"""The regressions that `regression` and `procrustes` share: maps between recorded rows, and the last one, of W~."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from core.fusion.anchored import Anchors, regress
+from core.fusion.inputs import Plans
+from core.fusion.projections import PROJECTIONS
+from core.fusion.ridge import Ridge
+
+# Regressions that are kept: neighbouring target layers often read the same source layer.
+KEPT_FITS = 8
+
+
+class Fits:
+    """Ridge regressions on recorded rows of one side, those of recent sides kept, and the final regression of W~.
+
+    Attributes:
+        kind: which rows the final regression is fitted on (`core.fusion.anchored.KINDS`).
+        gives_change: whether the final regression gives a change of the target's weight, which is to be added to it,
+            and not W~ itself. So it is of a task vector, and where only the difference to the target's own outputs is
+            regressed. Where the source says nothing, the change is 0.
+    """
+
+    def __init__(self, plans: Plans, ridge: float, rows: str, of_task_vector: bool):
+        self.plans, self.ridge, self.kind = plans, ridge, rows
+        self.of_task_vector, self.gives_change = of_task_vector, of_task_vector or rows == "difference"
+        self.of = lru_cache(KEPT_FITS)(lambda model, side, layer: Ridge(plans.rows(model, side, layer, "fit"), ridge))
+
+    def with_rows(self, rows: str) -> Fits:
+        """The same regressions, with a final one on rows of another kind."""
+        other = copy(self)
+        other.kind, other.gives_change = rows, self.of_task_vector or rows == "difference"
+        return other
+
+    def regress(self, layer: int, projection: str, responses: Tensor, outputs: Tensor | None) -> Tensor:
+        """The weight [k, n'] that gives the responses [T, k] for the target's inputs, on the rows of the settings.
+
+        With `difference` it is the weight that gives the responses less the target's own outputs. The responses of a
+        task vector are differences already.
+
+        Args:
+            outputs: the columns of the target's outputs that the responses are for; None for all.
+        """
+        side = PROJECTIONS[projection].input_side
+        if self.kind == "aligned":
+            return self.of("target", side, layer).map(responses)
+        anchors = self.anchors(layer, projection, outputs)
+        if self.kind == "difference":
+            own = self.plans.rows("target", projection, layer, "fit")
+            responses = responses - (own if outputs is None else own[:, outputs])
+        if self.gives_change:
+            anchors = replace(anchors, y=torch.zeros_like(anchors.y))
+        if not len(anchors.x):
+            return self.of("target", side, layer).map(responses)
+        return regress(self.plans.rows("target", side, layer, "fit"), responses, self.ridge, anchors)
+
+    def anchors(self, layer: int, projection: str, outputs: Tensor | None) -> Anchors:
+        """The target's inputs and outputs at positions without a partner."""
+        x = self.plans.unaligned(PROJECTIONS[projection].input_side, layer)
+        y = self.plans.unaligned(projection, layer)
+        return Anchors(x, y if outputs is None else y[:, outputs], self.plans.unaligned_weight)
+
+    def mean_input(self, side: str, layer: int) -> Tensor:
+        """The mean [n'] of the target's inputs over the rows of the final regression."""
+        mean = self.plans.mean("target", side, layer)
+        if self.kind == "aligned":
+            return mean
+        x = self.plans.unaligned(side, layer)
+        if not len(x):
+            return mean
+        aligned = len(self.plans.rows("target", side, layer, "fit"))
+        others = self.plans.unaligned_weight * len(x)
+        return self.plans.fit_mean(side, layer) + x.mean(0) * (others / (aligned + others))

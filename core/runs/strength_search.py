@@ -1,0 +1,106 @@
+"""What a search for strengths needs: its texts, none of which is held out, and the loaded target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from core.data import Division, Row, divide
+from core.errors import UserError
+from core.fusion.settings import LEARNED
+from core.models.checkpoints import Checkpoint
+from core.runs.plan_directory import PlanDirectory
+from core.runs.rows_read import check_same_split, with_data_of
+from core.runs.settings import Experiment
+from core.training.heldout import trained_tokens
+from core.training.sft import Example, sft_example
+from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts
+
+# (losses, losses of the target, tokens, groups) of texts -> their difference as `Estimate.record` gives it.
+Difference = Callable[[Sequence[float], Sequence[float], Sequence[int], Sequence[str]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StrengthRows:
+    """The rows on which strengths are found.
+
+    Attributes:
+        division: the data set of the plans, divided as it was for them.
+        calibration: the rows that the plans were made from; empty where no strength is learned.
+        validation: rows of groups from which nothing was made.
+        max_tokens: rows are cut at so many tokens.
+    """
+
+    division: Division
+    calibration: list[Row]
+    validation: list[Row]
+    max_tokens: int
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest says of them."""
+        return {
+            "calibration": self.division.identity(self.calibration),
+            "validation": self.division.identity(self.validation),
+            "max_tokens": self.max_tokens,
+        }
+
+    def marks(self) -> dict[str, set[str]]:
+        """What later stages must not hold out, as `core.runs.rows_read.write_rows_read` takes it."""
+        found = {"calibration": self.calibration, "validation": self.validation}
+        return {part: self.division.marks(rows) for part, rows in found.items() if rows}
+
+
+def strength_rows(experiment: Experiment, plans: PlanDirectory) -> StrengthRows:
+    """The rows for the strengths of an experiment.
+
+    Raises:
+        UserError: there are no validation rows, or the data is divided otherwise than for the plans.
+    """
+    made_from = plans.manifest.inputs["data"]
+    if not experiment.training.validation_samples:
+        raise UserError("alpha auto and learned are chosen on validation rows; give --validation-samples")
+    division = divide(with_data_of(experiment, made_from).data.spec)
+    check_same_split(made_from, division.spec, division.revision)
+    learned = experiment.fusion.alpha == LEARNED
+    return StrengthRows(
+        division,
+        division.rows("calibration", made_from["rows"]) if learned else [],
+        division.rows("validation", experiment.training.validation_samples),
+        plans.manifest.inputs["settings"]["max_tokens"],
+    )
+
+
+def strength_search(
+    rows: StrengthRows, target: Checkpoint, model: Any, experiment: Experiment, difference: Difference
+) -> StrengthSearch:
+    """The search on these rows with a loaded target.
+
+    Raises:
+        UserError: no validation row has a token with loss, or the tokenizer refuses a row.
+    """
+    tokenizer = target.load_tokenizer()
+
+    def examples_of(texts: Sequence[Row]) -> list[tuple[Example, str]]:
+        found = [(sft_example(row, tokenizer, rows.max_tokens), row.group) for row in texts]
+        return [one for one in found if trained_tokens([one[0]]) != [0]]
+
+    calibration, validation = examples_of(rows.calibration), examples_of(rows.validation)
+    if not validation or (rows.calibration and not calibration):
+        raise UserError(f"no text has a token with loss within {rows.max_tokens} tokens; run stage 1 with --max-tokens")
+    examples, groups = zip(*validation, strict=True)
+    tokens = trained_tokens(examples)
+    return StrengthSearch(
+        model,
+        target.layout.name,
+        experiment.fusion.residual_form,
+        StrengthTexts([example for example, _ in calibration], examples, groups),
+        experiment.compute.tokens_per_batch,
+        lambda ours, base: difference(ours, base, tokens, groups),
+    )
+
+
+def search_settings(experiment: Experiment) -> StrengthSettings:
+    """How the strengths of an experiment are found."""
+    fusion = experiment.fusion
+    return StrengthSettings(fusion.alpha == LEARNED, fusion.alpha_steps, fusion.free_alpha, experiment.compute.seed)

@@ -1,0 +1,105 @@
+"""The residuals of the controls, and the strengths with which they are fused.
+
+A control gets every choice that the fusion got. Where the strength of the fusion was given, the controls have the same;
+where it was chosen or learned, theirs are found on the same rows, by the same search, among the same kinds of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from core.errors import UserError
+from core.fusion.controls import CONTROLS
+from core.fusion.residual import Residual
+from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
+from core.fusion.settings import FusionSettings
+from core.fusion.strengths import Strength
+from core.fusion.transport_weights import Transport, fuse_layer
+from core.models.checkpoints import Checkpoint
+from core.runs.settings import Experiment
+from core.runs.strength_search import search_settings, strength_rows, strength_search
+from core.training.strengths import StrengthSearch
+from evaluation.arms.run import Run
+from evaluation.significance import record_of_difference
+
+
+class ControlResiduals:
+    """The controls of one run.
+
+    Args:
+        run: whose controls they are.
+        target: the model that was fused into.
+        transport_of: control -> the transport from which its W~ is made.
+        model: the loaded target, on which strengths are found. Its weights are the same before and after each call.
+        experiment: device, dtype, seed and batch size.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        target: Checkpoint,
+        transport_of: Callable[[str], Transport],
+        model: Any,
+        experiment: Experiment,
+    ):
+        self.target, self.seed = target, experiment.compute.seed
+        residuals, self.alpha, _ = load_residuals(run.fused.folder / RESIDUAL_FILE)
+        self.fused = [residual.to(target.device) for residual in residuals]
+        self.settings = FusionSettings(**run.fused.inputs["settings"])
+        self.transport_of = transport_of
+        found = run.fused.record.get("strength")
+        self.rows = self.settings.row_kinds[0] if found is None else found["rows"]
+        self.found: dict[str, dict[str, Any]] = {}  # control -> how its strength was found
+        self.search: StrengthSearch | None = None
+        if self.settings.finds_alpha:
+            self.experiment = as_fused(experiment, run)
+            self.search = strength_search_of(run, target, model, self.experiment)
+
+    def of(self, control: str) -> tuple[Iterable[Residual], Strength]:
+        """(the residuals of a control, its strength)."""
+        if self.search is None:
+            return self._made(control, self.rows), self.alpha
+        of_rows = lru_cache(1)(lambda rows: list(self._made(control, rows)))
+        candidates = {rows: partial(of_rows, rows) for rows in self.settings.row_kinds}
+        choice = self.search.find(control, candidates, search_settings(self.experiment))
+        self.found[control] = choice.record()
+        return of_rows(choice.candidate), choice.alpha
+
+    def _made(self, control: str, rows: str) -> Iterator[Residual]:
+        """The residuals of a control, with W~ regressed on a kind of rows."""
+        transport = self.transport_of(control).with_rows(rows)
+        generator = torch.Generator().manual_seed(self.seed)
+        bar = tqdm(self._fused(rows, transport), total=len(self.fused), desc=f"building {control}", unit="projection")
+        for residual in bar:
+            yield CONTROLS[control](residual, transport, generator)
+
+    def _fused(self, rows: str, transport: Transport) -> Iterator[Residual]:
+        """What was fused, or would have been with another kind of rows."""
+        if rows == self.rows:
+            yield from self.fused
+            return
+        for layer in range(self.target.layout.n_layers):
+            yield from (residual for residual, _ in fuse_layer(transport, self.target, self.settings, layer))
+
+
+def as_fused(experiment: Experiment, run: Run) -> Experiment:
+    """The experiment with the settings by which stage 2 found the strength of the fusion."""
+    found = {name: run.fused.inputs["writing"][name] for name in ("validation_samples", "seed", "tokens_per_batch")}
+    return experiment.changed(**run.fused.inputs["settings"], **found)
+
+
+def strength_search_of(run: Run, target: Checkpoint, model: Any, experiment: Experiment) -> StrengthSearch:
+    """The search for strengths on the rows on which stage 2 found that of the fusion.
+
+    Raises:
+        UserError: these rows have changed since.
+    """
+    rows = strength_rows(experiment, run.plans)
+    if rows.identity() != run.fused.inputs["strength_rows"]:
+        raise UserError(f"the data of {run.fused.folder} has changed since it was fused; run stage 2 again")
+    return strength_search(rows, target, model, experiment, record_of_difference)

@@ -1,0 +1,226 @@
+"""Strengths that are chosen or learned: the model with strengths, the search, and stages 2 to 4 through it."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import llama, run_main
+from safetensors.torch import load_file
+from stages import data_flags, fuse, logits, pair_flags, train
+
+from core.fusion.residual import Residual
+from core.fusion.residual_file import load_residuals
+from core.fusion.strengths import in_words, mean_strength, strength_of
+from core.training import strengths
+from core.training.hot_linear import fold_in_place, restore_base
+from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts, Tried, learnable
+from evaluation import compare_arms
+from evaluation.significance import record_of_difference
+
+AUTO = StrengthSettings(learned=False, steps=0, free=False, seed=0)
+PROJECTIONS = {"v": "self_attn.v_proj", "o": "self_attn.o_proj", "down": "mlp.down_proj", "gate": "mlp.gate_proj"}
+
+
+def name_of(layer, projection):
+    return f"model.layers.{layer}.{PROJECTIONS[projection]}"
+
+
+def residual_of(model, layer, projection, k=None):
+    """Random W~ on some rows or columns of a model's projection."""
+    linear = model.get_submodule(name_of(layer, projection))
+    empty = Residual(layer, projection, torch.empty(0), torch.empty(0), None, torch.empty(0), None)
+    index = torch.randperm(linear.weight.shape[empty.axis])[:k].sort().values
+    original = linear.weight.detach().index_select(empty.axis, index)
+    residual = replace(empty, index=index, weight=original + 0.3 * torch.randn_like(original), original_weight=original)
+    if linear.bias is None:
+        return residual
+    bias = linear.bias.detach()[residual.bias_index]
+    return replace(residual, bias=bias + 0.3 * torch.randn_like(bias), original_bias=bias)
+
+
+def examples(count, seed):
+    """Texts that repeat three tokens, so that a model can be good or bad at them."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = [[5, 6, 7] * 5 + torch.randint(3, 400, (3,), generator=draw).tolist() for _ in range(count)]
+    return [{"input_ids": one, "labels": one} for one in ids]
+
+
+def search_with(model, form="interpolate", groups=None):
+    validation = examples(12, 1)
+    texts = StrengthTexts(examples(16, 0), validation, groups or [str(n) for n in range(12)])
+    tokens = [len(one["labels"]) - 1 for one in validation]
+    return StrengthSearch(
+        model, name_of, form, texts, 200, lambda ours, base: record_of_difference(ours, base, tokens, texts.groups)
+    )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return llama(attention_bias=True).eval()
+
+
+@pytest.fixture
+def improved(model):
+    """(a target, the W~ that makes it better): the target was fine-tuned, and then got its old weights back."""
+    before = [model.get_submodule(name_of(layer, "down")).weight.detach().clone() for layer in range(3)]
+    trained = [model.get_submodule(name_of(layer, "down")).weight for layer in range(3)]
+    adam = torch.optim.Adam(trained, lr=1e-2)
+    for _ in range(15):
+        batch = torch.tensor([one["input_ids"] for one in examples(8, 0)])
+        model(input_ids=batch, labels=batch).loss.backward()
+        adam.step()
+        model.zero_grad()
+    residuals = []
+    for layer, (old, new) in enumerate(zip(before, trained, strict=True)):
+        W_tilde = new.detach().clone()
+        new.data.copy_(old)
+        residuals.append(Residual(layer, "down", torch.arange(48), W_tilde, None, old, None))
+    return model, residuals
+
+
+@pytest.mark.parametrize("form", ["interpolate", "additive"])
+def test_a_model_with_strengths_is_the_folded_model_and_its_gradients_are_right(model, form):
+    residuals = [residual_of(model, 0, "v", 5), residual_of(model, 1, "o", 9), residual_of(model, 2, "down")]
+    ids, values = torch.arange(3, 23).reshape(2, 10), torch.tensor([0.3, -0.2, 0.7], requires_grad=True)
+
+    def loss_of(given):
+        fold_in_place(model, residuals, name_of, dict(zip((r.name for r in residuals), given, strict=True)), form)
+        with torch.no_grad():
+            out = model(ids, labels=ids)
+        restore_base(model, residuals, name_of)
+        return out
+
+    with learnable(model, residuals, name_of, form, values):
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        with torch.no_grad():  # a pass without gradients is the plain target's
+            assert torch.equal(model(ids).logits, loss_of([0.0, 0.0, 0.0]).logits)
+    torch.testing.assert_close(out.logits.detach(), loss_of(values.tolist()).logits, atol=1e-5, rtol=1e-4)
+    for number in range(3):
+        step = torch.zeros(3)
+        step[number] = 2e-3
+        up, down = (loss_of((values.detach() + sign * step).tolist()).loss for sign in (1, -1))
+        torch.testing.assert_close(values.grad[number], (up - down) / 4e-3, atol=1e-3, rtol=1e-2)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_strength_that_helps_is_found_and_one_that_harms_is_zero(improved):
+    model, better = improved
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    harmful = [residual_of(model, layer, "gate") for layer in range(3)]
+    search = search_with(model)
+    choice = search.find("fused", {"harmful": lambda: harmful, "better": lambda: iter(better)}, AUTO)
+    assert choice.candidate == "better" and choice.alpha == 0.2 and choice.gain["ci95"][1] < 0
+    losses = {one["alpha"]: one["validation"] for one in choice.tried if one["candidate"] == "better"}
+    assert list(losses) == [0.02, 0.05, 0.1, 0.2] and sorted(losses.values(), reverse=True) == list(losses.values())
+    assert [one["alpha"] for one in choice.tried if one["candidate"] == "harmful"] == [0.02]
+    none = search.find("fused", {"harmful": lambda: harmful}, AUTO)
+    assert none.alpha == 0 and "does not reliably help" in none.sentence("x")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gain_that_rests_on_one_group_is_none(improved):
+    model, better = improved
+    choice = search_with(model, groups=["one"] * 12).find("fused", {"better": lambda: better}, AUTO)
+    assert choice.alpha == 0 and choice.gain["ci95"] is None and choice.gain["diff"] < 0
+    assert "no interval" in choice.sentence("x")
+
+
+def test_weights_that_are_not_finite_are_never_chosen(improved):
+    model, better = improved
+    broken = [replace(one, weight=torch.full_like(one.weight, math.nan)) for one in better]
+    choice = search_with(model).find("fused", {"broken": lambda: broken, "better": lambda: better}, AUTO)
+    assert choice.candidate == "better" and choice.alpha == 0.2
+    assert search_with(model).find("fused", {"broken": lambda: broken}, AUTO).alpha == 0
+
+
+def test_learned_strengths_beat_one_for_all_and_leave_out_what_harms(improved):
+    model, better = improved
+    both = [*better, *(residual_of(model, layer, "gate") for layer in range(3))]
+    search = search_with(model)
+    fixed, learned, free = (
+        search.find("fused", {"both": lambda: both}, StrengthSettings(found, 28, is_free, 0))
+        for found, is_free in ((False, False), (True, False), (True, True))
+    )
+    assert learned.gain["diff"] < fixed.gain["diff"] and learned.alpha.keys() == {one.name for one in both}
+    assert min(learned.alpha[one.name] for one in better) > max(0.1, *(learned.alpha[one.name] for one in both[3:]))
+    assert min(learned.alpha.values()) >= 0
+    assert min(free.alpha.values()) < 0 and len(free.tried) == len(fixed.tried) + 4  # checks after 7 steps each
+
+
+def test_no_step_leaves_the_target(improved):
+    model, better = improved
+    choice = search_with(model).find("fused", {"better": lambda: better}, StrengthSettings(True, 0, False, 0))
+    assert choice.alpha == 0 and choice.gain["diff"] == 0
+
+
+def test_strengths_in_words(model):
+    residual = residual_of(model, 1, "o")
+    alpha = {"1.o": 0.25, "0.q": -0.05}
+    assert strength_of(alpha, residual) == 0.25 and strength_of(0.1, residual) == 0.1
+    assert mean_strength(alpha) == pytest.approx(0.1) and mean_strength(0.2) == 0.2
+    assert in_words(0.07) == "0.07" and in_words(alpha).startswith(
+        "one for each of 2 projections, from -0.050 to 0.250"
+    )
+
+
+@pytest.fixture(scope="module")
+def found(plans, models, tmp_path_factory):
+    """A checkpoint whose strengths stage 2 found. Nothing helps these random models, so the largest strength is taken
+    for the best."""
+    folder = tmp_path_factory.mktemp("found")
+    flags = ["--feature-map", "regression", "--top-k", 0, "--validation-samples", 16]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strengths, "helps", lambda gain: True)
+        patch.setattr(Tried, "total", property(lambda one: -1.0 if isinstance(one.alpha, dict) else -one.alpha))
+        return {
+            alpha: fuse(plans["token"], models, folder / alpha / "fused", *flags, "--alpha", alpha, *more)
+            for alpha, more in (("auto", ()), ("learned", ("--alpha-steps", 7, "--free-alpha")))
+        }
+
+
+@pytest.mark.parametrize("alpha", ["auto", "learned"])
+def test_stage_2_writes_what_it_found(found, models, alpha):
+    folder = found[alpha]
+    manifest, report = (json.loads((folder / name).read_text()) for name in ("manifest.json", "fusion_report.json"))
+    residuals, strength, _ = load_residuals(folder / "hot_residual.safetensors")
+    assert strength == manifest["strength"]["alpha"] == report["strength"]["alpha"]
+    assert manifest["strength"]["sentence"] in (folder / "README.md").read_text()
+    assert isinstance(strength, dict) == (alpha == "learned")
+    weights, before = (load_file(one / "model.safetensors") for one in (folder, models["target"]))
+    for residual in residuals:
+        name = f"model.layers.{residual.layer}.self_attn.{residual.projection}_proj.weight"
+        expected = torch.lerp(before[name], residual.weight, strength_of(strength, residual))
+        assert torch.equal(weights[name], expected)
+    assert json.loads((folder / "rows_read.json").read_text())["validation"]
+    assert not (folder / "parts").exists()
+
+
+def test_training_from_learned_strengths_keeps_them(found, tmp_path):
+    out = train(found["learned"], tmp_path / "a", "--learning-rate", "1e-12")
+    old, new = (load_residuals(folder / "hot_residual.safetensors") for folder in (found["learned"], out))
+    assert old[1] == new[1] and torch.allclose(logits(found["learned"]), logits(out), atol=1e-5)
+    other = train(found["learned"], tmp_path / "b", "--train-alpha", 0.5)
+    assert load_residuals(other / "hot_residual.safetensors")[1] == 0.5
+
+
+def test_controls_find_their_strengths_in_the_same_way(found, plans, models, texts, capsys):
+    run = found["learned"].parent
+    flags = ["--run-dir", run, "--hot-dir", plans["token"], *pair_flags(models), *data_flags(texts), "--max-tokens", 24]
+    run_main(compare_arms, *flags)
+    of_controls = json.loads((run / "results.json").read_text())["strengths"]
+    assert of_controls.keys() >= {"permuted", "self", "damped_mean"}
+    assert all(isinstance(one["tried"][-1]["alpha"], dict) for one in of_controls.values())
+    assert "Strengths of the controls were found in the same way" in capsys.readouterr().out
+
+
+def test_validation_rows_are_needed(plans, models, tmp_path, fails):
+    from core import generate_hot_residual as stage2
+
+    flags = ["--hot-dir", plans["token"], "--output-dir", tmp_path / "f", "--feature-map", "regression"]
+    assert "give --validation-samples" in fails(stage2, *flags, "--alpha", "auto", "--validation-samples", 0)
+    assert "expected a number from 0 to 1, or auto, or learned" in fails(stage2, *flags, "--alpha", "2")
+    assert "expected float or auto or learned" in fails(stage2, *flags, "--alpha", "most")

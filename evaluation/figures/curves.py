@@ -49,7 +49,7 @@ def draw(axes: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
         axes.plot(*zip(*train, strict=True), color=look["color"], linewidth=0.9, alpha=0.7)
         validation = [(point["update"], point["loss"]) for point in curve["validation"]]
         updates, losses = zip(*validation, strict=True) if validation else ((), ())
-        axes.plot(updates, losses, linestyle="--", label=label, **look)
+        axes.plot(updates, losses, label=label, **{**look, "linestyle": "--"})
     axes.set(xlabel="update", ylabel="nats per token")
     whole_numbers(axes.xaxis)
     axes.grid(axis="y")

@@ -40,8 +40,10 @@ def colour(name: str) -> str:
 
 
 def series(number: int) -> dict[str, Any]:
-    """Colour and marker of the series with this number; both differ between series, so that neither is needed alone."""
-    return {"color": colour(SERIES[number % len(SERIES)]), "marker": MARKERS[number % len(MARKERS)]}
+    """Colour, marker and line of the series with this number: colours and markers differ, so that neither is needed
+    alone, and from the eighth series on, where they come again, lines are dashed."""
+    again, place = divmod(number, len(SERIES))
+    return {"color": colour(SERIES[place]), "marker": MARKERS[place], "linestyle": "--" if again else "-"}
 
 
 def css_variables(dark: bool) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from evaluation.figures.figure import Figure, Panel
 from evaluation.figures.forest import KINDS, kind_of
-from evaluation.figures.theme import WIDE, colour, series
+from evaluation.figures.theme import colour, series_of
 from evaluation.tables.rows import ARMS, MEAN
 
 COLUMNS = ("benchmark", "metric", "n", "arm", "value", "diff", "low", "high", "p_holm")
@@ -59,7 +58,7 @@ def draw(axes: Axes, by_name: Mapping[str, Mapping[str, Mapping[str, Any]]], arm
     """Benchmarks from top to bottom, and within each of them the arms."""
     axes.axvline(0, color=colour("ink"), linewidth=0.9)
     step = 1 / (len(arms) + 1)
-    colours = {arm: series(number)["color"] for number, arm in enumerate(arms)}
+    colours = {arm: series_of(arm)["color"] for arm in arms}
     for y, scores_of in enumerate(by_name.values()):
         for number, arm in enumerate(arms):
             score = scores_of.get(arm, {})
@@ -98,18 +97,19 @@ def common_scale(sets: Mapping[str, Mapping[str, Any]]) -> Figure | None:
         "differences as much as large ones, so it says who is ahead and nothing about by how much."
     )
     alt = "; ".join(f"{name} {arm} {low_high:.2f}" for name, arm, _, low_high in rows)
-    panel = Panel(lambda axes: _draw_scale(axes, scaled, arms), alt, WIDE, measured=True)
+    size = (WIDTH, MARGIN + LINE * len(arms) * len(scaled))
+    panel = Panel(lambda axes: _draw_scale(axes, scaled, arms), alt, size, measured=True)
     columns = ("set", "arm", "z", "min_max")
     return Figure("common_scale", "Arms on a common scale", caption, [panel], columns, rows)
 
 
 def _draw_scale(axes: Axes, scaled: Mapping[str, Mapping[str, Mapping[str, float]]], arms: list[str]) -> None:
-    width = 0.8 / len(arms)
-    places = np.arange(len(scaled))
     for number, arm in enumerate(arms):
-        values = [found.get(arm, {}).get("min_max", 0.0) for found in scaled.values()]
-        offset = (number - (len(arms) - 1) / 2) * width
-        axes.bar(places + offset, values, width * 0.9, color=series(number)["color"], label=arm)
-    axes.set_xticks(places, list(scaled))
-    axes.set(ylabel="0 = worst, 1 = best", ylim=(0, 1.02))
+        offset = (number - (len(arms) - 1) / 2) / (len(arms) + 1)
+        found = [(one[arm]["min_max"], place + offset) for place, one in enumerate(scaled.values()) if arm in one]
+        axes.plot(*zip(*found, strict=True), label=arm, **{**series_of(arm), "linestyle": "", "markersize": 5})
+    axes.set_yticks(range(len(scaled)), list(scaled))
+    axes.set(xlabel="0 = worst, 1 = best", xlim=(-0.04, 1.04), ylim=(len(scaled) - 0.5, -0.5))
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
     axes.figure.legend(loc="outside upper center", ncols=len(arms))

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from evaluation.figures.figure import Figure, Panel, whole_numbers
-from evaluation.figures.theme import WIDE, series
+from evaluation.figures.theme import WIDE, series_of
 
 COLUMNS = ("training", "part", "update", "loss")
 
@@ -38,11 +38,10 @@ def loss_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def draw(axes: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
     """All curves; the trainings of one arm share a colour and one entry of the legend."""
-    arms = list(dict.fromkeys(name.partition("/")[0] for name in curves))
     named = set()
     for name, curve in curves.items():
         arm = name.partition("/")[0]
-        look = series(arms.index(arm))
+        look = series_of(arm)
         label = None if arm in named else arm
         named.add(arm)
         train = [(point["update"], point["loss"]) for point in curve["train"]]

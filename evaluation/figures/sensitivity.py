@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from evaluation.figures.figure import Figure, Panel
 from evaluation.figures.forest import Line, draw, height_for
-from evaluation.figures.theme import WIDE, colour, series
+from evaluation.figures.theme import WIDE, colour, series_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def by_strength(points: Sequence[Point]) -> Figure:
 
 
 def _losses(axes: Axes, points: Sequence[Point], arms: Sequence[str]) -> None:
-    for number, arm in enumerate(arms):
+    for arm in arms:
         found = [(point.alpha, *point.diffs[arm]) for point in points if arm in point.diffs]
-        look = series(number)
+        look = series_of(arm)
         axes.plot([x for x, _, _ in found], [y for _, y, _ in found], label=arm, **look)
         for x, _, ci95 in found:
             if ci95 is not None:
@@ -67,9 +67,9 @@ def _losses(axes: Axes, points: Sequence[Point], arms: Sequence[str]) -> None:
 
 
 def _scores(axes: Axes, points: Sequence[Point], arms: Sequence[str]) -> None:
-    for number, arm in enumerate(arms):
+    for arm in arms:
         found = [(point.alpha, point.mean[arm]) for point in points if arm in point.mean]
-        axes.plot(*zip(*found, strict=True), label=arm, **series(number))
+        axes.plot(*zip(*found, strict=True), label=arm, **series_of(arm))
     axes.set(xlabel="alpha", ylabel="mean score (%)")
     axes.grid(axis="y")
     axes.legend()

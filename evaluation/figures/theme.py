@@ -27,6 +27,7 @@ COLOURS = {
 }
 SERIES = ("blue", "orange", "green", "pink", "sky", "gold", "grey")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+ARMS = ("fused", "no_hot", "fused_adapted", "distill", "base")
 # Of shares and densities: dark is little and bright is much, also without colour vision and in grey print.
 SEQUENTIAL = "cividis"
 # The sizes of one panel in inches. On the page panels flow into one, two or three columns.
@@ -44,6 +45,11 @@ def series(number: int) -> dict[str, Any]:
     alone, and from the eighth series on, where they come again, lines are dashed."""
     again, place = divmod(number, len(SERIES))
     return {"color": colour(SERIES[place]), "marker": MARKERS[place], "linestyle": "--" if again else "-"}
+
+
+def series_of(arm: str) -> dict[str, Any]:
+    """The look of an arm, the same in every figure that tells several arms apart by colour."""
+    return series(ARMS.index(arm))
 
 
 def css_variables(dark: bool) -> str:

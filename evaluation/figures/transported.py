@@ -67,7 +67,7 @@ def _panel(title: str, rows: Sequence[Sequence[Any]], column: int) -> Panel:
             lines.setdefault(row[1], []).append((row[0], row[column]))
     means = "; ".join(f"{name} {np.mean([value for _, value in line]):.3g}" for name, line in lines.items())
     alt = f"{title}, mean over layers: {means}" if lines else f"{title}: not measured"
-    return Panel(lambda axes: draw(axes, title, lines), alt, PANEL)
+    return Panel(lambda axes: draw(axes, title, lines), alt, PANEL, measured=True)
 
 
 def draw(axes: Axes, title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:

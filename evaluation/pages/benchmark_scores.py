@@ -15,7 +15,11 @@ def benchmark_sets(run: Path) -> dict[str, dict[str, Any]]:
     kinds = [folder.name for folder in sorted((run / "benchmarks").glob("*/"))]
     if not kinds:
         return {}
-    experiment = load_experiment(run / RUN_FILE) if (run / RUN_FILE).is_file() else {}
     own = [kind for kind in kinds if kind != "general"]
-    task = experiment.get("task") or (own[0] if own else run.name)
+    task = task_of(run) or (own[0] if own else run.name)
     return collect_run(task, run, read_json(PAPER))["sets"]
+
+
+def task_of(run: Path) -> str | None:
+    """The experiment that a run of scripts/run_train_final.sh belongs to; None for any other run."""
+    return load_experiment(run / RUN_FILE).get("task") if (run / RUN_FILE).is_file() else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.errors import UserError
 from evaluation.figures.sensitivity import Point
-from evaluation.pages.benchmark_scores import benchmark_sets
+from evaluation.pages.benchmark_scores import benchmark_sets, task_of
 from evaluation.pages.run_files import RunFiles, is_run
 
 COMPARED = ("fused", "fused_adapted")
@@ -25,7 +25,7 @@ def siblings(files: RunFiles) -> tuple[list[Point], list[Point]]:
         if other is None or other.fused is None or other.results is None:
             continue
         point, ours, theirs = point_of(other), _made_from(files), _made_from(other)
-        if point is None or ours["data"] != theirs["data"] or ours["target"] != theirs["target"]:
+        if point is None or any(ours[key] != theirs[key] for key in ("task", "data", "target")):
             continue
         if ours["settings"] == theirs["settings"] and ours["source"] == theirs["source"]:
             strengths.append(point)
@@ -51,6 +51,7 @@ def _made_from(files: RunFiles) -> dict[str, Any]:
     settings = dict(inputs["settings"])
     alpha = settings.pop("alpha")
     return {
+        "task": task_of(files.folder),
         "data": files.results["inputs"]["data"]["sha256"],
         "target": inputs["target"]["weights"],
         "source": inputs["source"]["weights"],

@@ -15,6 +15,7 @@ from evaluation.arms.verdict import statistics
 from evaluation.figures import benchmarks, forest, layer_plans, mass, pairs, sensitivity, theme, transported
 from evaluation.figures.figure import Figure, Panel
 from evaluation.significance import normalised
+from evaluation.tables import rows
 
 
 def lines_of(figure):
@@ -262,3 +263,8 @@ def test_the_first_series_are_told_apart_by_every_kind_of_eyes(eyes, dark):
     apart = [float(np.linalg.norm(a - b)) for a, b in combinations(seen, 2)]
     assert min(apart) > 0.07
     assert len(set(theme.MARKERS)) == len(theme.SERIES)
+
+
+def test_every_arm_of_the_tables_has_a_look_of_its_own():
+    assert set(theme.ARMS) == set(rows.ARMS) and len(theme.ARMS) <= len(theme.SERIES)
+    assert len({tuple(theme.series(number).values()) for number in range(2 * len(theme.SERIES))}) == 14

@@ -17,7 +17,7 @@ from core.data import Row, divide
 from core.errors import UserError
 from core.files import MANIFEST, read_json
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder, provenance
+from core.manifest import Manifest, check_output_folder, provenance, would_be_emptied
 from core.models.checkpoints import Checkpoint, open_pair, open_source_base
 from core.models.locate import missing_step
 from core.models.reading import Reading, Unaligned, is_aside, read_aligned, read_texts
@@ -56,6 +56,11 @@ class Job:
     def models(self) -> dict[str, Checkpoint]:
         """Role -> model, with the model that the source was tuned from where there is one."""
         return self.pair if self.source_base is None else {**self.pair, "source_base": self.source_base}
+
+    def inputs(self, data: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest says the plans were made from; `data`: `Division.identity` of the calibration texts."""
+        identities = {role: model.identity for role, model in self.models.items()}
+        return {**identities, "data": data, "settings": self.experiment.deciding("1")}
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,14 @@ def main(argv: list[str]) -> None:
     if dry_run:
         for model in job.pair.values():
             model.check_tokenizer()
+        if emptied := would_be_emptied(job.folder, job.inputs(division.identity(rows))):
+            print(emptied)
         print(f"{len(rows)} texts; nothing is missing")
         return
     # Reading comes before the manifest is begun, so that texts that cannot be read leave no folder behind.
     readings = read_both(target, source, rows, experiment)
     state = process_state(experiment.compute.device)
-    manifest = begin(job, division.identity(rows), state)
+    manifest = begin(job, job.inputs(division.identity(rows)), state)
     log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
     if manifest.complete:
         log.info("%s is finished already", job.folder)
@@ -192,15 +199,10 @@ def read_both(target: Checkpoint, source: Checkpoint, rows: list[Row], experimen
     return Readings(to_target, to_source, torch.tensor([is_aside(number) for number in range(len(rows))]))
 
 
-def begin(job: Job, data: dict[str, Any], state: Any) -> Manifest:
-    """The manifest of the plan directory, which the first process of a launch begins and all read.
-
-    Args:
-        data: `Division.identity` of the calibration texts.
-    """
+def begin(job: Job, inputs: dict[str, Any], state: Any) -> Manifest:
+    """The manifest of the plan directory, which the first process of a launch begins and all read."""
     if state.is_main_process:
-        identities = {role: model.identity for role, model in job.models.items()}
-        Manifest.begin(job.folder, STAGE, {**identities, "data": data, "settings": job.experiment.deciding("1")})
+        Manifest.begin(job.folder, STAGE, inputs)
     state.wait_for_everyone()
     return Manifest(job.folder, read_json(job.folder / MANIFEST))
 

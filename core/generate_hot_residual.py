@@ -22,7 +22,7 @@ from core.fusion.residual_file import RESIDUAL_FILE, join_residuals
 from core.fusion.transport_weights import fuse_attention_only_from_hot_dir
 from core.hub import push_folder
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder, provenance
+from core.manifest import Manifest, check_output_folder, provenance, would_be_emptied
 from core.models.checkpoints import Checkpoint, open_pair, open_source_base
 from core.models.folded import write_folded
 from core.runs import preflight as checks
@@ -80,12 +80,14 @@ def main(argv: list[str]) -> None:
     setup_logging()
     command = parse(argv)
     dry_run = "dry_run" in command.modes
-    if dry_run and (waiting := command.waits_for("hot_dir", "plans", "plans")):
+    if dry_run and (waiting := command.not_ready_yet("hot_dir", "plans", "plans")):
         print(waiting)
         return
     job = open_job(command)
     preflight(job, report=dry_run)
     if dry_run:
+        if emptied := would_be_emptied(job.folder, manifest_inputs(job)):
+            print(emptied)
         print("nothing is missing")
         return
     manifest = Manifest.begin(job.folder, STAGE, manifest_inputs(job))

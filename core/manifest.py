@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,32 @@ def check_format(folder: Path, record: Mapping[str, Any]) -> None:
     )
 
 
-def _contents(value: Any) -> Any:
-    """`value` without the names (`id`, `file`) under which an input was found: only its contents count."""
+# The names under which an input was found: only its contents count.
+NAMES = ("id", "file")
+# What a dry run, which may be made on another machine, decides in another way than the run itself.
+OF_THE_MACHINE = ("device", "dtype", "processes")
+
+
+def _contents(value: Any, left_out: Sequence[str] = NAMES) -> Any:
+    """`value` without the entries that are `left_out`, at any depth."""
     if isinstance(value, dict):
-        return {key: _contents(item) for key, item in value.items() if key not in ("id", "file")}
+        return {key: _contents(item, left_out) for key, item in value.items() if key not in left_out}
     return value
+
+
+def would_be_emptied(folder: Path, inputs: dict[str, Any]) -> str | None:
+    """What a dry run says of an output that the run would make anew; None where there is none, or it would be kept.
+
+    Args:
+        inputs: as the run would give them to `Manifest.begin`. Those that depend on the machine are not compared.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    record = read_json(folder / MANIFEST)
+    old, new = (_contents(found, NAMES + OF_THE_MACHINE) for found in (record.get("inputs"), _as_json(inputs)))
+    if record.get("format") == FORMAT_VERSION and old == new:
+        return None
+    return f"{folder} {_difference({**record, 'inputs': old or {}}, new)} and would be made anew"
 
 
 class Manifest:
@@ -153,6 +174,11 @@ class Manifest:
         write_json(self.folder / MANIFEST, self.record)
 
 
+def _as_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` as a manifest holds them, with lists in place of tuples."""
+    return json.loads(json.dumps(inputs))
+
+
 def _difference(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """Why the contents of a folder cannot be used: they have another format, or some inputs have changed."""
     if record.get("format") != FORMAT_VERSION:
@@ -162,7 +188,7 @@ def _difference(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
         )
     if record.get("fingerprint") is None:
         return "was being emptied when its process ended"
-    old, new = record.get("inputs", {}), json.loads(json.dumps(inputs))
+    old, new = record.get("inputs", {}), _as_json(inputs)
     changed = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
     return f"was made with other inputs ({', '.join(changed)})"
 

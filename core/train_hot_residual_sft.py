@@ -18,7 +18,7 @@ from core.data import Division, Row, divide
 from core.files import MANIFEST, read_json, write_text
 from core.hub import push_folder
 from core.locks import outputs_held
-from core.manifest import Manifest, check_output_folder, provenance
+from core.manifest import Manifest, check_output_folder, provenance, would_be_emptied
 from core.models.checkpoints import Checkpoint
 from core.runs import preflight as checks
 from core.runs.card import CARD, adapted_card
@@ -44,12 +44,14 @@ def main(argv: list[str]) -> None:
     setup_logging()
     command, output_default = parse(argv)
     dry_run = "dry_run" in command.modes
-    if dry_run and (waiting := command.waits_for("model_dir", "fused", "fused")):
+    if dry_run and (waiting := command.not_ready_yet("model_dir", "fused", "fused")):
         print(waiting)
         return
     job = open_job(command, output_default)
     rows = read_rows(job)
     if dry_run:
+        if emptied := would_be_emptied(job.folder, job.inputs(rows)):
+            print(emptied)
         strengths, counts = job.start.strengths(job.experiment.training), (len(rows.sft), len(rows.validation))
         print(checks.stage3_report(job.start.checkpoint, job.folder, job.experiment, strengths, counts))
         return

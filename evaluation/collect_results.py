@@ -139,10 +139,11 @@ def collect_run(task: str, run: Path, paper: Mapping[str, Any]) -> dict[str, Any
 
 
 def base_run(run: Path, task: str) -> Path:
-    """The folder of the run that has the scores of the base where `run` has none of its own: the one that its
-    experiment file names, or else the run of the task's own pair."""
+    """The folder of the run that has the scores of the base: the one that the experiment file of `run` names. Without
+    such a name it is `run` itself where it has some, and else the run of the task's own pair."""
     settings = load_experiment(run / RUN_FILE) if (run / RUN_FILE).is_file() else {}
-    return run.with_name(settings.get("base_from") or task)
+    default = run.name if any(run.glob("benchmarks/*/base")) else task
+    return run.with_name(settings.get("base_from") or default)
 
 
 def _paper_task(task: str) -> str:

@@ -59,6 +59,9 @@ def main(argv: list[str]) -> None:
     task, models = what_to_score(given, experiment)
     own = experiment.scoring.benchmarks if experiment and not given["task"] else ()
     names, data_dir = own or task_benchmarks(task), data_folder(given["benchmark_data"])
+    if not names:
+        print(f"{task} has an empty list of benchmarks; nothing is scored")
+        return
     for name in names:  # a name that nothing knows is refused before hours of scoring
         if name not in OWN:
             members(name)

@@ -1,30 +1,42 @@
 #!/usr/bin/env bash
 # One experiment, all stages: bash scripts/run_pipeline.sh [--quick] [--config scripts/experiments/NAME.yaml]
 # Without --config it is the demo pair, whose models are fetched first. Flags that all stages have work too, such as
-# --device cuda. SEEDS="0 1 2" trains with each of these seeds, and the table averages them. What is finished is skipped.
-# Times are for the demo pair on two CPU cores.
+# --device cuda. Of relative paths only that of --config is meant from where this is started, others from the repository.
+# SEEDS="0 1 2" trains with each of these seeds in place of the experiment's own, and the table averages them. What is
+# finished is skipped. Times are for the demo pair on two CPU cores.
 set -euo pipefail
+flags=()
+for flag in "$@"; do
+  case $flag in
+  -h | --help) sed -n '2,/^set /s/^# //p' "$0" && exit ;;
+  --config=*) flags+=(--config) && flag=${flag#*=} ;;
+  esac
+  # A relative --config is meant from where this is started.
+  [[ ${flags[*]: -1} != --config || $flag == /* ]] || flag=$PWD/$flag
+  flags+=("$flag")
+done
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
 . scripts/environment.sh
 
 # The demo's two models, 3 GB below models/. 3 min, once
-if [[ " $* " != *" --config"* ]]; then
+if [[ " ${flags[*]} " != *" --config "* ]]; then
   python scripts/fetch_demo_models.py
-  set -- --config scripts/experiments/demo.yaml "$@"
+  flags=(--config scripts/experiments/demo.yaml "${flags[@]}")
 fi
 # Stage 1: both models read the texts, and optimal transport matches their layers and neurons -> plans/. 5 min
-python run_activs_and_hot.py "$@"
+python run_activs_and_hot.py "${flags[@]}"
 # Stage 2: the source's attention weights, moved by the plans, are fused into the target -> fused/. 1 min
-python core/generate_hot_residual.py "$@"
+python core/generate_hot_residual.py "${flags[@]}"
 # Stage 3: fine-tuning from the plain target (no_hot), from it with the source as teacher (distill), and from the fused
 # model (hot) -> adapted/. 2 min each
-for seed in ${SEEDS:-0}; do
+read -ra seeds <<< "${SEEDS:-}"
+for seed in "${seeds[@]:-}"; do
   for scenario in no_hot distill hot; do
-    python core/train_hot_residual_sft.py "$@" --training-scenario "$scenario" --seed "$seed"
+    python core/train_hot_residual_sft.py "${flags[@]}" --training-scenario "$scenario" ${seed:+--seed "$seed"}
   done
 done
 # Stage 4: the loss of all models and controls on held-out texts -> results.json, and the table. 4 min
-python evaluation/compare_arms.py "$@"
+python evaluation/compare_arms.py "${flags[@]}"
 # The report: all figures of the run on one page -> report.html. 1 min
-python evaluation/report.py "$@"
+python evaluation/report.py "${flags[@]}"

@@ -22,6 +22,7 @@ python core/runs/resolve.py --started-in "$started_in" --work-dir "$work" "$@"
 # shellcheck source=/dev/null
 . "$work/settings.sh"
 
+((${#DRY_RUN[@]} == 0)) || echo "A dry run: the experiment.yaml of the commands below is not written."
 failed=()
 step() { # NAME COMMAND...: run a command when STEPS has NAME. The first one that fails is noted, and ends its task.
   local name=$1 status error
@@ -47,9 +48,11 @@ for config in "${CONFIGS[@]}"; do
   # Stage 2: the source's attention weights, moved by the plans, are fused into the target. 1 min / 1 min
   step fuse python core/generate_hot_residual.py --config "$config"
   # Stage 3: fine-tuning from the plain target (no_hot) and from the fused model (hot). 10 min / 2 min each
-  for seed in "${SEEDS[@]}"; do
-    step train "${LAUNCH[@]}" core/train_hot_residual_sft.py --config "$config" --training-scenario no_hot --seed "$seed"
-    step train "${LAUNCH[@]}" core/train_hot_residual_sft.py --config "$config" --training-scenario hot --seed "$seed"
+  for seed in "${SEEDS[@]:-}"; do # without SEEDS it is the one of the config
+    for scenario in no_hot hot; do
+      step train "${LAUNCH[@]}" core/train_hot_residual_sft.py --config "$config" --training-scenario "$scenario" \
+        ${seed:+--seed "$seed"}
+    done
   done
   # Stage 4: the loss of all models and controls on held-out texts. 5 min / 4 min
   step eval python evaluation/compare_arms.py --config "$config"

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,8 @@ STAGES = {
 }
 # It takes the settings of all stages, for scripts/run_train_final.sh.
 RESOLVE = "core/runs/resolve.py"
+# Columns of a line of prose; tables are as wide as they need.
+WIDTH = 120
 SETTINGS, OTHERS = "settings", "other commands"
 
 
@@ -115,7 +118,7 @@ def groups_of(command: str) -> str:
     taken = {action.dest for action in parser_of(command)._actions}
     groups = dict.fromkeys(setting.group for name, setting in all_settings().items() if name in taken)
     links = [f"[{title_of(group)}](#{title_of(group).lower().replace(' ', '-')})" for group in groups]
-    return f"Settings of these groups: {', '.join(links)}."
+    return textwrap.fill(f"Settings of these groups: {', '.join(links)}.", WIDTH, break_on_hyphens=False)
 
 
 def title_of(group: str) -> str:

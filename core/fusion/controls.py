@@ -94,3 +94,5 @@ CONTROLS: dict[str, Callable[[Residual, Transport, Generator], Residual]] = {
     "filtered_self": filtered_self,
     "random_source": random_source,
 }
+# The controls that are made from the fused W~ itself. The others are made from the selection and the transport alone.
+SHUFFLED = {"permuted"}

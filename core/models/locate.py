@@ -54,7 +54,7 @@ def model_folder(name: str, revision: str | None, trust_remote_code: bool) -> Pa
 def missing_step(name: str, revision: str | None) -> str | None:
     """What `model_folder` would have to do before the model can be read: "a download" or "a conversion"; None when it
     can be read as it is."""
-    found = _local_path(name) or _cached_snapshot(name, revision, HUB_FILES)
+    found = _local_path(name, revision) or _cached_snapshot(name, revision, HUB_FILES)
     if found is None:
         return "a download"
     if found.is_dir() and (has_safetensors(found) or not bin_files(found)):
@@ -70,7 +70,7 @@ def find(name: str, revision: str | None, files: list[str]) -> Path:
     Raises:
         UserError: there is no such model.
     """
-    found = _local_path(name)
+    found = _local_path(name, revision)
     if found is not None:
         return found
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
@@ -97,11 +97,21 @@ def config_file(name: str, revision: str | None = None) -> Path:
     return path
 
 
-def _local_path(name: str) -> Path | None:
+def _local_path(name: str, revision: str | None) -> Path | None:
+    """The folder or GGUF file of a model that is on this machine outside the hub's cache.
+
+    Raises:
+        UserError: it is another file, or a revision was asked for, which only models of the hub have.
+    """
     for candidate in (Path(name).expanduser(), models_root() / name):
         if candidate.is_file() and candidate.suffix != ".gguf":
             raise UserError(f"{candidate} is a file; give a model folder with config.json and safetensors, or a .gguf")
         if candidate.exists():
+            if revision is not None:
+                raise UserError(
+                    f"{candidate} is a local copy, which has no revisions, and {revision} was asked for; leave the "
+                    "revision out, or rename the copy, so that the model is taken from the hub"
+                )
             return candidate
     return None
 

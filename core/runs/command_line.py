@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,18 @@ from core.runs.settings import Experiment, all_settings
 
 # What scripts/run_train_final.sh writes into the folder of a run: all that its stages were asked for.
 RUN_FILE = "experiment.yaml"
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
+# What a stage writes beside its output: the settings that it really used.
+RESOLVED = "resolved.yaml"
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXPERIMENTS = REPOSITORY / "scripts" / "experiments"
+# Settings that are paths, and settings that may be paths.
+PATHS, MODELS = ("data_file", "general_file", "benchmark_data"), ("target_model", "source_model", "source_base")
 
 
 def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
     """Read the settings that an experiment file gives, by their names.
+
+    Relative paths in it are meant from the repository.
 
     Args:
         quick: let the file's `quick:` section replace what it names, for the same run on less data.
@@ -41,14 +50,24 @@ def load_experiment(path: Path, quick: bool = False) -> dict[str, Any]:
     known = all_settings() | {setting.alias: setting for setting in all_settings().values() if setting.alias}
     for key in (*keys, *quick_keys):
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(all_settings())}")
+            near = " or ".join(difflib.get_close_matches(str(key), known))
+            meant = f"did you mean {near}?" if near else "no key has a name like this;"
+            raise UserError(f"{path}: unknown key {key!r}; {meant} docs/stages.md lists all keys")
     settings = {}
     for key, value in keys.items():
         try:
             settings[known[key].name] = known[key].read(value)
         except ValueError as error:
             raise UserError(f"{path}: {key} is {value!r}; {error}") from None
+    make_absolute(settings, REPOSITORY)
     return settings
+
+
+def make_absolute(settings: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute, which are meant from `folder`. A model that is no path there is the name of one."""
+    for name in (*PATHS, *MODELS):
+        if settings.get(name) and (name in PATHS or (folder / settings[name]).exists()):
+            settings[name] = str(folder / settings[name])
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -80,7 +99,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values of all flags, by their names with underscores."""
-        return vars(self.parse_args([_with_dashes(token) for token in argv]))
+        tokens = [_with_dashes(token) for token in argv]
+        for before, token in zip(["", *tokens], tokens, strict=False):
+            if not token or re.fullmatch("--[a-z-]+=", token, re.IGNORECASE):
+                self.error(f"argument {token.rstrip('=') or before}: it is empty")
+        return vars(self.parse_args(tokens))
 
     def parse_with_config(self, argv: Sequence[str]) -> tuple[dict[str, Any], Experiment | None]:
         """The values of all flags, and the experiment of `--config`, whose settings are the defaults of the flags that
@@ -125,7 +148,7 @@ class Command:
             raise UserError(f"--{name} is missing (or give --config FILE.yaml)")
         return self.experiment.folder(default)
 
-    def waits_for(self, name: str, default: str, stage: str) -> str | None:
+    def not_ready_yet(self, name: str, default: str, stage: str) -> str | None:
         """What a dry run says while an earlier stage of the run has not finished its folder; None when it has.
 
         A folder that a flag gives is not waited for: if it is not there, the stage itself says what is wrong.
@@ -261,4 +284,4 @@ def _with_dashes(token: str) -> str:
 def save_resolved(experiment: Experiment, stage: str, folder: Path) -> None:
     """Write the settings that a stage really used beside its output."""
     used = {name: experiment.value(setting) for name, setting in all_settings().items() if stage in setting.stages}
-    write_text(folder / "resolved.yaml", yaml.safe_dump({"name": experiment.name, **used}, sort_keys=False))
+    write_text(folder / RESOLVED, yaml.safe_dump({"name": experiment.name, **used}, sort_keys=False))

@@ -48,7 +48,7 @@ def make_parser(description: str) -> Parser:
     texts = {
         "tasks": f"files of scripts/experiments/, as in TASKS='malay thai' (default {' '.join(TASKS)})",
         "steps": "what is done: plans, fuse, train, eval, and general for the paper's Figure 6 (default all but that)",
-        "seeds": "trainings to average, as in SEEDS='0 1 2' (default 0)",
+        "seeds": "trainings to average, as in SEEDS='0 1 2' (default: the seed of the run)",
         "num_gpus": "read and train on so many GPUs (default 0: on the CPU)",
         "data_dir": "folder with your own texts of each task: TASK.jsonl, or a folder TASK",
     }
@@ -102,6 +102,8 @@ def read_flags(parser: Parser, argv: Sequence[str], environment: Mapping[str, st
     found: dict[str, Any] = {}
     for flag in VARIABLES:
         name, value = flag.upper(), environment.get(flag.upper(), "")
+        if flag == "dry_run" and value not in ("", "0", "1"):
+            raise UserError(f"{name}={value}: expected 0 or 1")
         if not value or (flag, value) == ("dry_run", "0"):
             continue
         try:

@@ -4,15 +4,18 @@
 A flag can also be given by the variable of its name: `TARGET_MODEL=X` means `--target-model X`. A flag wins over a
 variable, and a variable wins over the experiment file. The variables are: {variables}.
 
-Relative paths are meant from the folder in which the script is started. A run is named after its experiment, and after
+Relative paths are meant from the folder in which the script is started, and those of an experiment file from the
+repository. A run is named after its experiment, and after
 what was asked to differ from it: malay, malay-alpha0.3, malay-regression, or malay-TARGET-from-SOURCE for another pair,
-so that a second pair never empties the folder of the first one. Runs of one pair that differ in strength or feature map
-use the same plans; only the regression map has plans of its own, because it is fitted on token rows.
+so that a second pair never empties the folder of the first one; a revision that is not the experiment's own stands
+there as well (TARGET-from-SOURCE@REVISION). Runs of one pair that differ in strength or feature map use the same plans;
+only the regression map has plans of its own, because it is fitted on token rows.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,12 +30,13 @@ import yaml
 from core.errors import UserError
 from core.files import MANIFEST, read_json, write_text
 from core.fusion.feature_maps import FEATURE_MAPS
-from core.runs.command_line import EXPERIMENTS, RUN_FILE, load_experiment
+from core.runs.command_line import EXPERIMENTS, REPOSITORY, RESOLVED, RUN_FILE, load_experiment, make_absolute
 from core.runs.process import run_command
 from core.runs.recipe_flags import FOLDERS, STEPS, TASKS, make_parser, read_flags
 from core.runs.settings import Experiment
 
-PATHS = ("data_dir", *FOLDERS, "data_file", "general_file", "benchmark_data")
+# A model by its name, and its revision of the hub; None for the newest.
+Model = tuple[str, str | None]
 # What comes with a feature map that is fitted on rows, where the experiment's own map reads plans instead: token rows,
 # all neurons, and the strength that was best where we measured it.
 FITTED_MAPS = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
@@ -41,7 +45,7 @@ FITTED_MAPS = {"pooling": "token", "top_k": 0, "alpha": 0.1, "train_alpha": 0.1}
 RECIPE_DEFAULTS: dict[str, Any] = {
     "tasks": TASKS,
     "steps": STEPS[:-1],
-    "seeds": None,
+    "seeds": (),
     "num_gpus": 0,
     "data_dir": None,
     "dry_run": False,
@@ -54,16 +58,20 @@ def main(argv: list[str]) -> None:
     parser = make_parser(__doc__ or "")
     given = read_flags(parser, argv, os.environ)
     started_in, work = given.pop("started_in"), given.pop("work_dir")
+    for name in ("data_dir", *FOLDERS):
+        if name in given:
+            given[name] = str(started_in / given[name])
     make_absolute(given, started_in)
     recipe = {name: given.pop(name, default) for name, default in RECIPE_DEFAULTS.items()}
+    if recipe["data_dir"] and not Path(recipe["data_dir"]).is_dir():
+        raise UserError(f"DATA_DIR={recipe['data_dir']} is no folder; give one that has TASK.jsonl, or a folder TASK")
     folders = script_folders({name: given.pop(name, None) for name in FOLDERS})
     if recipe["num_gpus"]:
         given.setdefault("device", "cuda")
     results = Path(folders["TRANSPORT_RESULTS_ROOT"])
-    recipe["seeds"] = recipe["seeds"] or (str(given.get("seed", 0)),)
     runs = [resolve_task(task, given, recipe["data_dir"], recipe["quick"]) for task in recipe["tasks"]]
     for run in runs:  # all of them before the first file is written
-        check(run, results, recipe["dry_run"])
+        check(run, results, Path(folders["MODELS_ROOT"]), recipe)
     # The stages read files of this start alone, so that another start of the same run cannot change what this one does.
     # The file in the run folder is for people: it says what the last start asked for.
     configs = [work / run["name"] / RUN_FILE for run in runs]
@@ -74,23 +82,13 @@ def main(argv: list[str]) -> None:
     write_text(work / "settings.sh", shell_settings(recipe, configs, folders))
 
 
-def make_absolute(given: dict[str, Any], started_in: Path) -> None:
-    """Make relative paths absolute. A model that is no path there is the name of one."""
-    for name in PATHS:
-        if name in given:
-            given[name] = str(started_in / given[name])
-    for name in ("target_model", "source_model", "source_base"):
-        if name in given and (started_in / given[name]).exists():
-            given[name] = str(started_in / given[name])
-
-
 def script_folders(given: Mapping[str, str | None]) -> dict[str, str]:
     """The variables by which commands find models, results and benchmarks.
 
     Raises:
         UserError: a clone of lm-evaluation-harness was given and is none.
     """
-    workspace = Path(given["workspace_root"] or EXPERIMENTS.parents[1])
+    workspace = Path(given["workspace_root"] or REPOSITORY)
     found = {
         "MODELS_ROOT": given["models_root"] or str(workspace / "models"),
         "TRANSPORT_RESULTS_ROOT": given["transport_results_root"] or str(workspace / "runs"),
@@ -127,14 +125,17 @@ def resolve_task(task: str, given: Mapping[str, Any], data_dir: str | None, quic
     before, after = Experiment.of(**own), Experiment.of(**own | asked)
     pair = base = f"{task}-quick" if quick else task
     if pair_of(after) != pair_of(before):
-        pair += f"-{Path(after.models.target_model).name}-from-{Path(after.models.source_model).name}"
-        pair += f"-since-{Path(after.models.source_base).name}" if after.models.source_base else ""
-    same_target = pair_of(after)[:2] == pair_of(before)[:2]
+        pair += "-" + "-from-".join(map(model_in_name, pair_of(before), pair_of(after)))
+    if after.models.source_base not in (None, before.models.source_base):
+        pair += f"-since-{Path(after.models.source_base).name}"
+    name = pair + strengths_in_name(before, after) + (f"-{after.fusion.feature_map}" if other_map else "")
+    same_target = pair_of(after)[0] == pair_of(before)[0]
     names = {
-        "name": pair + strengths_in_name(before, after) + (f"-{after.fusion.feature_map}" if other_map else ""),
+        "name": name,
         "task": task,
         "plans_from": f"{pair}-{after.fusion.feature_map}" if fitted else pair,
-        "base_from": base if same_target else pair,
+        # Scores of other items or prompts must not take the place of those that other runs of the task share.
+        "base_from": name if after.scoring != before.scoring else base if same_target else pair,
     }
     return names | {key: value for key, value in (own | asked).items() if key not in names}
 
@@ -158,47 +159,89 @@ def strengths_in_name(before: Experiment, after: Experiment) -> str:
         training, alpha = experiment.training, experiment.fusion.alpha
         return alpha, training.alpha_search or (alpha if training.train_alpha is None else training.train_alpha,)
 
-    def text(alpha: float | str) -> str:
-        return alpha if isinstance(alpha, str) else f"{alpha:g}"
-
     alpha, in_training = both(after)
     if (alpha, in_training) == both(before):
         return ""
-    return f"-alpha{text(alpha)}" + ("" if in_training == (alpha,) else f"-train{'+'.join(map(text, in_training))}")
+    return f"-alpha{alpha}" + ("" if in_training == (alpha,) else f"-train{'+'.join(map(str, in_training))}")
 
 
-def pair_of(experiment: Experiment) -> tuple[Any, ...]:
-    """What says which models a run is of."""
+def model_in_name(before: Model, after: Model) -> str:
+    """What the name of a run says of one of its models; its revision where that is not the one of the experiment."""
+    (_, own_revision), (model, revision) = before, after
+    return Path(model).name + ("" if revision == own_revision else "@" + re.sub(r"[^\w.-]", "-", str(revision)))
+
+
+def pair_of(experiment: Experiment) -> tuple[Model, Model]:
+    """The two models that a run is of: the target and the source."""
     models = experiment.models
-    return (
-        *(models.target_model, models.target_revision, models.source_model, models.source_revision),
-        *(models.source_base, models.source_base_revision),
-    )
+    return (models.target_model, models.target_revision), (models.source_model, models.source_revision)
 
 
-def check(run: Mapping[str, Any], results: Path, dry_run: bool) -> None:
-    """Refuse (UserError) settings that no stage would take, and folders that hold a run or plans of another pair.
+def check(run: Mapping[str, Any], results: Path, models_root: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse (UserError) settings that no stage would take, and a start that would empty what another run has made.
 
     A dry run may be made on a machine without the device of the run.
     """
     experiment = Experiment.of(**run)
-    (experiment.changed(device="cpu") if dry_run else experiment).check()
-    target, source = experiment.models.target_model, experiment.models.source_model
+    (experiment.changed(device="cpu") if recipe["dry_run"] else experiment).check()
+    check_pair(experiment, results, models_root)
+    if "plans" in recipe["steps"] and experiment.shared.plans_from != experiment.name:
+        check_shared_plans(experiment, results / experiment.shared.plans_from / "plans")
+
+
+def check_pair(experiment: Experiment, results: Path, models_root: Path) -> None:
+    """Refuse (UserError) folders that hold a run or plans of another pair, which would be emptied."""
     found = {}  # folder -> the pair that it is of
     earlier = results / experiment.name / RUN_FILE
     if earlier.is_file():
-        models = Experiment.of(**load_experiment(earlier)).models
-        found[earlier.parent] = models.target_model, models.source_model
+        found[earlier.parent] = pair_of(Experiment.of(**load_experiment(earlier)))
     plans = results / experiment.shared.plans_from / "plans" / MANIFEST
     if plans.is_file():
-        inputs = read_json(plans)["inputs"]
-        found[plans.parent] = inputs["target"]["id"], inputs["source"]["id"]
+        found[plans.parent] = pair_of_plans(plans)
+
+    def place(model: Model) -> tuple[str | Path, str | None]:
+        """The folder of a model that is on this machine, whose name may be spelled in several ways, and its name
+        elsewhere; and its revision."""
+        paths = (Path(model[0]).expanduser(), models_root / model[0])
+        return next((path.resolve() for path in paths if path.exists()), model[0]), model[1]
+
+    def words(pair: tuple[Model, Model]) -> str:
+        return " and ".join(name if revision is None else f"{name}@{revision}" for name, revision in pair)
+
+    wanted = pair_of(experiment)
     for folder, pair in found.items():
-        if pair != (target, source):
+        if [*map(place, pair)] != [*map(place, wanted)]:
             raise UserError(
-                f"{folder} is of {' and '.join(pair)}, and would be emptied for {target} and {source}; rename it, or "
-                "give another folder for results (TRANSPORT_RESULTS_ROOT)"
+                f"{folder} is of {words(pair)}, and would be emptied for {words(wanted)}; rename it, or give another "
+                "folder for results (TRANSPORT_RESULTS_ROOT)"
             )
+
+
+def pair_of_plans(manifest: Path) -> tuple[Model, Model]:
+    """The two models that plans were made from. Raises UserError for a manifest that does not say so."""
+    record = read_json(manifest)
+    try:
+        target, source = (record["inputs"][role] for role in ("target", "source"))
+        return (target["id"], target["revision"]), (source["id"], source["revision"])
+    except (KeyError, TypeError):
+        raise UserError(f"{manifest} is damaged: it does not name a pair of models; rename {manifest.parent}") from None
+
+
+def check_shared_plans(experiment: Experiment, plans: Path) -> None:
+    """Refuse (UserError) to use the plans of another run with settings by which stage 1 would make them anew."""
+    if not (plans / RESOLVED).is_file():
+        return
+    made_with, wanted = (
+        {**vars(e.data), "calibration_samples": e.reading.calibration_samples, **e.deciding("1"), "epsilon": e.epsilon}
+        for e in (Experiment.of(**load_experiment(plans / RESOLVED)), experiment)
+    )
+    differences = [f"{key} {made_with[key]}, not {wanted[key]}" for key in wanted if wanted[key] != made_with[key]]
+    if differences:
+        raise UserError(
+            f"{plans} was made with {'; '.join(differences)}, and would be emptied, though other runs use it; make it "
+            f"anew with STEPS=plans and these settings but no other strength or feature map, leave them out, or give "
+            "another folder for results (TRANSPORT_RESULTS_ROOT)"
+        )
 
 
 def as_yaml(run: Mapping[str, Any]) -> str:

@@ -66,8 +66,8 @@ class Lesson:
 def lesson_of(row: Row, tokenizer: Any, source_tokenizer: Any, block_size: int) -> Lesson:
     """Where the source can teach a row that the target reads as `sft_example` gives it.
 
-    These are the positions of `core.models.reading.text_token_ends` that both tokenizations have, whose next token has a
-    loss and is not special.
+    These are the positions of `core.models.reading.text_token_ends` that both tokenizations have, whose next token has
+    a loss and is not special.
 
     Raises:
         UserError: as `sft_example`; or a tokenizer gives no character offsets.

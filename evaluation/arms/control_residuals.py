@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from core.errors import UserError
-from core.fusion.controls import CONTROLS
+from core.fusion.controls import CONTROLS, SHUFFLED
 from core.fusion.residual import Residual
 from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
 from core.fusion.settings import FusionSettings
@@ -74,7 +74,8 @@ class ControlResiduals:
         """The residuals of a control, with W~ regressed on a kind of rows."""
         transport = self.transport_of(control).with_rows(rows)
         generator = torch.Generator().manual_seed(self.seed)
-        bar = tqdm(self._fused(rows, transport), total=len(self.fused), desc=f"building {control}", unit="projection")
+        fused = self._fused(rows, transport) if control in SHUFFLED else self.fused
+        bar = tqdm(fused, total=len(self.fused), desc=f"building {control}", unit="projection")
         for residual in bar:
             yield CONTROLS[control](residual, transport, generator)
 

@@ -138,7 +138,7 @@ def load_hub(name: str) -> Any | str:
             return manager.load(name)["tasks"][name]
     except Exception as error:  # what a data set's code and the hub may raise is open-ended
         expected = local_tasks().get(name)
-        files = f"put {next(iter(expected.files.values()))} below --data-dir, or " if expected else ""
+        files = f"put {next(iter(expected.files.values()))} below BENCHMARK_DATA, or " if expected else ""
         return f"its data could not be had ({first_line(error)}); {files}run it where the hub can be reached"
 
 

@@ -92,6 +92,6 @@ def why_not_in_hub(name: str, data_dir: Path | None) -> str | None:
     task = local_tasks().get(name)
     if task is None or task.include == task.name:
         return None
-    searched = "no --data-dir was given" if data_dir is None else f"{data_dir} does not have it"
+    searched = "BENCHMARK_DATA is not set" if data_dir is None else f"{data_dir} does not have it"
     pattern = next(iter(task.files.values()))
-    return f"the harness has no such task and {searched}; put {pattern} below --data-dir"
+    return f"the harness has no such task and {searched}; put {pattern} below BENCHMARK_DATA"

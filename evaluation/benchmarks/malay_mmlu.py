@@ -117,8 +117,9 @@ def data_file(data_dir: Path | None, shots: int) -> Path:
     if data_dir is None or not path.is_file():
         what = f"{REPOSITORY} is not set" if data_dir is None else f"{path} does not exist"
         raise UserError(
-            f"{what}; MalayMMLU needs a clone of its repository in {REPOSITORY}, or the folder of its files in "
-            "--data_dir (without it, the malay task runs belebele_zsm_Latn and Global-MMLU ms in its place)"
+            f"{what}; MalayMMLU needs a clone of its repository in {REPOSITORY}, or its files in the folder malay_mmlu "
+            "of BENCHMARK_DATA, or in --data-dir of evaluation/run_malay_mmlu.py (without them, the malay task runs "
+            "belebele_zsm_Latn and Global-MMLU ms in its place)"
         )
     return path
 

@@ -21,7 +21,7 @@ class OwnBenchmark:
     """A benchmark with rules of its own.
 
     Attributes:
-        below: the folder below --data-dir that may have its files.
+        below: the folder below BENCHMARK_DATA that may have its files.
         find: that folder, or None for the benchmark's own repository -> the folder of its files. Raises UserError when
             it finds none.
         read: reads the files of that folder. Raises UserError when they are damaged.

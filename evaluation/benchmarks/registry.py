@@ -25,18 +25,18 @@ STAND_INS = {"malay_mmlu": ("belebele_zsm_Latn", *(f"global_mmlu_full_ms_{name}"
 
 
 def task_benchmarks(task: str) -> tuple[str, ...]:
-    """The benchmarks of an experiment, or of `general`. Raises UserError when it has none."""
+    """The benchmarks of an experiment, or of `general`, which may be none. Raises UserError when the file of the
+    experiment has no list of them."""
     if task == "general":
         return GENERAL
     found = {path.stem: path for path in sorted(EXPERIMENTS.glob("*.yaml")) if "benchmarks:" in path.read_text("utf-8")}
-    benchmarks = load_experiment(found[task])["benchmarks"] if task in found else ()
-    if not benchmarks:
+    if task not in found:
         names = [name for name, path in found.items() if load_experiment(path)["benchmarks"]]
         raise UserError(
             f"task {task!r}; expected general or an experiment with benchmarks: {', '.join(names)}; give it a list "
             f"`benchmarks:` in {EXPERIMENTS.name}/{task}.yaml, or leave eval out of STEPS"
         )
-    return benchmarks
+    return load_experiment(found[task])["benchmarks"]
 
 
 def models_of_run(experiment: Experiment, task: str) -> dict[str, Path]:

@@ -82,7 +82,8 @@ def question_folder(given: Path | None) -> Path:
     root = os.environ.get(ROOT_VARIABLE)
     if given is None and not root:
         raise UserError(
-            f"no questions: set ${ROOT_VARIABLE} to a clone of Yue-Benchmark, or give --data-dir its folder Yue-MMLU"
+            f"no questions: set ${ROOT_VARIABLE} to a clone of Yue-Benchmark, put its folder Yue-MMLU into the folder "
+            "yue_benchmark of BENCHMARK_DATA, or give it to --data-dir of evaluation/generate_cmmlu_predictions.py"
         )
     folder = given if given is not None else Path(root or "") / IN_REPOSITORY
     if not any(folder.glob("*.json")):

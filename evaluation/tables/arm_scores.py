@@ -64,14 +64,12 @@ def arm_scores(run: Path, shared: Path, kind: str, arm: str) -> ArmScores:
 
     Args:
         run: folder of the run.
-        shared: folder of the run that has the scores of the base where `run` has none of its own.
+        shared: folder of the run that has the scores of the base.
         kind: name of the task, or `general`.
     Raises:
         UserError: a score file is of an earlier version, or seeds were scored on different items.
     """
-    folder = run / "benchmarks" / kind / arm
-    if arm == "base" and not folder.is_dir():
-        folder = shared / "benchmarks" / kind / arm
+    folder = (shared if arm == "base" else run) / "benchmarks" / kind / arm
     files = sorted(folder.glob(f"seed*[0-9]/{TASK_FILE}" if arm in TRAINED else TASK_FILE))
     records = {file.parent: read_json(file) for file in files}
     scores: dict[str, ArmScore | str] = dict(_not_scored_for_every_seed(run, arm, records))

@@ -166,6 +166,19 @@ def test_both_strengths_are_in_the_heading_where_they_differ(results, capsys):
     assert heading({**used, "train_alpha": [0.1]}) == "a <- b, m, alpha 0.1, k 8"
 
 
+def test_the_base_is_the_one_that_the_experiment_file_of_the_run_names(results):
+    """Also where the run has scores of the base of its own, of an earlier start with other items."""
+    put(results / "malay-regression/benchmarks/malay/base", "malay", {"malay_mmlu": [0.0] * 5}, limit=5)
+
+    def rows(base):
+        (results / "malay-regression/experiment.yaml").write_text(f"base_from: {base}")
+        run_main(collect_results, "--results-dir", results)
+        collected = json.loads((results / "tables/malay.json").read_text())["runs"]["malay-regression"]["sets"]
+        return collected["malay"]["rows"]
+
+    assert rows("malay").keys() == {"malay_mmlu"} and not rows("malay-regression")
+
+
 def why_malay_has_no_table(results) -> str:
     """Collect the results, in which the malay run must have no table of benchmarks, and return why."""
     run_main(collect_results, "--results-dir", results)

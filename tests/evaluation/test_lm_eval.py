@@ -306,8 +306,8 @@ def test_unreachable_hub_gives_up_in_seconds(pico, tmp_path, monkeypatch):
         found = score_tasks(Scoring(pico, tmp_path), ["xcopa_th", "xcopa_et", "xcopa_th_whole"])
         assert time.monotonic() - before < 10
     assert "could not be had" in found["xcopa_et"] and "\n" not in found["xcopa_et"]
-    assert "put xcopa/th/test.th.jsonl below --data-dir" in found["xcopa_th"]
-    assert "the harness has no such task and no --data-dir was given" in found["xcopa_th_whole"]
+    assert "put xcopa/th/test.th.jsonl below BENCHMARK_DATA" in found["xcopa_th"]
+    assert "the harness has no such task and BENCHMARK_DATA is not set" in found["xcopa_th_whole"]
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE and not list(tmp_path.iterdir())
 
 

@@ -45,7 +45,8 @@ def test_bad_input_is_an_error(models, data, tmp_path, fails, monkeypatch):
     def error(*flags, model=models["target"]):
         return fails(run_malay_mmlu, "--model", model, "--output-dir", tmp_path / "out", *flags)
 
-    advice = "--data_dir (without it, the malay task runs belebele_zsm_Latn and Global-MMLU ms in its place)"
+    advice = "of BENCHMARK_DATA, or in --data-dir of evaluation/run_malay_mmlu.py (without them, the malay task runs "
+    advice += "belebele_zsm_Latn and Global-MMLU ms in its place)"
     assert "MALAY_REPO is not set" in (line := error()) and advice in line
     monkeypatch.setenv("MALAY_REPO", str(tmp_path))
     assert f"{tmp_path / 'data' / 'MalayMMLU_1shot.json'} does not exist" in (line := error("--shots", 1))

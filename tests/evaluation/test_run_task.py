@@ -40,7 +40,7 @@ def test_others_stand_in_for_malay_mmlu_until_its_files_are_present(models, benc
     assert "MalayMMLU needs a clone of its repository" in found["malay_mmlu"]["absent"]
     scored = [name for name in STAND_INS["malay_mmlu"] if "file" in found[name]]
     assert scored == ["global_mmlu_full_ms_anatomy", "global_mmlu_full_ms_business_ethics"]  # only these have files
-    assert "put belebele/zsm_Latn.jsonl below --data-dir" in found["belebele_zsm_Latn"]["absent"]
+    assert "put belebele/zsm_Latn.jsonl below BENCHMARK_DATA" in found["belebele_zsm_Latn"]["absent"]
     assert all(found[name]["stands_in_for"] == "malay_mmlu" for name in STAND_INS["malay_mmlu"])
     assert printed.count("(in place of malay_mmlu)") == len(scored) and "malay_mmlu        " in printed
     scores = {name: (tmp_path / "out" / found[name]["file"]).read_bytes() for name in scored}
@@ -129,6 +129,13 @@ def test_damaged_files_are_an_error_and_not_absent(models, benchmarks, tmp_path,
     assert "task 'demo'; expected general or an experiment with benchmarks: cantonese, finance" in fails(
         run_task, *flags, "demo"
     )
+
+
+def test_an_empty_list_of_benchmarks_is_nothing_to_score(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("evaluation.benchmarks.registry.EXPERIMENTS", tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"{{target_model: {models['target']}, benchmarks: []}}")
+    run_main(run_task, "--config", tmp_path / "mine.yaml")
+    assert capsys.readouterr().out == "mine has an empty list of benchmarks; nothing is scored\n"
 
 
 def test_tasks_have_the_papers_benchmarks():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from core.errors import UserError
 from core.models.checkpoints import open_checkpoint
 from core.models.families import attention_layout
+from core.models.locate import missing_step
 
 
 def test_weights_are_read_one_at_a_time_in_float32(models):
@@ -43,6 +44,15 @@ def test_a_checkpoint_of_ours_is_told_apart_by_its_manifest(fused, tmp_path):
 def test_models_root_is_searched(models, monkeypatch):
     monkeypatch.setenv("MODELS_ROOT", str(models["target"].parent))
     assert open_checkpoint("target").folder == models["target"]
+
+
+def test_a_revision_of_a_local_copy_is_refused(models, monkeypatch):
+    """It would be ignored, and recorded as if it had been read."""
+    monkeypatch.setenv("MODELS_ROOT", str(models["target"].parent))
+    for name in ("target", str(models["target"])):
+        for read in (open_checkpoint, missing_step):
+            with pytest.raises(UserError, match="target is a local copy, which has no revisions, and v9 was asked for"):
+                read(name, "v9")
 
 
 def test_no_hub_gives_up_within_seconds():

@@ -23,10 +23,13 @@ def fused(models, plans, tmp_path_factory):
     return out
 
 
-def test_cards_name_models_licence_and_the_whole_experiment(plans, licensed, tmp_path, caplog):
+def test_cards_name_models_licence_and_the_whole_experiment(plans, hub_root, licensed, tmp_path, caplog):
     licensed("license: apache-2.0", "license: apache-2.0")
+    origin = hub_root / "someone/small/provenance.json"
+    origin.write_text('{"origin": "hub revision v1.5"}')
     with caplog.at_level(logging.WARNING):
-        fused = fuse_by_id(plans, tmp_path / "fused", "--target-revision", "v1.5", "--ridge", "0.02")
+        fused = fuse_by_id(plans, tmp_path / "fused", "--ridge", "0.02")
+    origin.unlink()
     assert not [r for r in caplog.records if "licence" in r.getMessage()]
     shared = {
         "license": "apache-2.0",
@@ -38,7 +41,7 @@ def test_cards_name_models_licence_and_the_whole_experiment(plans, licensed, tmp
     assert front_matter(fused) == {**shared, "base_model": both, "base_model_relation": "merge"}
     card = (fused / "README.md").read_text()
     report = json.loads((fused / "fusion_report.json").read_text())
-    assert f"| {report['mean']['q']['explained_variance']:.3g} |" in card and "| v1.5 |" in card
+    assert f"| {report['mean']['q']['explained_variance']:.3g} |" in card and "| hub revision v1.5 |" in card
     assert "| plans | pooling | token |" in card and "| fusion | ridge | 0.02 |" in card
     # Of a local path only the name is given: its folders are nobody else's business.
     assert "of `texts.jsonl`" in card and "/texts.jsonl" not in card

@@ -25,6 +25,13 @@ def test_flags_override_the_file_and_dashes_are_underscores():
     assert parse("--config", DEMO).path("out_dir", "plans") == Path("runs/demo/plans")
 
 
+@pytest.mark.parametrize("flags", [("--target-model", ""), ("--data_file=",), ("--modelA-id=",)])
+def test_an_empty_value_is_refused(flags):
+    aliases = {"modelA_id": "target_model"}
+    with pytest.raises(UserError, match=f"argument {flags[0].rstrip('=').replace('_', '-')}: it is empty"):
+        parse("--alpha", "0.1", *flags, "--seed", "0", aliases=aliases)
+
+
 def test_letters_mean_what_the_authors_readme_says():
     letters = {"model_a_path": "source_model", "model_b_path": "target_model"}
     one = parse("--model-a-path", "big", "--model-b-path", "small", aliases=letters).experiment

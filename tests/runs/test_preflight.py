@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_main
 from safetensors.torch import load_file, save_file
-from stages import pair_flags, plan_flags
+from stages import fuse, pair_flags, plan_flags
 
 import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
@@ -94,6 +94,28 @@ def test_stage3_dry_run_says_what_would_be_trained(no_weights, fused, texts, tmp
     run_main(stage3, *flags, "--training-scenario", "no_hot")
     assert "no_hot, learning rate" in capsys.readouterr().out
     assert not (tmp_path / "a").exists()
+
+
+def test_a_dry_run_says_what_would_be_made_anew(models, plans, fused, texts, tmp_path, capsys):
+    """And says nothing of what would be kept, or differs only in what a dry run decides in another way."""
+    shutil.copytree(plans["text"], tmp_path / "p")
+    fuse(plans["text"], models, tmp_path / "f")
+    training = ["--model-dir", fused, "--output-dir", tmp_path / "a", "--sft-samples", 4]
+    run_main(stage3, *training)
+    other = {**models, "target": models["other"]}
+    for stage, folder, flags, changes in (
+        (stage1, "p", plan_flags(models, texts, tmp_path / "p"), {"--dtype=float32": "", "--eta=0.3": "settings"}),
+        (stage1, "p", plan_flags(models, texts, tmp_path / "p"), {"--calibration-samples=20": "data"}),
+        (stage1, "p", plan_flags(other, texts, tmp_path / "p"), {"--device=cpu": "target"}),
+        (stage2, "f", stage2_flags(models, plans, tmp_path / "f"), {"--device=cpu": "", "--alpha=0.9": "settings"}),
+        (stage3, "a", training, {"--dtype=bfloat16": "", "--sft-samples=5": "data", "--learning-rate=1": "settings"}),
+    ):
+        for change, difference in changes.items():
+            capsys.readouterr()
+            run_main(stage, *flags, change, "--dry-run")
+            lines = [line for line in capsys.readouterr().out.splitlines() if "anew" in line]
+            told = f"{tmp_path}/{folder} was made with other inputs ({difference}) and would be made anew"
+            assert lines == ([told] if difference else [])
 
 
 def test_a_dry_run_waits_for_the_stage_before(tmp_path, monkeypatch, capsys):

@@ -10,8 +10,8 @@ from conftest import run_main
 
 from core.errors import UserError
 from core.runs import recipe_flags, resolve
-from core.runs.command_line import EXPERIMENTS, load_experiment, parse_command
-from core.runs.settings import all_settings
+from core.runs.command_line import EXPERIMENTS, load_experiment, parse_command, save_resolved
+from core.runs.settings import Experiment, all_settings
 
 OWN_SOURCE = "Llama-3.1-8B-Instruct"
 NAMES = ("name", "task", "plans_from", "base_from")
@@ -24,6 +24,7 @@ def resolved(monkeypatch, tmp_path):
     def run(*flags, **variables):
         for name in (*recipe_flags.VARIABLES, "VARIANT"):
             monkeypatch.delenv(name.upper(), raising=False)
+        (tmp_path / "rows").mkdir(exist_ok=True)
         for name, value in {"TRANSPORT_RESULTS_ROOT": "results", **variables}.items():
             monkeypatch.setenv(name, value)
         (tmp_path / "work").mkdir(exist_ok=True)
@@ -36,6 +37,14 @@ def resolved(monkeypatch, tmp_path):
     return run
 
 
+def write_plans(folder, target, source=f"unsloth/{OWN_SOURCE}"):
+    """The manifest of plans of a target (name, revision) and a source."""
+    folder.mkdir(parents=True)
+    pair = {"target": dict(zip(("id", "revision"), target, strict=True)), "source": {"id": source, "revision": None}}
+    (folder / "manifest.json").write_text(json.dumps({"inputs": pair}))
+    return folder / "manifest.json"
+
+
 def test_without_flags_it_is_the_six_tasks_as_their_files_say(resolved, tmp_path):
     runs, script = resolved()
     assert tuple(runs) == resolve.TASKS
@@ -44,7 +53,7 @@ def test_without_flags_it_is_the_six_tasks_as_their_files_say(resolved, tmp_path
         assert run == {**file, **dict.fromkeys(NAMES, name), "benchmarks": list(file["benchmarks"])}
         config = tmp_path / f"results/{name}/experiment.yaml"
         assert parse_command(["--config", str(config)], "1", "", {}).experiment.name == name
-    wanted = {"STEPS": "plans fuse train eval tables", "SEEDS": "0", "LAUNCH": "python", "DRY_RUN": ""}
+    wanted = {"STEPS": "plans fuse train eval tables", "SEEDS": "", "LAUNCH": "python", "DRY_RUN": ""}
     assert {name: " ".join(script[name]) for name in wanted} == wanted
     root = EXPERIMENTS.parents[1]
     assert script["export MODELS_ROOT"] == [f"{root}/models"]
@@ -100,7 +109,7 @@ def test_a_variable_is_the_flag_of_its_name(resolved, tmp_path, variable, value,
         ("--source-model a/S", "malay-Malaysian-Llama-3.2-1B-Instruct-from-S", None, "malay"),
         (
             "--source-base a/B",
-            f"malay-Malaysian-Llama-3.2-1B-Instruct-from-{OWN_SOURCE}-since-B",
+            "malay-since-B",
             None,
             "malay",
         ),
@@ -137,6 +146,7 @@ def test_the_regression_map_comes_with_its_own_settings_unless_others_are_asked_
         ("--alpha 0.01", "cantonese-alpha0.01"),  # its own in fusion, but trained with 0.1
         ("--alpha 0.1", "cantonese-alpha0.1"),
         ("--alpha 0.01 --train-alpha 0.1", "cantonese"),
+        ("--alpha 0.12345678", "cantonese-alpha0.12345678"),
         ("--train-alpha 0.2", "cantonese-alpha0.01-train0.2"),
         ("--alpha-search 0.03,0.1", "cantonese-alpha0.01-train0.03+0.1"),
     ],
@@ -172,13 +182,65 @@ def test_a_folder_of_another_pair_with_the_same_name_is_not_emptied(resolved, tm
 
 def test_plans_of_another_pair_are_not_emptied_by_another_strength(resolved, tmp_path):
     """Whose run has a name of its own, but uses the same plans."""
-    plans = tmp_path / f"results/malay-T-from-{OWN_SOURCE}/plans"
-    plans.mkdir(parents=True)
-    pair = {"target": {"id": "one/T"}, "source": {"id": f"unsloth/{OWN_SOURCE}"}}
-    (plans / "manifest.json").write_text(json.dumps({"inputs": pair}))
+    write_plans(tmp_path / f"results/malay-T-from-{OWN_SOURCE}/plans", ("one/T", None))
     with pytest.raises(UserError, match=r"plans is of one/T and .* and would be emptied for two/T"):
         resolved("--tasks", "malay", "--target-model", "two/T", "--alpha", 0.3)
     resolved("--tasks", "malay", "--target-model", "one/T", "--alpha", 0.3)
+
+
+def test_two_revisions_of_a_model_are_two_runs(resolved, tmp_path):
+    ours = "malay-Malaysian-Llama-3.2-1B-Instruct"
+    for flags, name in (
+        ("--source-model a/S --source-revision aaa", f"{ours}-from-S@aaa"),
+        ("--source-model a/S --source-revision refs/pr/1", f"{ours}-from-S@refs-pr-1"),
+        ("--target-revision v2", f"{ours}@v2-from-{OWN_SOURCE}"),
+    ):
+        (run,) = resolved("--tasks", "malay", *flags.split())[0].values()
+        assert (run["name"], run["plans_from"]) == (name, name)
+    with pytest.raises(UserError, match=r"is of .* and a/S@refs/pr/1, and would be emptied for .* and a/S@refs-pr-1;"):
+        resolved("--tasks", "malay", "--source-model", "a/S", "--source-revision", "refs-pr-1")
+
+
+def test_revisions_of_plans_are_compared(resolved, tmp_path):
+    write_plans(tmp_path / f"results/malay-T-from-{OWN_SOURCE}/plans", ("one/T", "aaa"))
+    with pytest.raises(UserError, match=r"plans is of one/T@aaa and .* and would be emptied for one/T and"):
+        resolved("--tasks", "malay", "--target-model", "one/T")
+
+
+def test_damaged_plans_are_refused_by_name(resolved, tmp_path):
+    manifest = write_plans(tmp_path / "results/malay/plans", ("one/T", None))
+    for damaged in ("[]", "{}", '{"inputs": {"target": 3}}', '{"inp'):
+        manifest.write_text(damaged)
+        with pytest.raises(UserError, match=r"malay/plans/manifest.json is (damaged|not valid JSON)"):
+            resolved("--tasks", "malay")
+
+
+def test_a_model_may_be_given_by_its_folder_or_below_models_root(resolved, tmp_path):
+    (tmp_path / "models/one/T").mkdir(parents=True)
+    variables = {"TASKS": "malay", "MODELS_ROOT": "models"}
+    (run,) = resolved("--target-model", "one/T", **variables)[0]
+    assert list(resolved("--target-model", "models/one/T", **variables)[0]) == [run]
+
+
+@pytest.mark.parametrize("flag", ["--max-samples 40", "--device meta", "--split-seed 3", "--eta 0.3"])
+def test_plans_that_other_runs_use_are_not_emptied_by_a_variant(resolved, tmp_path, flag, monkeypatch):
+    """Another strength uses the plans of the pair, with the settings that they were made with."""
+    monkeypatch.setattr("core.runs.settings.check_device", lambda _: None)
+    (run,) = resolved("--tasks", "malay", "--max-samples", 160)[0].values()
+    plans = tmp_path / "results/malay/plans"
+    write_plans(plans, (run["target_model"], None), source=run["source_model"])
+    save_resolved(Experiment.of(**run), "1", plans)
+    resolved("--tasks", "malay", "--max-samples", 160, "--alpha", 0.3)
+    with pytest.raises(UserError, match=r"malay/plans was made with \w+ [\w.]+, not [\w.]+, and would be emptied"):
+        resolved("--tasks", "malay", "--max-samples", 160, "--alpha", 0.3, *flag.split())
+    resolved("--tasks", "malay", *flag.split())  # the run itself may make its own plans anew
+    resolved("--tasks", "malay", "--alpha", 0.3, "--steps", "fuse", *flag.split())  # which makes no plans
+
+
+@pytest.mark.parametrize("flags", ["--limit 5", "--prompt plain", "--benchmark-data items", "--llama-name yes"])
+def test_scores_of_other_items_or_prompts_do_not_replace_the_shared_ones(resolved, flags):
+    (run,) = resolved("--tasks", "malay", "--alpha", 0.3, *flags.split())[0].values()
+    assert run["base_from"] == run["name"] == "malay-alpha0.3"
 
 
 def test_relative_paths_are_meant_from_where_the_script_is_started(resolved, tmp_path):
@@ -201,7 +263,7 @@ def test_gpus_launch_stages_1_and_3_and_a_dry_run_writes_no_run(resolved, tmp_pa
     assert script["LAUNCH"] == ["accelerate", "launch", "--num_processes", "2"]
     assert (script["DRY_RUN"], script["SEEDS"]) == (["--dry-run", "--device", "cpu"], ["0", "1"])
     assert script["STEPS"] == ["plans", "general"]  # without tables, which a dry run does not make
-    assert resolved("--seed", 5, TASKS="thai", DRY_RUN="0")[1]["SEEDS"] == ["5"]
+    assert resolved(TASKS="thai", DRY_RUN="0")[1]["SEEDS"] == []  # each run trains with the seed of its own settings
 
 
 def test_every_flag_of_every_stage_works_but_those_that_the_script_sets(resolved):
@@ -226,6 +288,8 @@ def test_every_flag_of_every_stage_works_but_those_that_the_script_sets(resolved
         ({"ALPHA": "2"}, "alpha is 2.0; expected a number from 0 to 1"),
         ({"MAX_SAMPLES": "few"}, "MAX_SAMPLES=few: .*invalid int value"),
         ({"MAX_SAMPLES": "3"}, "calibration_samples is 3; plans need at least 16 texts"),
+        ({"DRY_RUN": "yes"}, "DRY_RUN=yes: expected 0 or 1"),
+        ({"DATA_DIR": "typo"}, "DATA_DIR=.*/typo is no folder; give one that has TASK.jsonl"),
         ({"LM_EVAL_REPO": "here"}, "LM_EVAL_REPO=.*/here is no clone of lm-evaluation-harness"),
         ({"VARIANT": "size"}, "VARIANT=size: expected one of: source_size source_family alpha"),
     ],

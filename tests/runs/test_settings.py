@@ -1,9 +1,11 @@
 """Settings: experiment files, their values, and which of them are part of a fingerprint."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from core.errors import UserError
 from core.fusion.settings import FusionSettings
@@ -53,11 +55,32 @@ def test_a_run_may_use_the_plans_of_another():
     assert shared.folder("plans") == Path("runs/b/plans") and shared.folder("fused") == Path("runs/a/fused")
 
 
+def test_relative_paths_of_a_file_are_meant_from_the_repository(tmp_path, monkeypatch):
+    """From whatever folder a command is started. A model that is no folder there is the name of one."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "x.yaml"
+    file.write_text("{data_file: data/rows.jsonl, general_file: /data/g.txt, target_model: core, source_model: a/b}")
+    assert load_experiment(file) == {
+        "name": "x",
+        "data_file": f"{ROOT}/data/rows.jsonl",
+        "general_file": "/data/g.txt",
+        "target_model": f"{ROOT}/core",
+        "source_model": "a/b",
+    }
+
+
+def test_copies_of_the_template_are_runs_of_their_own(tmp_path):
+    """Named after their files, as the main script names them."""
+    shutil.copy(ROOT / "scripts/experiments/template.yaml", tmp_path / "mine.yaml")
+    assert load_experiment(tmp_path / "mine.yaml")["name"] == "mine"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("alfa: 0.1", "unknown key 'alfa'; known keys: name, target_model"),
-        ("quick: {row: 3}", "unknown key 'row'"),
+        ("alfa: 0.1", "unknown key 'alfa'; did you mean alpha"),
+        ("quick: {lines: 3}", "unknown key 'lines'"),
+        ("klingon: 1", "unknown key 'klingon'; no key has a name like this; docs/stages.md lists all keys"),
         ("top_k: many", "top_k is 'many'; expected int"),
         ("top_k: 1.5", "top_k is 1.5; expected int"),
         ("trust_remote_code: 1", "expected bool"),

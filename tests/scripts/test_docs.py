@@ -3,12 +3,14 @@
 import ast
 import json
 import re
+import shlex
 import tomllib
 
 import pytest
 import yaml
 from conftest import ROOT
 
+from core.errors import UserError
 from core.runs.settings import all_settings
 from scripts import write_stages_page
 
@@ -25,6 +27,7 @@ FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 PATH = re.compile(
     r"((?:core|datasets|docs|evaluation|scripts|tests)/[\w./-]+\.\w+|run_activs_and_hot\.py)(?:::([\w.]+))?"
 )
+COMMAND = re.compile(r"(?:python|bash) (\S+\.(?:py|sh))( .*)")
 # Flags of torchrun, and what every switch begins with when it is turned off.
 OTHER_FLAGS = {"--nproc-per-node", "--no-"}
 # Files that a reader is told to make.
@@ -91,6 +94,35 @@ def test_flags_exist(name):
     told = {flag for code in code_in(text_of(name)) for flag in FLAG.findall(code)} - OTHER_FLAGS
     unknown = {flag for flag in told if flag.replace("_", "-") not in known}
     assert not unknown, f"{name} names flags that no command has: {', '.join(sorted(unknown))}"
+
+
+def command_lines(text):
+    """(file, arguments) of every command line with flags in code: of Python files, and of the main script."""
+    for code in code_in(text):
+        for line in code.replace("\\\n", " ").splitlines():
+            found = COMMAND.search(line.replace("[", "").replace("]", ""))
+            if found and "--" in found[2]:
+                yield found[1], shlex.split(found[2], comments=True)
+
+
+@pytest.mark.parametrize("name", OF_TODAY)
+def test_command_lines_are_those_of_their_commands(name):
+    """Each is read by the parser of its own command: another command's flag is no flag of it."""
+    for file, arguments in command_lines(text_of(name)):
+        if file == "scripts/run_train_final.sh":
+            file, arguments = write_stages_page.RESOLVE, ["--started-in", ".", "--work-dir", ".", *arguments]
+        if file in write_stages_page.commands():
+            dashes = [word.replace("_", "-") if word.startswith("--") else word for word in arguments]
+            try:
+                write_stages_page.parser_of(file).parse_args(dashes)
+            except (UserError, SystemExit) as error:
+                pytest.fail(f"{name} calls {file} {' '.join(arguments)}: {error}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prose_is_not_too_wide(name):
+    wide = [line for line in text_of(name).splitlines() if len(line) > write_stages_page.WIDTH and line[0] != "|"]
+    assert not wide, f"{name} has lines of more than {write_stages_page.WIDTH} columns: {wide}"
 
 
 def flags_of(command):

@@ -20,13 +20,16 @@ core/runs/resolve.py)
 CONFIGS=($5/one/experiment.yaml $5/two/experiment.yaml)
 TASKS=(one two)
 STEPS=(plans fuse train eval tables)
-SEEDS=(0 1)
+SEEDS=(${SEEDS-0 1})
 LAUNCH=(python)
-DRY_RUN=()
+DRY_RUN=(${DRY_RUN:-})
 export TRANSPORT_RESULTS_ROOT=runs
 END
   ;;
-*) [[ "$*" != *"${BREAKS:-nothing}"* ]] || eval "$HOW" ;;
+*)
+  [[ -z ${CALLS:-} ]] || echo "$*" >> "$CALLS"
+  [[ "$*" != *"${BREAKS:-nothing}"* ]] || eval "$HOW"
+  ;;
 esac
 """
 
@@ -37,7 +40,7 @@ def recipe(tmp_path):
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
 
-    def start(*flags, name="run_train_final", **variables):
+    def start(*flags, name="run_train_final", cwd=None, **variables):
         environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TASKS": "", **variables}
         return subprocess.Popen(
             ["bash", str(ROOT / f"scripts/{name}.sh"), *flags],
@@ -45,7 +48,10 @@ def recipe(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=cwd,
             start_new_session=True,
+            # A shell that starts the tests in the background has them ignore SIGINT, and no child could then catch it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return start
@@ -71,6 +77,38 @@ def test_every_task_is_one_command_per_stage_and_the_tables_come_last(recipe):
     assert commands(output) == [*STAGES, *STAGES, TABLES, REPORT] and "resolved --alpha 0.1" in output
     assert output.count("--training-scenario no_hot --seed 1") == output.count("--training-scenario hot --seed 1") == 2
     assert f"{TABLES} --tasks one two" in output and output.rstrip().endswith(f"{REPORT} runs")
+
+
+@pytest.mark.parametrize("seeds", ["", "3 4"])
+def test_both_scripts_train_with_the_seed_of_the_experiment_where_no_others_are_asked_for(recipe, tmp_path, seeds):
+    for name in ("run_train_final", "run_pipeline"):
+        calls = tmp_path / name
+        running = recipe(name=name, SEEDS=seeds, CALLS=str(calls))
+        running.communicate()
+        trainings = [line for line in calls.read_text().splitlines() if "--training-scenario hot" in line]
+        wanted = [f" --seed {seed}" for seed in seeds.split()] or [""]
+        found = [line.partition("--training-scenario hot")[2] for line in trainings]
+        assert running.returncode == 0 and found == wanted * (2 if name == "run_train_final" else 1)
+
+
+def test_a_dry_run_says_that_its_files_of_settings_are_not_written(recipe):
+    output, _ = recipe(DRY_RUN="--dry-run").communicate()
+    assert "experiment.yaml of the commands below is not written" in output
+    assert "is not written" not in recipe().communicate()[0]
+
+
+@pytest.mark.parametrize("flags", [("--config", "my.yaml"), ("--config=my.yaml",)])
+def test_the_pipeline_can_be_started_from_any_folder(recipe, tmp_path, flags):
+    running = recipe("--quick", *flags, name="run_pipeline", cwd=tmp_path, CALLS=str(tmp_path / "calls"))
+    assert running.wait() == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 7 and all(f" --quick --config {tmp_path}/my.yaml" in line for line in calls)
+
+
+def test_the_help_of_the_pipeline_fetches_nothing(recipe, tmp_path):
+    output, _ = (running := recipe("--help", name="run_pipeline", CALLS=str(tmp_path / "calls"))).communicate()
+    assert running.returncode == 0 and output.startswith("One experiment, all stages: bash scripts/run_pipeline.sh [")
+    assert not (tmp_path / "calls").exists()
 
 
 @pytest.mark.parametrize(
@@ -106,14 +144,24 @@ def test_ctrl_c_ends_everything(recipe, tmp_path, code):
     assert running.returncode == -signal.SIGINT and commands(output) == STAGES[:1]
 
 
+LLAMAS = [f"unsloth/Llama-{name}-Instruct" for name in ("3.2-3B", "3.1-8B", "3.1-70B")]
+FAMILIES = [LLAMAS[1], "Qwen/Qwen2.5-7B-Instruct", "mistralai/Mistral-7B-Instruct-v0.3"]
+STRENGTHS = ["0.005", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2"]
+
+
 @pytest.mark.parametrize(
-    ("variant", "flag"), [("source_size", "--source-model"), ("source_family", "--source-model"), ("alpha", "--alpha")]
+    ("variant", "flag", "values"),
+    [
+        ("source_size", "--source-model", LLAMAS),
+        ("source_family", "--source-model", FAMILIES),
+        ("alpha", "--alpha", STRENGTHS),
+    ],
 )
-def test_the_variable_variant_calls_the_script_of_the_variant(recipe, variant, flag):
+def test_the_variable_variant_calls_the_script_of_the_variant(recipe, variant, flag, values):
     output, _ = (running := recipe("--limit", "5", VARIANT=variant)).communicate()
     called = [line for line in output.splitlines() if line.startswith("resolved ")]
-    assert running.returncode == 0 and len(called) >= 3
-    assert all(line.startswith(f"resolved {flag} ") and line.endswith(" --limit 5 TASKS=malay") for line in called)
+    assert running.returncode == 0
+    assert called == [f"resolved {flag} {value} --limit 5 TASKS=malay" for value in values]
 
 
 @pytest.mark.parametrize(

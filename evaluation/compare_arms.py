@@ -23,6 +23,7 @@ from core.runs.settings import Experiment
 from evaluation.arms.models import Arms, open_base_of
 from evaluation.arms.results import Results
 from evaluation.arms.run import Run, folders_to_compare
+from evaluation.arms.samples import SAMPLES, write_samples
 from evaluation.arms.texts import TextSet, text_sets
 from evaluation.arms.verdict import strength_notes, table, trial_notes
 
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
     text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])
     print(text)
     write_to_cards(run, sets["held_out"].identity, text)
+    write_samples(folder / SAMPLES, arms, sets["held_out"].rows)
 
 
 def plan_folder_of(command: Command) -> Path:

@@ -38,3 +38,5 @@ for seed in "${seeds[@]:-}"; do
 done
 # Stage 4: the loss of all models and controls on held-out texts -> results.json, and the table. 4 min
 python evaluation/compare_arms.py "${flags[@]}"
+# The report: all figures of the run on one page -> report.html. 1 min
+python evaluation/report.py "${flags[@]}"

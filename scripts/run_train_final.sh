@@ -64,4 +64,7 @@ done
 # One table per task, of all its runs that are there, in TRANSPORT_RESULTS_ROOT/tables. Seconds.
 run="the tables" stopped=
 step tables python evaluation/collect_results.py --tasks "${TASKS[@]}"
+# The report of every run that is new or has changed, and TRANSPORT_RESULTS_ROOT/report.html, which lists all. 1 min each
+run="the report" stopped=
+step tables python evaluation/report.py "$TRANSPORT_RESULTS_ROOT"
 ((${#failed[@]} == 0)) || { printf '\nfailed: %s' "${failed[@]}" >&2 && echo >&2 && exit 1; }

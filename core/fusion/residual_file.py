@@ -68,3 +68,12 @@ def load_residuals(path: Path) -> tuple[list[Residual], Strength, str]:
     in_order = sorted(found, key=lambda key: (key[0], list(PROJECTIONS).index(key[1])))
     residuals = [Residual(layer, projection, **found[layer, projection]) for layer, projection in in_order]
     return residuals, settings["alpha"], settings["form"]
+
+
+def read_selection(path: Path) -> tuple[dict[tuple[int, str], Tensor], Any]:
+    """({(layer, projection): selected rows or columns}, alpha) of a residual file, without reading a weight."""
+    with safe_open(path, "pt") as file:
+        alpha = json.loads(file.metadata()["settings"])["alpha"]
+        keys = [key.split(".") for key in file.offset_keys() if key.endswith(".index")]
+        index = {(int(layer), name): file.get_tensor(f"{layer}.{name}.index") for layer, name, _ in keys}
+    return index, alpha

@@ -12,10 +12,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from core.errors import UserError
+from core.runs.usage import Usage
 
 LOG_FORMAT = logging.Formatter("%(asctime)s %(message)s")
 # The handlers that the current command added to the root logger.
 _handlers: list[logging.Handler] = []
+# The folder of the log that the current command writes, if it writes one.
+_log_folder: list[Path] = []
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
@@ -24,22 +27,33 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     A UserError gives exit code 2. An error of the operating system (a full disk, a missing permission) or a damaged
     file gives 1. Ctrl-C gives 130.
     """
+    usage, outcome = Usage(), "stopped by an error of the program"
+    logging.getLogger().addHandler(usage)
     try:
         main(sys.argv[1:])
+        outcome = "finished"
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        outcome = f"error: {error}"
+        print(outcome, file=sys.stderr)
         raise SystemExit(2) from None
     except (OSError, SafetensorError) as error:
-        print(f"error: {error}; the same command continues from what is finished", file=sys.stderr)
+        outcome = f"error: {error}"
+        print(f"{outcome}; the same command continues from what is finished", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
+        outcome = "interrupted"
         print("interrupted; the same command continues from what is finished", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        logging.getLogger().removeHandler(usage)
+        if _log_folder:
+            usage.write(_log_folder.pop(), outcome)
 
 
 def setup_logging() -> None:
     """Log messages from INFO on to stderr. An earlier command of the same process no longer logs to its file."""
     root = logging.getLogger()
+    _log_folder.clear()
     while _handlers:
         old = _handlers.pop()
         root.removeHandler(old)
@@ -52,13 +66,15 @@ def setup_logging() -> None:
 
 
 def log_to_file(path: Path | None) -> None:
-    """Append the log to `path` as well, from now on. Does nothing when `path` is None.
+    """Append the log to `path` as well, from now on, and at the end what the command took to `usage.jsonl` beside it.
+    Does nothing when `path` is None.
 
     Commands call this after they have checked their input, so that bad input leaves no file behind.
     """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _add_handler(logging.FileHandler(path, encoding="utf-8"))
+        _log_folder[:] = [path.parent]
 
 
 def _add_handler(handler: logging.Handler) -> None:

@@ -29,6 +29,7 @@ class TextSet:
         spans: the bytes of every text that target and source are both scored on.
         identity: where the texts came from, and their digest (`Division.identity`).
         near_duplicates: how many texts were left out because another part has nearly the same text.
+        rows: the rows of the texts, from which `samples.json` takes its prompts.
     """
 
     examples: list[Example]
@@ -38,6 +39,7 @@ class TextSet:
     spans: ByteSpans
     identity: dict[str, Any] = field(default_factory=dict)
     near_duplicates: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -89,5 +91,6 @@ def text_set(name: str, rows: Sequence[Row], tokenizers: tuple[Any, Any], max_to
         groups=[rows[number].group for number in scored],
         left_out=len(rows) - len(scored),
         end_of_turn=any(rows[number].has_roles and special & set(examples[number]["labels"]) for number in scored),
+        rows=[rows[number] for number in scored],
         spans=byte_spans(name, [rows[number] for number in scored], kept, tokenizers, max_tokens),
     )

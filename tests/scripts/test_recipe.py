@@ -68,15 +68,15 @@ STAGES = [
     "evaluation/compare_arms.py",
     "evaluation/run_task.py",
 ]
-TABLES = "evaluation/collect_results.py"
+TABLES, REPORT = "evaluation/collect_results.py", "evaluation/report.py"
 
 
 def test_every_task_is_one_command_per_stage_and_the_tables_come_last(recipe):
     output, errors = (running := recipe("--alpha", "0.1")).communicate()
     assert running.returncode == 0 and not errors
-    assert commands(output) == [*STAGES, *STAGES, TABLES] and "resolved --alpha 0.1" in output
+    assert commands(output) == [*STAGES, *STAGES, TABLES, REPORT] and "resolved --alpha 0.1" in output
     assert output.count("--training-scenario no_hot --seed 1") == output.count("--training-scenario hot --seed 1") == 2
-    assert output.rstrip().endswith(f"{TABLES} --tasks one two")
+    assert f"{TABLES} --tasks one two" in output and output.rstrip().endswith(f"{REPORT} runs")
 
 
 @pytest.mark.parametrize("seeds", ["", "3 4"])
@@ -102,7 +102,7 @@ def test_the_pipeline_can_be_started_from_any_folder(recipe, tmp_path, flags):
     running = recipe("--quick", *flags, name="run_pipeline", cwd=tmp_path, CALLS=str(tmp_path / "calls"))
     assert running.wait() == 0
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 6 and all(f" --quick --config {tmp_path}/my.yaml" in line for line in calls)
+    assert len(calls) == 7 and all(f" --quick --config {tmp_path}/my.yaml" in line for line in calls)
 
 
 def test_the_help_of_the_pipeline_fetches_nothing(recipe, tmp_path):
@@ -123,7 +123,7 @@ def test_the_end_lists_what_failed_and_why(recipe, how, reason):
     running = recipe(BREAKS="/one/experiment.yaml --training-scenario hot --seed 0", HOW=how)
     output, errors = running.communicate()
     assert running.returncode == 1
-    assert commands(output) == [*STAGES[:4], *STAGES, TABLES]
+    assert commands(output) == [*STAGES[:4], *STAGES, TABLES, REPORT]
     assert [line for line in errors.splitlines() if "failed: " in line] == [f"failed: one, train: {reason}"]
 
 

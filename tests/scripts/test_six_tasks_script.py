@@ -55,7 +55,7 @@ def test_another_pair_has_a_folder_of_its_own_and_is_in_the_table(environment, m
     done = script(environment, tmp_path, "--target-model", str(models["other"]), **variables)
     assert done.returncode == 0, done.stderr
     pair = "thai-other-from-Llama-3.1-8B-Instruct"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tables", f"{pair}-regression"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "tables", f"{pair}-regression"]
     made = json.loads((tmp_path / f"{pair}-regression/fused/manifest.json").read_text())["inputs"]["settings"]
     assert (made["feature_map"], made["top_k"], made["alpha"]) == ("regression", 0, 0.1)
     (rows,) = json.loads((tmp_path / "tables/thai.json").read_text())["runs"][f"{pair}-regression"]["sets"].values()

@@ -1,0 +1,126 @@
+"""What ran: models, data, settings, versions, time and memory, warnings and commands. All of it from files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.runs.licences import licence_text
+from core.runs.settings import all_settings
+from core.runs.usage import read_usage
+from evaluation.pages.paths import without_paths
+from evaluation.pages.run_files import RunFiles
+
+Table = list[list[str]]
+
+
+def models_table(files: RunFiles) -> Table:
+    """The two models with their revisions and licences."""
+    rows = [["role", "model", "revision", "licence"]]
+    for role, model in files.models.items():
+        revision = model.get("revision") or "not recorded"
+        rows.append([role, model["name"], without_paths(revision), licence_text(model["licence"])])
+    return rows
+
+
+def data_table(files: RunFiles) -> Table:
+    """The texts that each stage read."""
+    rows = [["read by", "data", "rows", "split seed", "SHA-256"]]
+    read: dict[str, Mapping[str, Any]] = {}
+    if files.plans is not None:
+        read["calibration"] = files.plans.manifest.inputs["data"]
+    if files.trainings:
+        read["fine-tuning"] = next(iter(files.trainings.values())).record["data"]
+    if files.results is not None:
+        inputs = files.results["inputs"]
+        read |= {"held out": inputs["data"], "general": inputs["general"]}
+    for part, data in read.items():
+        if data:
+            name = Path(data["file"]).name if data["file"] else data["subset"]
+            rows.append([part, name, str(data["rows"]), str(data["split_seed"]), data["sha256"][:12]])
+    return rows
+
+
+def settings_table(files: RunFiles) -> Table:
+    """The settings that differ from the defaults, as the stages resolved them."""
+    used: dict[str, Any] = {}
+    folders = [files.plans.folder] if files.plans else []
+    folders += [files.folder / "fused", *(found.folder for found in files.trainings.values())]
+    for folder in folders:
+        path = folder / "resolved.yaml"
+        if path.is_file():
+            used = {**yaml.safe_load(path.read_text("utf-8")), **used}
+    rows = [["setting", "value", "default"]]
+    for name, setting in all_settings().items():
+        if name in used and used[name] != setting.default and name not in ("name", "seed", "training_scenario"):
+            rows.append([name, without_paths(str(used[name])), str(setting.default)])
+    return rows
+
+
+def versions(files: RunFiles) -> str:
+    """The libraries and the commit of this code with which the last finished stage ran."""
+    manifests = [*files.trainings.values(), *([files.fused] if files.fused else [])]
+    manifests += [files.plans.manifest] if files.plans else []
+    records = [files.results] if files.results else [manifest.record for manifest in manifests]
+    record = next((one for one in records if "versions" in one), None)
+    if record is None:
+        return "not recorded"
+    libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{libraries}; commit {record['commit'] or 'not recorded'}"
+
+
+def usage_table(usage: Sequence[Mapping[str, Any]]) -> Table:
+    """What every command took; several starts of one command are one line."""
+    rows = [["command", "starts", "time, all starts", "peak memory", "last outcome"]]
+    by_command: dict[str, list[Mapping[str, Any]]] = {}
+    for line in usage:
+        by_command.setdefault(command_of(line), []).append(line)
+    for command, lines in by_command.items():
+        seconds = sum(line["seconds"] for line in lines)
+        memory = max(line["peak_memory_bytes"] for line in lines) / 2**30
+        outcome = without_paths(lines[-1]["outcome"])
+        rows.append([command, str(len(lines)), duration(seconds), f"{memory:.2f} GiB", outcome])
+    return rows
+
+
+def command_of(line: Mapping[str, Any]) -> str:
+    """A command as it can be typed again, without the folders of this machine."""
+    script, *arguments = line["command"]
+    parts = Path(script).parts
+    # core/... and evaluation/... keep their folder, run_activs_and_hot.py has none.
+    start = next((len(parts) - 1 - i for i, part in enumerate(reversed(parts)) if part in ("core", "evaluation")), -1)
+    return "python " + shlex.join(["/".join(parts[start:]), *map(without_paths, arguments)])
+
+
+def duration(seconds: float) -> str:
+    """`42 s` or `12 min 3 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def warnings_of(usage: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the commands warned of, each warning once."""
+    return list(dict.fromkeys(without_paths(text) for line in usage for text in line["warnings"]))
+
+
+def facts(files: RunFiles) -> dict[str, Any]:
+    """Everything above, as the template takes it."""
+    usage = read_usage(files.folder)
+    return {
+        "tables": [
+            (title, rows)
+            for title, rows in (
+                ("Models", models_table(files)),
+                ("Data", data_table(files)),
+                ("Settings that differ from the defaults", settings_table(files)),
+                ("Commands, time and memory", usage_table(usage)),
+            )
+            if len(rows) > 1
+        ],
+        "versions": versions(files),
+        "warnings": warnings_of(usage),
+    }

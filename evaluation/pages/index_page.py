@@ -1,0 +1,72 @@
+"""The page for a folder that holds several runs: the verdict of each, and links to their reports."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from core.errors import UserError
+from core.files import MANIFEST, write_text
+from evaluation.figures import benchmarks
+from evaluation.pages.benchmark_scores import benchmark_sets
+from evaluation.pages.report_page import FIGURES, REPORT, Section, described, environment, write_report
+from evaluation.pages.run_files import RESULTS, RunFiles, is_run
+from evaluation.pages.verdict import headline
+from evaluation.significance import interval
+
+log = logging.getLogger(__name__)
+INDEX_ARMS = ("fused", "no_hot", "fused_adapted")
+# The files that say when a run has changed.
+CHANGING = (RESULTS, "samples.json", "usage.jsonl", f"*/{MANIFEST}", f"adapted/*/*/{MANIFEST}", "benchmarks/*/*/*.json")
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder, by name."""
+    return [run for run in sorted(folder.glob("*/")) if is_run(run)]
+
+
+def write_index(folder: Path) -> Path:
+    """Write the report of every run that has changed since its report, and the page that lists all runs.
+
+    A run that cannot be read is listed with the reason, so that it does not hide the others.
+
+    Returns:
+        The path of the page.
+    """
+    rows = []
+    sets: dict[str, dict[str, Any]] = {}
+    for run in tqdm(runs_in(folder), desc="reports", unit="run"):
+        try:
+            if not is_current(run):
+                write_report(run)
+            files = RunFiles.read(run)
+            rows.append({"run": run.name, "verdict": headline(files.results), "diffs": diffs_of(files), "link": True})
+            for kind, found in benchmark_sets(run).items():
+                sets[f"{run.name}, general" if kind == "general" else run.name] = found
+        except UserError as error:
+            log.warning("%s: %s", run.name, error)
+            rows.append({"run": run.name, "verdict": str(error), "diffs": [""] * len(INDEX_ARMS), "link": False})
+    scale = benchmarks.common_scale(sets)
+    if scale is not None:
+        scale.save(folder / FIGURES)
+    section = described(Section("scale", "Normalised comparison", [scale] if scale else []))
+    template = environment().get_template("index.html.jinja")
+    text = template.render(rows=rows, arms=INDEX_ARMS, report=REPORT, section=section, figures_folder=FIGURES)
+    write_text(folder / REPORT, text)
+    return folder / REPORT
+
+
+def is_current(run: Path) -> bool:
+    """Whether a run has a report that is newer than all that it shows."""
+    report = run / REPORT
+    changed = [path.stat().st_mtime_ns for pattern in CHANGING for path in run.glob(pattern)]
+    return report.is_file() and report.stat().st_mtime_ns >= max(changed, default=0)
+
+
+def diffs_of(files: RunFiles) -> list[str]:
+    """The differences to base of the arms of the index, as text."""
+    arms = files.results["arms"] if files.results else {}
+    return [interval(arms[arm]) if arm in arms else "" for arm in INDEX_ARMS]

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Show what a run found on one page, RUN/report.html; of a folder with several runs, a page that lists them as well.
+
+In place of RUN it takes the command line of evaluation/compare_arms.py, of which it reads the run's folder alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from core.errors import UserError
+from core.locks import hold, outputs_held
+from core.runs.command_line import Parser, parse_command
+from core.runs.process import run_command, setup_logging
+from evaluation.pages.index_page import runs_in, write_index
+from evaluation.pages.report_page import write_report
+from evaluation.pages.run_files import is_run
+
+FOLDERS = {"run_dir": "run directory (default runs/<name>)"}
+
+
+@outputs_held()
+def main(argv: list[str]) -> None:
+    setup_logging()
+    folder = run_folder(argv)
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; give the folder of a run, such as runs/demo")
+    hold(folder, wait=True)
+    write = write_report if is_run(folder) or not runs_in(folder) else write_index
+    print(f"report: {write(folder)}")
+
+
+def run_folder(argv: list[str]) -> Path:
+    """The folder that is given, or else the run of the experiment that the flags of stage 4 describe."""
+    if not argv or not argv[0].startswith("-"):
+        parser = Parser(__doc__ or "")
+        parser.add_argument("run", type=Path, help="folder of a run, such as runs/demo, or one that holds runs")
+        return parser.parse(argv)["run"]
+    return parse_command(argv, "e", __doc__ or "", FOLDERS).path("run_dir", ".")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,63 @@
+"""What is recorded of a command: its time, memory, warnings and outcome, beside the log."""
+
+import logging
+import sys
+
+import pytest
+
+from core.errors import UserError
+from core.runs.process import log_to_file, run_command, setup_logging
+from core.runs.usage import USAGE, read_usage
+
+
+def command(folder, ending=None):
+    def main(argv):
+        setup_logging()
+        if folder is not None:
+            log_to_file(folder / "run/log.txt")
+        logging.getLogger("x").info("not a warning")
+        logging.getLogger("x").warning("look at %s", "this")
+        if ending is not None:
+            raise ending
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome"),
+    [
+        (None, "finished"),
+        (UserError("no rows"), "error: no rows"),
+        (OSError("disk is full"), "error: disk is full"),
+        (KeyboardInterrupt(), "interrupted"),
+        (ZeroDivisionError(), "stopped by an error of the program"),
+    ],
+)
+def test_every_ending_is_recorded(tmp_path, monkeypatch, ending, outcome):
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--alpha", "0.1"])
+    for _ in range(2):
+        try:
+            run_command(command(tmp_path, ending))
+        except (SystemExit, ZeroDivisionError):
+            assert ending is not None
+    first, second = read_usage(tmp_path / "run")
+    assert first["outcome"] == second["outcome"] == outcome and first["command"] == ["stage.py", "--alpha", "0.1"]
+    assert first["warnings"] == ["look at this"]
+    assert 0 <= first["seconds"] < 600 and 2**20 < first["peak_memory_bytes"] < 2**40
+
+
+def test_a_command_without_a_log_records_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    run_command(command(tmp_path))
+    run_command(command(None))
+    assert len(read_usage(tmp_path / "run")) == 1
+    monkeypatch.setenv("RANK", "1")
+    run_command(command(tmp_path))
+    assert len(read_usage(tmp_path / "run")) == 1
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    assert read_usage(tmp_path) == []
+    (tmp_path / USAGE).write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON lines"):
+        read_usage(tmp_path)

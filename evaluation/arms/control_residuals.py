@@ -71,13 +71,20 @@ class ControlResiduals:
         return of_rows(choice.candidate), choice.alpha
 
     def _made(self, control: str, rows: str) -> Iterator[Residual]:
-        """The residuals of a control, with W~ regressed on a kind of rows."""
+        """The residuals of a control, with W~ regressed on a kind of rows.
+
+        Raises:
+            UserError: a weight is not finite, or the control does not exist for this run.
+        """
         transport = self.transport_of(control).with_rows(rows)
         generator = torch.Generator().manual_seed(self.seed)
         fused = self._fused(rows, transport) if control in SHUFFLED else self.fused
         bar = tqdm(fused, total=len(self.fused), desc=f"building {control}", unit="projection")
-        for residual in bar:
-            yield CONTROLS[control](residual, transport, generator)
+        try:
+            for residual in bar:
+                yield CONTROLS[control](residual, transport, generator)
+        except ValueError as error:
+            raise UserError(f"{control}: {error}") from None
 
     def _fused(self, rows: str, transport: Transport) -> Iterator[Residual]:
         """What was fused, or would have been with another kind of rows."""

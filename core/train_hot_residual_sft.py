@@ -173,6 +173,11 @@ def open_job(command: Command, output_default: str) -> Job:
     model = str(command.path("model_dir", "fused"))
     start = open_start(model, experiment.models.trust_remote_code, experiment.compute.device)
     start.check(experiment.training)
+    if experiment.training.hot and (start.made_by or {}).get("strength") is not None:
+        given = start.strengths(experiment.training)
+        if given != (start.alpha,):
+            others, found = ", ".join(map(in_words, given)), in_words(start.alpha)
+            log.warning("alpha %s takes the place of the strength that stage 2 found (%s)", others, found)
     check_output_folder(folder, start.checkpoint.folder)
     distills = experiment.training.training_scenario == "distill"
     source = open_teacher(start, experiment.models) if distills else None

@@ -253,13 +253,15 @@ def test_stage_2_writes_what_it_found(found, plans, models, tmp_path, alpha):
     assert not (folder / "parts").exists()
 
 
-def test_training_from_learned_strengths_keeps_them(found, tmp_path):
+def test_training_from_learned_strengths_keeps_them(found, tmp_path, caplog):
     out = train(found["learned"], tmp_path / "a", "--learning-rate", "1e-12")
     old, new = (load_residuals(folder / "hot_residual.safetensors") for folder in (found["learned"], out))
     assert old[1] == new[1] and torch.allclose(logits(found["learned"]), logits(out), atol=1e-5)
     searched = train(found["learned"], tmp_path / "s", "--lr-search", "1e-12,1e-11")
     assert "| training | chosen alpha | one for each of 12 projections, from " in (searched / "README.md").read_text()
+    assert "takes the place of" not in caplog.text
     other = train(found["learned"], tmp_path / "b", "--train-alpha", 0.5)
+    assert "alpha 0.5 takes the place of the strength that stage 2 found (one for each of 12" in caplog.text
     assert load_residuals(other / "hot_residual.safetensors")[1] == 0.5
 
 
@@ -271,6 +273,9 @@ def test_controls_find_their_strengths_in_the_same_way(found, plans, models, tex
     assert of_controls.keys() >= {"permuted", "self", "damped_mean"}
     assert all(isinstance(one["tried"][-1]["alpha"], dict) for one in of_controls.values())
     assert "Strengths of the controls were found in the same way" in capsys.readouterr().out
+    run_main(compare_arms, *flags, "--controls", "few", "--dtype", "bfloat16")  # losses are, strengths are as fused
+    again = json.loads((run / "results.json").read_text())["strengths"]
+    assert again == {control: of_controls[control] for control in again} and again.keys() >= {"permuted", "self"}
 
 
 def test_strengths_are_not_found_on_rows_that_the_plans_were_not_made_from(plans, texts, tmp_path, fails):

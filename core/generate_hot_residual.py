@@ -160,7 +160,7 @@ def preflight(job: Job, report: bool) -> None:
     """
     settings = job.experiment.fusion
     disk = checks.stage2_disk(job.target, settings)
-    memory = checks.stage2_memory(job.plans, job.target, job.source, settings, job.experiment.output.max_shard_bytes)
+    memory = checks.stage2_memory(job.plans, job.target, job.source, job.experiment)
     problems = [
         *checks.model_problems("target", job.target, settings.fused),
         *checks.model_problems("source", job.source, settings.fused),

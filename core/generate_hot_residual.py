@@ -146,6 +146,7 @@ def open_job(command: Command) -> Job:
     plans.check_models(target, source)
     experiment.fusion.check_feature_map()
     plans.check_projections(experiment.fusion.fused)
+    experiment = experiment.changed(rows=plans.rows_of(experiment.fusion))
     if base is not None and not FEATURE_MAPS[experiment.fusion.feature_map].reads_feature_plans:
         plans.check_source_inputs(experiment.fusion.fused)
     return Job(experiment, plans, target, source, folder, base)
@@ -159,7 +160,7 @@ def preflight(job: Job, report: bool) -> None:
     """
     settings = job.experiment.fusion
     disk = checks.stage2_disk(job.target, settings)
-    memory = checks.stage2_memory(job.plans, job.target, job.source, settings, job.experiment.output.max_shard_bytes)
+    memory = checks.stage2_memory(job.plans, job.target, job.source, job.experiment)
     problems = [
         *checks.model_problems("target", job.target, settings.fused),
         *checks.model_problems("source", job.source, settings.fused),
@@ -177,8 +178,8 @@ def preflight(job: Job, report: bool) -> None:
 
 
 def manifest_inputs(job: Job) -> dict[str, Any]:
-    """All that the bytes of the checkpoint depend on."""
-    fusion = dataclasses.asdict(job.experiment.fusion)
+    """All that the bytes of the checkpoint depend on; settings that change nothing are None."""
+    deciding, fusion = job.experiment.deciding("2"), dataclasses.asdict(job.experiment.fusion)
     found = {} if job.rows is None else {"strength_rows": job.rows.identity()}
     base = {} if job.source_base is None else {"source_base": job.source_base.identity}
     return {
@@ -187,8 +188,8 @@ def manifest_inputs(job: Job) -> dict[str, Any]:
         "target": job.target.identity,
         "source": job.source.identity,
         **base,
-        "settings": fusion,
-        "writing": {name: value for name, value in job.experiment.deciding("2").items() if name not in fusion},
+        "settings": {name: deciding[name] for name in fusion},
+        "writing": {name: value for name, value in deciding.items() if name not in fusion},
     }
 
 

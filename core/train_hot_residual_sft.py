@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
@@ -16,6 +17,7 @@ if __package__ in (None, ""):
 
 from core.data import Division, Row, divide
 from core.files import MANIFEST, read_json, write_text
+from core.fusion.strengths import in_words
 from core.hub import push_folder
 from core.locks import outputs_held
 from core.manifest import Manifest, check_output_folder, provenance, would_be_emptied
@@ -171,6 +173,11 @@ def open_job(command: Command, output_default: str) -> Job:
     model = str(command.path("model_dir", "fused"))
     start = open_start(model, experiment.models.trust_remote_code, experiment.compute.device)
     start.check(experiment.training)
+    if experiment.training.hot and (start.made_by or {}).get("strength") is not None:
+        given = start.strengths(experiment.training)
+        if given != (start.alpha,):
+            others, found = ", ".join(map(in_words, given)), in_words(start.alpha)
+            log.warning("alpha %s takes the place of the strength that stage 2 found (%s)", others, found)
     check_output_folder(folder, start.checkpoint.folder)
     distills = experiment.training.training_scenario == "distill"
     source = open_teacher(start, experiment.models) if distills else None
@@ -229,7 +236,9 @@ def finish(job: Job, manifest: Manifest, rows: RowsRead, prepared: Prepared, res
     save_curve(folder, curve)
     settings = job.settings
     if len(result.trials) > 1:
-        settings |= {"chosen alpha": outcome["alpha"], "chosen learning rate": outcome["learning_rate"]}
+        alpha = outcome["alpha"]
+        shown = in_words(alpha) if isinstance(alpha, Mapping) else alpha
+        settings |= {"chosen alpha": shown, "chosen learning rate": outcome["learning_rate"]}
         write_results(folder, result.outcomes, chosen=result.chosen)
     marks = {"sft": rows.division.marks(rows.sft), "validation": rows.division.marks(rows.validation)}
     write_rows_read(folder, marks, recorded(start.checkpoint, job.source))

@@ -15,6 +15,7 @@ import yaml
 
 from core.errors import UserError
 from core.files import MANIFEST, read_json, write_json, write_text
+from core.fusion.strengths import Strength, mean_strength
 from core.locks import hold, outputs_held
 from core.runs.command_line import RUN_FILE, Parser, load_experiment
 from core.runs.process import run_command, setup_logging
@@ -160,8 +161,12 @@ def settings_of(run: Path) -> dict[str, Any]:
     path = run / "fused" / "resolved.yaml"
     used = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
     trainings = [manifest_of(folder) for folder in training_folders(run, "fused_adapted")]
-    alphas = {training.get("chosen", {}).get("alpha") for training in trainings} - {None}
-    return {**{name: used.get(name) for name in SHOWN_SETTINGS}, "train_alpha": sorted(alphas)}
+    alphas: list[Strength] = []
+    for training in trainings:
+        alpha = training.get("chosen", {}).get("alpha")
+        if alpha is not None and alpha not in alphas:
+            alphas.append(alpha)
+    return {**{name: used.get(name) for name in SHOWN_SETTINGS}, "train_alpha": sorted(alphas, key=mean_strength)}
 
 
 if __name__ == "__main__":

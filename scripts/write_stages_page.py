@@ -178,10 +178,10 @@ def stages_text(setting: Setting) -> str:
 
 def values_text(setting: Setting) -> str:
     """What a setting may be."""
-    if setting.choices:
-        return ", ".join(f"`{choice}`" for choice in setting.choices)
-    if setting.range is not None:
-        return setting.range.expected.removeprefix("expected ")
+    words = ", ".join(f"`{choice}`" for choice in setting.choices or ())
+    numbers = "" if setting.range is None else setting.range.expected.removeprefix("expected ")
+    if words or numbers:
+        return ", or ".join(filter(None, (numbers, words)))
     return {bool: "on or off", str: "text", int: "whole number", float: "number", tuple: "a list"}[setting.kind]
 
 

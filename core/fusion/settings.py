@@ -89,6 +89,11 @@ class FusionSettings:
         parse_projections(self.projections)
         if self.q_topk is not None and not FEATURE_MAPS[self.feature_map].reads_feature_plans:
             raise UserError(f"q_topk thins out plans, which {self.feature_map} does not read; leave it out")
+        if self.rows == "difference" and self.residual_form == "additive":
+            raise UserError(
+                "rows difference adds a difference to the target's weight, and residual_form additive would add that "
+                "weight once more; take --residual-form interpolate"
+            )
 
     def check_task_vector(self) -> None:
         """Raise UserError for settings that mean nothing where a source's difference to its base is transported."""

@@ -31,11 +31,13 @@ class Transport:
         source: what is transported: the source's weights or, with the base that it was tuned from, its task vector.
         of_task_vector: whether it is the task vector. W~ is then W plus the transported difference, so that mixing it
             in with strength alpha gives W + alpha Out (W_source - W_base) In.
+        adds: whether W~ is added to W, and does not take the place of a share of it.
     """
 
     def __init__(self, plans: Plans, source: Weights, settings: FusionSettings, base: Weights | None = None):
         task_vector = None if base is None else TaskVector(source, base)
         self.plans, self.source, self.of_task_vector = plans, task_vector or source, base is not None
+        self.adds = settings.residual_form == "additive"
         kind = FEATURE_MAPS[settings.feature_map]
         self.feature_map = kind(
             plans, settings.p_topk, settings.q_topk, settings.ridge, settings.row_kinds[0], task_vector
@@ -71,13 +73,16 @@ class Transport:
 
         A target with biases gets b~ = b + (W - W~) x. One without gets W~ <- W~ + (W - W~) x x^T / |x|^2, which is the
         smallest change of W~ that does it. Both are done on the selection alone.
+
+        What is added to W must give nothing on x instead (METHOD 11): b~ = -W~ x, or W~ <- W~ - W~ x x^T / |x|^2.
         """
         x = self.feature_map.fits.mean_input(PROJECTIONS[residual.projection].input_side, residual.layer)
         if residual.axis == COLUMNS:
             x = x[residual.index]
-        missing = (residual.original_weight - residual.weight) @ x  # [k, n'] @ [n'] -> [k], or [n, k] @ [k] -> [n]
+        kept = 0 if self.adds else residual.original_weight
+        missing = (kept - residual.weight) @ x  # [k, n'] @ [n'] -> [k], or [n, k] @ [k] -> [n]
         if residual.original_bias is not None:
-            return replace(residual, bias=residual.original_bias + missing)
+            return replace(residual, bias=missing if self.adds else residual.original_bias + missing)
         square = x @ x
         if square == 0:
             return residual

@@ -8,6 +8,8 @@ from typing import Any
 
 from core.data import HUB_IDS
 from core.files import atomic_file, digest_of
+from core.fusion.controls import CONTROLS
+from core.fusion.projections import ATTENTION
 from core.fusion.residual_file import RESIDUAL_FILE
 from core.locks import hold, outputs_held
 from core.runs.licences import CARD, licence_text, licence_warning
@@ -36,7 +38,7 @@ def fused_card(
     models = lineage["models"]
     target, learned = models["target"]["name"], "source_base" in models
     introduction = f"""\
-{_what_was_transported(models)} Everything else,
+{_what_was_transported(models, means)} Everything else,
 tokenizer and chat template included, is the target's. The weights are plain:
 `{models["target"]["loader"]}.from_pretrained` loads them. `{RESIDUAL_FILE}` holds the transported part for adaptation.
 
@@ -56,7 +58,7 @@ def _given(models: Mapping[str, Mapping[str, Any]]) -> str:
     return f"what {source} learned over {models['source_base']['name']}" if "source_base" in models else source
 
 
-def _what_was_transported(models: Mapping[str, Mapping[str, Any]]) -> str:
+def _what_was_transported(models: Mapping[str, Mapping[str, Any]], projections: Iterable[str]) -> str:
     """The first sentence of a fused checkpoint's card."""
     target, source = models["target"]["name"], models["source"]["name"]
     if "source_base" in models:
@@ -64,8 +66,9 @@ def _what_was_transported(models: Mapping[str, Mapping[str, Any]]) -> str:
 The weights of `{target}` (target) plus the difference of those of `{source}` (source) to those of
 `{models["source_base"]["name"]}`, which it was tuned from, transported into the target's coordinates. The layers were
 matched by optimal transport ({PAPER})."""
+    parts = {"attention" if name in ATTENTION else "MLP": None for name in projections}
     return f"""\
-The attention weights of `{target}` (target) with those of `{source}` (source) transported into its
+The {" and ".join(parts)} weights of `{target}` (target) with those of `{source}` (source) transported into its
 coordinates by optimal transport ({PAPER}) and mixed in."""
 
 
@@ -223,10 +226,12 @@ def results_section(arm: str, data: Mapping[str, Any], table: str) -> str:
         data: `Division.identity` of the held-out rows.
         table: what evaluation/compare_arms.py prints.
     """
+    arms = {line.split()[0] for line in table.splitlines() if line.split()}
+    controls = ", ".join(f"`{control}`" for control in CONTROLS if control in arms)
     return f"""## Results
 
 This checkpoint is the arm `{arm}`. Held out: {_data_text(data)} that neither calibration nor
-fine-tuning read. The controls (`damped` to `self`) share everything with `fused` but the correspondence of the models;
+fine-tuning read. The controls ({controls}) share everything with `fused` but the correspondence of the models;
 `no_hot` is the same fine-tuning from the unfused target.
 
 ```text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.fusion.projections import planned_sides, recorded_sides
+from core.fusion.projections import planned_sides, recorded_sides, source_sides
 from core.models.activations import row_bytes
 from core.runs.cost_timing import CALIBRATION_S, Workload, side_seconds, token_seconds
 from core.runs.model_size import ModelSize
@@ -52,7 +52,8 @@ class Cost:
         texts: calibration texts that each model reads.
         iterations: Sinkhorn iterations of a usual plan.
         sides: the plans, side by side.
-        reading_flops: floating-point operations of both models while they read.
+        reading_flops: floating-point operations of both models while they read; with token pooling the target reads
+            twice.
         reading_seconds: None where the time was not estimated.
         memory: peak bytes, on the device if there is one and otherwise on the host.
         disk: bytes of the plan directory.
@@ -94,10 +95,15 @@ def stage1_cost(target: ModelSize, source: ModelSize, experiment: Experiment, ti
     rows = min(reading.max_rows, tokens) if reading.pooling == "token" else texts
     work = Workload(rows, target.layout.n_layers, source.layout.n_layers, usual_iterations(experiment))
     sides = _side_costs(target, source, work, experiment, timed)
-    passes = [2.0 * model.layer_parameters * tokens for model in pair]
-    seconds = sum(token_seconds(model, experiment.compute) * tokens for model in pair) if timed else None
-    recorded = recorded_sides(experiment.fusion.fused)
-    written = [row_bytes(model.layout, rows, recorded) for model in pair]
+    # The target reads a second time where it may have positions without a partner.
+    alone = min(reading.max_rows, tokens - rows) if reading.pooling == "token" else 0
+    readers = (*pair, target) if alone else pair
+    passes = [2.0 * model.layer_parameters * tokens for model in readers]
+    seconds = sum(token_seconds(model, experiment.compute) * tokens for model in readers) if timed else None
+    whole = recorded_sides(experiment.fusion.fused)
+    of_source = source_sides(experiment.fusion.fused) if experiment.models.source_base is None else whole
+    recorded = ((target, rows, whole), (source, rows, of_source), (target, alone, whole))
+    written = [row_bytes(model.layout, count, sides) for model, count, sides in recorded]
     potentials = sum(8.0 * side.problems * (side.n + side.m) for side in sides)
     return Cost(
         rows=rows,
@@ -108,7 +114,7 @@ def stage1_cost(target: ModelSize, source: ModelSize, experiment: Experiment, ti
         reading_seconds=seconds,
         memory=BASE_BYTES
         + max(
-            *(_reading_memory(model, rows, experiment) for model in pair),
+            *(_reading_memory(model, size, experiment) for (model, *_), size in zip(recorded, written, strict=True)),
             *(plans_memory(side.n, side.m, rows, work.source_layers, experiment) for side in sides),
         ),
         # Rows of token pooling are stored in half precision.
@@ -144,9 +150,8 @@ def _side_costs(
     return costs
 
 
-def _reading_memory(model: ModelSize, rows: int, experiment: Experiment) -> float:
-    """Bytes of a model while it reads: its weights, and its rows unless they are kept on disk."""
-    size = row_bytes(model.layout, rows, recorded_sides(experiment.fusion.fused))
+def _reading_memory(model: ModelSize, size: float, experiment: Experiment) -> float:
+    """Bytes of a model while it reads: its weights, and its rows of `size` bytes unless they are kept on disk."""
     in_memory = size <= experiment.reading.activations_budget_mb * MIB
     return model.parameters * model.parameter_bytes + (size if in_memory else 0)
 

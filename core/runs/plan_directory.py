@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from core.errors import UserError
-from core.fusion.projections import PROJECTIONS, WIDTHS, parse_projections
+from core.fusion.projections import ATTENTION, PROJECTIONS, WIDTHS, parse_projections
+from core.fusion.settings import FusionSettings
 from core.hot_transport import SinkhornResult, effective_layer_plan
 from core.manifest import Manifest
 from core.models.checkpoints import Checkpoint
@@ -104,9 +105,26 @@ class PlanDirectory:
 
     def check_projections(self, projections: Iterable[str]) -> None:
         """Raise UserError for a projection whose sides stage 1 did not record."""
-        made = parse_projections(self.manifest.inputs["settings"]["projections"])
+        # Plans of before --projections have the attention's.
+        made = parse_projections(self.manifest.inputs["settings"].get("projections", ",".join(ATTENTION)))
         if missing := [name for name in projections if name not in made]:
             raise UserError(f"{self.folder} has no activations of {', '.join(missing)}; run stage 1 with --projections")
+
+    def rows_of(self, settings: FusionSettings) -> str:
+        """`settings.rows`, or `aligned` in place of `auto` where there is nothing to choose: with one kind of rows that
+        the settings allow, or with no position without a partner.
+
+        Raises:
+            UserError: the settings ask for rows that these plans do not have.
+        """
+        recorded = self.manifest.record.get("unaligned")
+        if settings.rows not in ("auto", "aligned") and recorded is None:
+            raise UserError(
+                f"{self.folder} has no rows for --rows {settings.rows}: it records no positions without a partner; run "
+                "stage 1 with --pooling token, or take --rows aligned"
+            )
+        chosen = len(settings.row_kinds) > 1 and recorded is not None and recorded["positions"]
+        return settings.rows if chosen else settings.row_kinds[0]
 
     def check_source_inputs(self, projections: Iterable[str]) -> None:
         """Raise UserError for a projection whose inputs stage 1 did not record of the source, as task vectors need."""

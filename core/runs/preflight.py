@@ -21,6 +21,8 @@ from core.runs.settings import Experiment
 from core.training.soft_targets import BYTES_PER_POSITION
 
 GIB = 2**30
+# How many copies of a batch's logits are in memory for its losses, and with gradients of strengths (measured).
+LOSS_LOGITS, LEARNING_LOGITS = 3, 4
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -97,11 +99,10 @@ def _has_bias(model: Checkpoint, projection: str) -> bool:
     return model.tensor_name(0, projection) + ".bias" in model.headers
 
 
-def stage2_memory(
-    plans: PlanDirectory, target: Checkpoint, source: Checkpoint, settings: FusionSettings, max_shard_bytes: int
-) -> float:
+def stage2_memory(plans: PlanDirectory, target: Checkpoint, source: Checkpoint, experiment: Experiment) -> float:
     """Peak bytes of stage 2: the rows and feature maps of one pair of layers, one shard while it is written, or the
-    target in float32 with all residuals while strengths are found."""
+    target in float32 with all residuals and the logits of a batch while strengths are found."""
+    settings, max_shard_bytes = experiment.fusion, experiment.output.max_shard_bytes
     n, m = (max(model.layout.size(side) for side in recorded_sides(settings.fused)) for model in (target, source))
     rows = plans.manifest.record["rows"]
     mixing = 4.0 * rows * (ROWS_CACHE * 2 + 2) * max(n, m) + 24.0 * n * m + 8.0 * m**2
@@ -112,7 +113,17 @@ def stage2_memory(
         # Of each fused weight W~, the target's own, and their difference while strengths are learned.
         residuals = residual_bytes(target, settings) * (1.5 if settings.alpha == LEARNED else 1.0)
         finding = 4.0 * sum(math.prod(shape) for shape, _ in target.headers.values()) + residuals
+        # A longer text goes alone.
+        tokens = max(experiment.compute.tokens_per_batch, plans.manifest.inputs["settings"]["max_tokens"])
+        logits = LEARNING_LOGITS if settings.alpha == LEARNED else LOSS_LOGITS
+        finding += 4.0 * logits * tokens * _vocabulary(target)
     return BASE_BYTES + max(mixing, shard, finding)
+
+
+def _vocabulary(model: Checkpoint) -> int:
+    """How many tokens a model chooses between: the rows of its input embeddings."""
+    embeddings = f"{model.layout.family.tower}.embed_tokens.weight"
+    return next(shape[0] for name, (shape, _) in model.headers.items() if model.name_in_model(name) == embeddings)
 
 
 def task_vector_memory(source: Checkpoint, projections: Sequence[str]) -> float:

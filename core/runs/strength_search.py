@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from core.errors import UserError
 from core.fusion.settings import LEARNED
 from core.models.checkpoints import Checkpoint
 from core.runs.plan_directory import PlanDirectory
-from core.runs.rows_read import check_same_split, with_data_of
+from core.runs.rows_read import check_same_split, rows_read, with_data_of
 from core.runs.settings import Experiment
 from core.training.heldout import trained_tokens
 from core.training.sft import Example, sft_example
@@ -55,20 +56,29 @@ def strength_rows(experiment: Experiment, plans: PlanDirectory) -> StrengthRows:
     """The rows for the strengths of an experiment.
 
     Raises:
-        UserError: there are no validation rows, or the data is divided otherwise than for the plans.
+        UserError: there are no validation rows, or the data is divided otherwise than for the plans, or has changed
+            since, so that rows to choose on may be rows that the plans were made from.
     """
     made_from = plans.manifest.inputs["data"]
     if not experiment.training.validation_samples:
         raise UserError("alpha auto and learned are chosen on validation rows; give --validation-samples")
     division = divide(with_data_of(experiment, made_from).data.spec)
     check_same_split(made_from, division.spec, division.revision)
+    calibration = division.rows("calibration", made_from["rows"])
+    if division.identity(calibration)["sha256"] != made_from["sha256"]:
+        raise UserError(
+            f"{division.name}: the calibration rows are not those that {plans.folder} was made from, so that strengths "
+            "could be chosen on rows of the plans; run stage 1 again with this data, or give the data of the plans"
+        )
+    validation = division.rows("validation", experiment.training.validation_samples)
+    if read := division.marks(validation) & rows_read([plans.folder]).get("calibration", set()):
+        raise UserError(
+            f"{division.name}: validation rows have {len(read)} texts, passages or questions that were calibration "
+            f"rows of {plans.folder}; run all stages again with this data"
+        )
     learned = experiment.fusion.alpha == LEARNED
-    return StrengthRows(
-        division,
-        division.rows("calibration", made_from["rows"]) if learned else [],
-        division.rows("validation", experiment.training.validation_samples),
-        plans.manifest.inputs["settings"]["max_tokens"],
-    )
+    max_tokens = plans.manifest.inputs["settings"]["max_tokens"]
+    return StrengthRows(division, calibration if learned else [], validation, max_tokens)
 
 
 def strength_search(
@@ -77,7 +87,8 @@ def strength_search(
     """The search on these rows with a loaded target.
 
     Raises:
-        UserError: no validation row has a token with loss, or the tokenizer refuses a row.
+        UserError: no validation row has a token with loss, the tokenizer refuses a row, or a loss of the target is not
+            finite.
     """
     tokenizer = target.load_tokenizer()
 
@@ -90,7 +101,7 @@ def strength_search(
         raise UserError(f"no text has a token with loss within {rows.max_tokens} tokens; run stage 1 with --max-tokens")
     examples, groups = zip(*validation, strict=True)
     tokens = trained_tokens(examples)
-    return StrengthSearch(
+    search = StrengthSearch(
         model,
         target.layout.name,
         experiment.fusion.residual_form,
@@ -98,6 +109,12 @@ def strength_search(
         experiment.compute.tokens_per_batch,
         lambda ours, base: difference(ours, base, tokens, groups),
     )
+    if bad := sum(not math.isfinite(loss) for loss in search.base):
+        raise UserError(
+            f"{target.name}: the loss of {bad} of {len(search.base)} validation texts is not finite; the model is "
+            "damaged or overflows: look for NaN in its weights, or compute with --dtype float32"
+        )
+    return search
 
 
 def search_settings(experiment: Experiment) -> StrengthSettings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -197,7 +198,8 @@ def train_once(
         if trainable + frozen:
             log.info("%-8s %12d trainable %12d frozen parameters", part, trainable, frozen)
     recipe = replace(recipe, training=replace(recipe.training, learning_rate=trial.learning_rate))
-    unused_parameters = layout.model_type not in TOWERS or trial.alpha == 0
+    strengths = trial.alpha.values() if isinstance(trial.alpha, Mapping) else (trial.alpha,)
+    unused_parameters = layout.model_type not in TOWERS or 0 in strengths
     trainer, curve = train(model, data, recipe, trial.folder, unused_parameters)
     if lora:
         merge_lora(model)

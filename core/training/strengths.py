@@ -85,8 +85,9 @@ class Tried:
         return total if math.isfinite(total) else math.inf
 
     def record(self, tokens: int) -> dict[str, Any]:
-        """What files say of it, with the loss in nats per token."""
-        return {"candidate": self.candidate, "alpha": self.alpha, "validation": self.total / tokens}
+        """What files say of it, with the loss in nats per token; None where it is not finite."""
+        loss = self.total / tokens if math.isfinite(self.total) else None
+        return {"candidate": self.candidate, "alpha": self.alpha, "validation": loss}
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,10 @@ class StrengthSearch:
                     break
                 before = tried[-1].total
         best = min(tried, key=lambda one: one.total)
+        if best.alpha == 0:  # nothing helps; the rows are those that harm least
+            best = replace(
+                best, candidate=min((one for one in tried if one.alpha == GRID[0]), key=lambda one: one.total).candidate
+            )
         if settings.learned:
             learned = list(self._learn(what, best.candidate, list(candidates[best.candidate]()), settings))
             best = min([replace(tried[0], candidate=best.candidate), *learned], key=lambda one: one.total)

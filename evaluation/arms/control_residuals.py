@@ -27,6 +27,9 @@ from core.training.strengths import StrengthSearch
 from evaluation.arms.run import Run
 from evaluation.significance import record_of_difference
 
+# The settings beside those of fusion on which a search for strengths depends.
+SEARCHING = ("validation_samples", "seed", "tokens_per_batch", "dtype")
+
 
 class ControlResiduals:
     """The controls of one run.
@@ -36,6 +39,7 @@ class ControlResiduals:
         target: the model that was fused into.
         transport_of: control -> the transport from which its W~ is made.
         model: the loaded target, on which strengths are found. Its weights are the same before and after each call.
+            Where stage 2 found that of the fusion in another dtype, the target is loaded once more.
         experiment: device, dtype, seed and batch size.
     """
 
@@ -58,6 +62,8 @@ class ControlResiduals:
         self.search: StrengthSearch | None = None
         if self.settings.finds_alpha:
             self.experiment = as_fused(experiment, run)
+            if self.experiment.compute.dtype != experiment.compute.dtype:
+                model = target.load_model(self.experiment.compute.dtype)
             self.search = strength_search_of(run, target, model, self.experiment)
 
     def of(self, control: str) -> tuple[Iterable[Residual], Strength]:
@@ -71,13 +77,20 @@ class ControlResiduals:
         return of_rows(choice.candidate), choice.alpha
 
     def _made(self, control: str, rows: str) -> Iterator[Residual]:
-        """The residuals of a control, with W~ regressed on a kind of rows."""
+        """The residuals of a control, with W~ regressed on a kind of rows.
+
+        Raises:
+            UserError: a weight is not finite, or the control does not exist for this run.
+        """
         transport = self.transport_of(control).with_rows(rows)
         generator = torch.Generator().manual_seed(self.seed)
         fused = self._fused(rows, transport) if control in SHUFFLED else self.fused
         bar = tqdm(fused, total=len(self.fused), desc=f"building {control}", unit="projection")
-        for residual in bar:
-            yield CONTROLS[control](residual, transport, generator)
+        try:
+            for residual in bar:
+                yield CONTROLS[control](residual, transport, generator)
+        except ValueError as error:
+            raise UserError(f"{control}: {error}") from None
 
     def _fused(self, rows: str, transport: Transport) -> Iterator[Residual]:
         """What was fused, or would have been with another kind of rows."""
@@ -90,8 +103,9 @@ class ControlResiduals:
 
 def as_fused(experiment: Experiment, run: Run) -> Experiment:
     """The experiment with the settings by which stage 2 found the strength of the fusion."""
-    found = {name: run.fused.inputs["writing"][name] for name in ("validation_samples", "seed", "tokens_per_batch")}
-    return experiment.changed(**run.fused.inputs["settings"], **found)
+    searching = {name: run.fused.inputs["writing"][name] for name in SEARCHING}
+    found = {**run.fused.inputs["settings"], **searching}
+    return experiment.changed(**{name: value for name, value in found.items() if value is not None})
 
 
 def strength_search_of(run: Run, target: Checkpoint, model: Any, experiment: Experiment) -> StrengthSearch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from core.fusion.strengths import in_words
 from evaluation import markdown
 from evaluation.arms.bits import bit_notes
 from evaluation.arms.run import TRAINED
@@ -38,7 +39,7 @@ def heading(used: Mapping[str, Any] | None) -> str:
     if used is None:
         return "This run cannot be read; the reason is below."
     trained = [alpha for alpha in used["train_alpha"] if alpha != used["alpha"]]
-    training = f" ({', '.join(map(str, trained))} while training)" if trained else ""
+    training = f" ({', '.join(map(in_words, trained))} while training)" if trained else ""
     models = f"{used['target_model']} <- {used['source_model']}, {used['feature_map']}"
     return f"{models}, alpha {used['alpha']}{training}, k {used['top_k'] or 'all'}"
 

@@ -166,6 +166,17 @@ def test_both_strengths_are_in_the_heading_where_they_differ(results, capsys):
     assert heading({**used, "train_alpha": [0.1]}) == "a <- b, m, alpha 0.1, k 8"
 
 
+def test_learned_strengths_are_in_the_heading_once(results, capsys):
+    for seed in (0, 1):
+        folder = results / f"malay/adapted/hot/seed{seed}"
+        folder.mkdir(parents=True)
+        chosen = {"alpha": {"0.q": 0.25, "0.o": -0.05}}
+        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "chosen": chosen}))
+    run_main(collect_results, "--results-dir", results)
+    words = "one for each of 2 projections, from -0.050 to 0.250, 0.100 on average"
+    assert f"alpha 0.1 ({words} while training), k all" in capsys.readouterr().out
+
+
 def test_the_base_is_the_one_that_the_experiment_file_of_the_run_names(results):
     """Also where the run has scores of the base of its own, of an earlier start with other items."""
     put(results / "malay-regression/benchmarks/malay/base", "malay", {"malay_mmlu": [0.0] * 5}, limit=5)

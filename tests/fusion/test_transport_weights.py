@@ -8,12 +8,14 @@ from random_plans import L, random_pair
 from torch.testing import assert_close
 
 from core.fusion.projections import ATTENTION, COLUMNS, PROJECTIONS
+from core.fusion.residual import fold_bias, fold_weight
 from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import (
     Transport,
     empty_residual,
     explained_variance,
     fuse_attention_only_from_hot_dir,
+    transport_into,
 )
 
 
@@ -32,6 +34,23 @@ def test_keep_mean_gives_the_mean_output_on_the_mean_input(projection, top_k, bi
         got, expected = got + residual.bias, expected + residual.original_bias
         assert_close(residual.bias, expected - residual.weight @ x, atol=1e-5, rtol=1e-5)
     assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("projection", "top_k"), [("q", 0), ("v", 2), ("o", 0), ("o", 3)])
+@pytest.mark.parametrize("biases", [(), tuple(PROJECTIONS)])
+@pytest.mark.parametrize("rows", ["aligned", "anchored"])
+def test_adding_leaves_the_mean_output_as_it_is(projection, top_k, biases, rows):
+    """W + alpha W~ on the target's mean input, written out, against the target itself."""
+    plans, target, source = random_pair(biases)
+    transport = Transport(plans, source, FusionSettings("regression", "additive", rows=rows))
+    (residual,) = transport_into([empty_residual(plans, target, 0, projection, top_k)], transport, 0)
+    x = transport.feature_map.fits.mean_input(PROJECTIONS[projection].input_side, 0)
+    W, b = target.weight(0, projection), target.bias(0, projection)
+    got, expected = fold_weight(W, residual, 0.3, "additive") @ x, W @ x
+    assert not torch.allclose(fold_weight(W, residual, 0.3, "additive"), W, atol=1e-2)
+    if biases:
+        got, expected = got + fold_bias(b, residual, 0.3, "additive"), expected + b
+    assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_report_counts_biases_and_measures():

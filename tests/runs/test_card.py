@@ -11,7 +11,7 @@ from stages import front_matter, fuse_by_id
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.models.checkpoints import open_checkpoint
-from core.runs.card import RESULTS_BEGIN, RESULTS_END, add_results, fused_card
+from core.runs.card import RESULTS_BEGIN, RESULTS_END, add_results, fused_card, results_section
 from core.runs.lineage import describe_model
 
 
@@ -67,6 +67,22 @@ def test_local_folders_are_named_but_are_no_base_models(fused, models, monkeypat
     monkeypatch.chdir(models["target"].parents[1])
     described = describe_model(open_checkpoint(f"{models['target'].parent.name}/target"))  # looks like a hub id
     assert (described["hub_id"], described["name"]) == (None, "target")
+
+
+@pytest.mark.parametrize(
+    ("projections", "words"),
+    [("qkvo", "The attention weights"), (["v", "gate"], "The attention and MLP weights"), (["up"], "The MLP weights")],
+)
+def test_a_card_says_which_weights_were_fused(fused, projections, words):
+    lineage = json.loads((fused / "manifest.json").read_text())["lineage"]
+    figures = {"norm_ratio": 1.0, "cosine": 0.0, "explained_variance": None}
+    assert f"{words} of `target`" in fused_card(lineage, dict.fromkeys(projections, figures), 0)
+
+
+def test_results_name_the_controls_that_were_scored():
+    data = {"rows": 3, "file": None, "subset": "gsm8k", "split_seed": 0, "sha256": "0" * 64}
+    section = results_section("fused", data, "arm  nll\nbase  3\npermuted  2\nfiltered_self  2\nfused  1\n\na note")
+    assert "The controls (`permuted`, `filtered_self`) share" in section
 
 
 def test_data_sets_of_the_hub_are_listed(fused):

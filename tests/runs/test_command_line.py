@@ -73,7 +73,7 @@ def test_a_command_without_stages_takes_the_defaults_of_its_flags_from_an_experi
     [
         (("--alpha", "1.5"), "alpha is 1.5; expected a number from 0 to 1"),
         (("--alpha", "nan"), "alpha is nan"),
-        (("--alpha", "much"), "invalid float value"),
+        (("--alpha", "much"), "expected float or auto or learned"),
         (("--top-k", "-1"), "top_k is -1"),
         (("--p-topk", "0"), "p_topk is 0; expected at least 1"),
         (("--ridge", "0"), "ridge is 0.0; expected a positive"),

@@ -9,7 +9,7 @@ from conftest import run_main
 from stages import data_flags, pair_flags
 
 import run_activs_and_hot as stage1
-from core.fusion.projections import ATTENTION, recorded_sides
+from core.fusion.projections import ATTENTION, PROJECTIONS, recorded_sides, source_sides
 from core.models.activations import row_bytes
 from core.models.settings import ComputeSettings
 from core.runs import cost
@@ -80,6 +80,24 @@ def test_plan_only_counts_what_stage_1_will_write(configs, sizes, plans, capsys)
     side = estimate.sides[0]
     assert side.flops == 12 * (2 * 36 * 32 * rows + 4 * 36 * 32 * estimate.iterations)
     assert estimate.seconds == estimate.reading_seconds + sum(side.seconds for side in estimate.sides) > 0
+
+
+def test_the_cost_of_reading_has_what_each_model_records(sizes):
+    """With token pooling the target reads twice, and the source's input of down is for task vectors alone."""
+    target, source = sizes
+    few = {"calibration_samples": 20, "max_tokens": 50, "max_rows": 100, "projections": "all"}
+
+    def of(**more):
+        return cost.stage1_cost(target, source, Experiment.of(**few, **more), timed=False)
+
+    text, token, expert = of(), of(pooling="token"), of(source_base="base")
+    assert text.reading_flops == 2 * 1000 * (target.layer_parameters + source.layer_parameters)
+    assert token.reading_flops - text.reading_flops == 2 * 1000 * target.layer_parameters
+    assert expert.disk - text.disk == row_bytes(source.layout, 20, ("down_in",))
+    whole, plans = recorded_sides(PROJECTIONS), text.disk - row_bytes(target.layout, 20, recorded_sides(PROJECTIONS))
+    plans -= row_bytes(source.layout, 20, source_sides(PROJECTIONS))
+    rows = 2 * row_bytes(target.layout, 100, whole) + row_bytes(source.layout, 100, source_sides(PROJECTIONS))
+    assert token.disk == rows / 2 + plans
 
 
 def test_rows_beyond_the_budget_take_no_memory(sizes, monkeypatch):

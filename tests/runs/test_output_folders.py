@@ -247,12 +247,13 @@ def test_writers_of_the_tables_wait_for_each_other(tmp_path, caplog, monkeypatch
 STAGE = """
 import sys
 from core import generate_hot_residual as stage2
-transport = stage2.transport_layers
+from core.runs.fused_layers import FusedLayers
+transport = FusedLayers.transport
 def waits(*arguments):
     print("held", flush=True)
     sys.stdin.readline()
     return transport(*arguments)
-stage2.transport_layers = waits
+FusedLayers.transport = waits
 stage2.main(sys.argv[1:])
 """
 

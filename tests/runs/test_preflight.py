@@ -14,6 +14,10 @@ import run_activs_and_hot as stage1
 from core import generate_hot_residual as stage2
 from core import train_hot_residual_sft as stage3
 from core.models import checkpoints
+from core.models.checkpoints import open_checkpoint
+from core.runs.plan_directory import PlanDirectory
+from core.runs.preflight import stage2_memory
+from core.runs.settings import Experiment
 from evaluation import compare_arms as stage4
 
 
@@ -82,6 +86,17 @@ def test_stage2_dry_run_says_what_would_be_fused(no_weights, models, plans, tmp_
     assert "q: 5 of 36 rows in each of 3 layers, bias not fused" in printed
     assert "o: 5 of 36 columns in each of 3 layers" in printed and "nothing is missing" in printed
     assert not (tmp_path / "f").exists()
+
+
+def test_the_memory_of_a_search_for_strengths_has_the_logits_of_a_batch(models, plans):
+    """Of 400 tokens, in float32: three copies for a loss, four with gradients."""
+    opened, pair = PlanDirectory(plans["token"]), [open_checkpoint(str(models[role])) for role in ("target", "source")]
+    for alpha, copies in ((0.1, 0), ("auto", 3), ("learned", 4)):
+        less, more = (
+            stage2_memory(opened, *pair, Experiment.of(alpha=alpha, feature_map="regression", tokens_per_batch=size))
+            for size in (10**6, 2 * 10**6)
+        )
+        assert more - less == copies * 4 * 400 * 10**6
 
 
 def test_stage3_dry_run_says_what_would_be_trained(no_weights, fused, texts, tmp_path, capsys):

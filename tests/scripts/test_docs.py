@@ -141,6 +141,8 @@ def test_each_page_begins_with_what_the_reader_can_do():
 
 
 def test_the_tables_of_all_flags_are_those_of_the_commands():
+    numbers_and_words = write_stages_page.values_text(all_settings()["alpha"])
+    assert numbers_and_words == "a number from 0 to 1, or `auto`, `learned`"
     assert write_stages_page.page() == text_of("docs/stages.md"), (
         "docs/stages.md is stale: run `python scripts/write_stages_page.py`, which rewrites its tables"
     )

@@ -13,6 +13,7 @@ from stages import digests, fuse, logits, plan
 from torch.testing import assert_close
 
 from core import generate_hot_residual as stage2
+from core.errors import UserError
 from core.fusion.projections import ATTENTION, PROJECTIONS
 from core.fusion.residual_file import load_residuals
 from core.fusion.settings import FusionSettings
@@ -251,6 +252,43 @@ def test_some_projections_and_other_rows_through_the_stages(models, texts, tmp_p
     assert "has no activations of q, k, o, gate, up" in line and "--projections" in line
     line = fails(stage2, *pair, "--output_dir", tmp_path / "x", "--projections", "v,down")
     assert "projections down have no feature plans, which coupling reads" in line
+
+
+def test_settings_that_change_nothing_leave_a_finished_folder_alone(fused, plans, models, tmp_path):
+    out = tmp_path / "f"
+    shutil.copytree(fused, out)
+    flags = ["--feature-map", "regression", "--alpha", "0.3", "--top-k", "0"]
+    fuse(plans["token"], models, out, *flags, "--rows", "aligned", "--alpha-steps", 3, "--free-alpha")
+    assert digests(out) == digests(fused)
+
+
+@pytest.mark.parametrize("pooling", ["text", "token"])
+def test_plans_without_unaligned_rows_have_aligned_rows_alone(plans, models, tmp_path, pooling, fails):
+    other, flags = tmp_path / "p", ["--feature-map", "regression", "--alpha", "auto", "--validation-samples", 4]
+    shutil.copytree(plans[pooling], other)
+    if pooling == "token":
+        manifest = json.loads((other / "manifest.json").read_text())
+        manifest["unaligned"]["positions"] = 0
+        (other / "manifest.json").write_text(json.dumps(manifest))
+        (other / "activations/unaligned.safetensors").unlink()
+    out = fuse(other, models, tmp_path / "f", *flags)
+    tried = json.loads((out / "fusion_report.json").read_text())["strength"]["tried"]
+    assert tried and {one["candidate"] for one in tried} == {"aligned"}
+    if pooling == "text":
+        for rows in ("anchored", "difference"):
+            line = fails(stage2, "--hot-dir", other, "--output-dir", tmp_path / "x", *flags, "--rows", rows)
+            assert f"no rows for --rows {rows}" in line and "--pooling token" in line
+
+
+def test_plans_of_before_have_the_four_attention_projections(plans, tmp_path):
+    other = tmp_path / "p"
+    shutil.copytree(plans["text"], other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    del manifest["inputs"]["settings"]["projections"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    PlanDirectory(other).check_projections(["q", "o"])
+    with pytest.raises(UserError, match="has no activations of gate"):
+        PlanDirectory(other).check_projections(["q", "gate"])
 
 
 def test_a_killed_fusion_ends_with_the_same_bytes(fused, plans, models, tmp_path):

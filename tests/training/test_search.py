@@ -1,6 +1,7 @@
 """The search over strengths and learning rates: which trial is kept, and what a kill or a divergence leaves."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from core import train_hot_residual_sft as stage3
 from core.fusion.residual_file import load_residuals
 from core.models.checkpoints import open_checkpoint
 from core.models.folded import write_folded
+from core.runs.settings import Experiment
 from core.training import search
+from core.training.recipe import Recipe
+from core.training.start import open_start
 
 
 def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, models, tmp_path):
@@ -32,6 +36,21 @@ def test_search_keeps_every_trial_and_chooses_on_validation_rows(fused, models, 
     (tmp_path / "copy").mkdir()
     write_folded(open_checkpoint(str(out)), tmp_path / "copy", lambda _, tensor: tensor, 10**9)
     assert digests(tmp_path / "copy").keys() == digests(models["target"]).keys()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [(0.3, False), (0.0, True), (lambda name: 0.3, False), (lambda name: float("v" in name), True)],
+)
+def test_a_strength_of_zero_leaves_its_residual_unused(fused, tmp_path, monkeypatch, alpha, expected):
+    """The parallel wrapper has to know that there are weights without a gradient."""
+    start, experiment, seen = open_start(str(fused)), Experiment(), []
+    given = {one.name: alpha(one.name) for one in start.residuals} if callable(alpha) else alpha
+    trained = SimpleNamespace(all_weights=dict), {}
+    monkeypatch.setattr("core.training.trainer.train", lambda *arguments: seen.append(arguments[-1]) or trained)
+    recipe = Recipe("x", experiment.training, experiment.adapters, experiment.compute, experiment.distill)
+    search.train_once(start, None, recipe, search.Trial(given, 1e-5, tmp_path))
+    assert seen == [expected]
 
 
 def test_killed_search_goes_on_with_the_other_trials(fused, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +12,22 @@ from conftest import llama, run_main
 from safetensors.torch import load_file
 from stages import data_flags, fuse, logits, pair_flags, train
 
+from core import generate_hot_residual as stage2
+from core.data import DataSpec, divide
+from core.errors import UserError
+from core.fusion.controls import CONTROLS
 from core.fusion.residual import Residual
 from core.fusion.residual_file import load_residuals
 from core.fusion.strengths import in_words, mean_strength, strength_of
+from core.models.checkpoints import open_checkpoint
+from core.runs.plan_directory import PlanDirectory
+from core.runs.settings import Experiment
+from core.runs.strength_search import strength_rows, strength_search
 from core.training import strengths
 from core.training.hot_linear import fold_in_place, restore_base
 from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts, Tried, learnable
 from evaluation import compare_arms
+from evaluation.arms.control_residuals import ControlResiduals
 from evaluation.significance import record_of_difference
 
 AUTO = StrengthSettings(learned=False, steps=0, free=False, seed=0)
@@ -122,6 +133,17 @@ def test_a_strength_that_helps_is_found_and_one_that_harms_is_zero(improved):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_where_no_strength_helps_the_rows_that_harm_least_are_kept(improved):
+    model, _ = improved
+    harmful = [residual_of(model, layer, "gate") for layer in range(3)]
+    milder = [replace(one, weight=torch.lerp(one.original_weight, one.weight, 0.5)) for one in harmful]
+    candidates = {"harmful": lambda: harmful, "milder": lambda: milder}
+    choice = search_with(model).find("fused", candidates, AUTO)
+    assert choice.alpha == 0 and choice.gain["diff"] == 0 and choice.candidate == "milder"
+    learned = search_with(model).find("fused", candidates, StrengthSettings(True, 7, False, 0))
+    assert learned.tried[-1]["candidate"] == "milder"
+
+
 def test_a_gain_that_rests_on_one_group_is_none(improved):
     model, better = improved
     choice = search_with(model, groups=["one"] * 12).find("fused", {"better": lambda: better}, AUTO)
@@ -135,6 +157,30 @@ def test_weights_that_are_not_finite_are_never_chosen(improved):
     choice = search_with(model).find("fused", {"broken": lambda: broken, "better": lambda: better}, AUTO)
     assert choice.candidate == "better" and choice.alpha == 0.2
     assert search_with(model).find("fused", {"broken": lambda: broken}, AUTO).alpha == 0
+
+
+def test_a_loss_that_is_not_finite_is_none_on_disk_and_refused_of_the_target(improved, plans, models, monkeypatch):
+    model, better = improved
+    broken = [replace(one, weight=torch.full_like(one.weight, math.nan)) for one in better]
+    choice = search_with(model).find("fused", {"broken": lambda: broken}, AUTO)
+    assert choice.record()["tried"][0]["validation"] is None
+    target, experiment = open_checkpoint(str(models["target"])), Experiment.of(alpha="auto", validation_samples=4)
+    rows = strength_rows(experiment, PlanDirectory(plans["token"]))
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"the loss of 4 of 4 validation texts is not finite.*--dtype float32"):
+        strength_search(rows, target, model, experiment, record_of_difference)
+
+
+def test_a_control_that_is_not_finite_ends_in_one_line(monkeypatch):
+    def damaged(*_):
+        raise ValueError("the transported weight has NaN")
+
+    monkeypatch.setitem(CONTROLS, "damped", damaged)
+    controls = ControlResiduals.__new__(ControlResiduals)
+    transport = SimpleNamespace(with_rows=lambda rows: None)
+    controls.__dict__.update(rows="aligned", fused=[None], seed=0, transport_of=lambda control: transport)
+    with pytest.raises(UserError, match="damped: the transported weight has NaN"):
+        list(controls._made("damped", "aligned"))
 
 
 def test_learned_strengths_beat_one_for_all_and_leave_out_what_harms(improved):
@@ -170,12 +216,13 @@ def test_strengths_in_words(model):
 @pytest.fixture(scope="module")
 def found(plans, models, tmp_path_factory):
     """A checkpoint whose strengths stage 2 found. Nothing helps these random models, so the largest strength is taken
-    for the best."""
+    for the best, and anchored rows for better than aligned ones."""
     folder = tmp_path_factory.mktemp("found")
     flags = ["--feature-map", "regression", "--top-k", 0, "--validation-samples", 16]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strengths, "helps", lambda gain: True)
-        patch.setattr(Tried, "total", property(lambda one: -1.0 if isinstance(one.alpha, dict) else -one.alpha))
+        grid = property(lambda one: -1.0 if isinstance(one.alpha, dict) else -one.alpha * len(one.candidate))
+        patch.setattr(Tried, "total", grid)
         return {
             alpha: fuse(plans["token"], models, folder / alpha / "fused", *flags, "--alpha", alpha, *more)
             for alpha, more in (("auto", ()), ("learned", ("--alpha-steps", 7, "--free-alpha")))
@@ -183,7 +230,7 @@ def found(plans, models, tmp_path_factory):
 
 
 @pytest.mark.parametrize("alpha", ["auto", "learned"])
-def test_stage_2_writes_what_it_found(found, models, alpha):
+def test_stage_2_writes_what_it_found(found, plans, models, tmp_path, alpha):
     folder = found[alpha]
     manifest, report = (json.loads((folder / name).read_text()) for name in ("manifest.json", "fusion_report.json"))
     residuals, strength, _ = load_residuals(folder / "hot_residual.safetensors")
@@ -195,15 +242,26 @@ def test_stage_2_writes_what_it_found(found, models, alpha):
         name = f"model.layers.{residual.layer}.self_attn.{residual.projection}_proj.weight"
         expected = torch.lerp(before[name], residual.weight, strength_of(strength, residual))
         assert torch.equal(weights[name], expected)
+    assert manifest["strength"]["rows"] == "anchored"
+    flags = ["--feature-map", "regression", "--top-k", 0, "--rows", "anchored", "--alpha", 0.2]
+    anchored = fuse(plans["token"], models, tmp_path / "anchored", *flags)
+    expected = load_residuals(anchored / "hot_residual.safetensors")[0]
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(residuals, expected, strict=True))
+    if alpha == "auto":
+        assert (folder / "model.safetensors").read_bytes() == (anchored / "model.safetensors").read_bytes()
     assert json.loads((folder / "rows_read.json").read_text())["validation"]
     assert not (folder / "parts").exists()
 
 
-def test_training_from_learned_strengths_keeps_them(found, tmp_path):
+def test_training_from_learned_strengths_keeps_them(found, tmp_path, caplog):
     out = train(found["learned"], tmp_path / "a", "--learning-rate", "1e-12")
     old, new = (load_residuals(folder / "hot_residual.safetensors") for folder in (found["learned"], out))
     assert old[1] == new[1] and torch.allclose(logits(found["learned"]), logits(out), atol=1e-5)
+    searched = train(found["learned"], tmp_path / "s", "--lr-search", "1e-12,1e-11")
+    assert "| training | chosen alpha | one for each of 12 projections, from " in (searched / "README.md").read_text()
+    assert "takes the place of" not in caplog.text
     other = train(found["learned"], tmp_path / "b", "--train-alpha", 0.5)
+    assert "alpha 0.5 takes the place of the strength that stage 2 found (one for each of 12" in caplog.text
     assert load_residuals(other / "hot_residual.safetensors")[1] == 0.5
 
 
@@ -215,12 +273,31 @@ def test_controls_find_their_strengths_in_the_same_way(found, plans, models, tex
     assert of_controls.keys() >= {"permuted", "self", "damped_mean"}
     assert all(isinstance(one["tried"][-1]["alpha"], dict) for one in of_controls.values())
     assert "Strengths of the controls were found in the same way" in capsys.readouterr().out
+    run_main(compare_arms, *flags, "--controls", "few", "--dtype", "bfloat16")  # losses are, strengths are as fused
+    again = json.loads((run / "results.json").read_text())["strengths"]
+    assert again == {control: of_controls[control] for control in again} and again.keys() >= {"permuted", "self"}
+
+
+def test_strengths_are_not_found_on_rows_that_the_plans_were_not_made_from(plans, texts, tmp_path, fails):
+    """Calibration rows that are others by now could be validation rows of before, and the other way round."""
+    flags = ["--output-dir", tmp_path / "f", "--feature-map", "regression", "--alpha", "auto"]
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("".join(sorted(texts.read_text("utf-8").splitlines(True))[10:]), "utf-8")
+    line = fails(stage2, "--hot-dir", plans["token"], *data_flags(changed), *flags)
+    assert "the calibration rows are not those" in line and "run stage 1 again" in line
+    other = tmp_path / "plans"
+    shutil.copytree(plans["token"], other)
+    division = divide(DataSpec("file", str(texts)))
+    read = json.loads((other / "rows_read.json").read_text())
+    read["calibration"] += [row.digest for row in division.parts["validation"][:2]]
+    (other / "rows_read.json").write_text(json.dumps(read))
+    line = fails(stage2, "--hot-dir", other, *flags, "--validation-samples", 16)
+    assert "validation rows" in line and "were calibration rows of" in line and "run all stages again" in line
 
 
 def test_validation_rows_are_needed(plans, models, tmp_path, fails):
-    from core import generate_hot_residual as stage2
-
     flags = ["--hot-dir", plans["token"], "--output-dir", tmp_path / "f", "--feature-map", "regression"]
     assert "give --validation-samples" in fails(stage2, *flags, "--alpha", "auto", "--validation-samples", 0)
+    assert "rows difference adds" in fails(stage2, *flags, "--rows", "difference", "--residual-form", "additive")
     assert "expected a number from 0 to 1, or auto, or learned" in fails(stage2, *flags, "--alpha", "2")
     assert "expected float or auto or learned" in fails(stage2, *flags, "--alpha", "most")

@@ -147,13 +147,14 @@ def verdict(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """Whether anything was transferred: fused has to be reliably better than base and than every control.
 
     Each of these tests has to succeed, so the chance of a false alarm is not above that of a single test. A gain that
-    `filtered_self` shares is called denoising, because that control has seen the source's spectrum alone.
+    `filtered_self` shares, being reliably better than base itself, is called denoising, because that control has seen
+    the source's spectrum alone.
     """
     rivals = [arm for arm in ("base", *CONTROLS) if arm in arms]
     unbeaten = [arm for arm in rivals if not below_zero(arms[arm]["fused_minus_arm"])]
     if unbeaten:
         shown = f"No transfer shown: fused is not reliably better than {', '.join(unbeaten)}."
-        if "filtered_self" not in unbeaten or "base" in unbeaten:
+        if "filtered_self" not in unbeaten or "base" in unbeaten or not below_zero(arms["filtered_self"]):
             return shown
         left = interval(arms["filtered_self"]["fused_minus_arm"])
         return f"{shown} filtered_self shares its gain (fused minus filtered_self = {left}): that is denoising."

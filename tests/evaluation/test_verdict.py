@@ -115,6 +115,15 @@ def test_a_gain_that_filtered_self_shares_is_called_denoising():
     assert "denoising" not in table(statistics(per_text, tokens, range(50)), counts(tokens, range(50)))
 
 
+def test_filtered_self_that_is_not_better_than_base_itself_is_no_denoising():
+    """Too noisy to tell from fused, and to tell from base: then nothing is said of where the gain comes from."""
+    per_text, tokens = made_up()
+    noise = np.random.default_rng(1).normal(0, 1, 50) * np.asarray(tokens)
+    arms = statistics({**per_text, "filtered_self": (per_text["base"] + noise).tolist()}, tokens, range(50))
+    text = table(arms, counts(tokens, range(50)))
+    assert "No transfer shown: fused is not reliably better than filtered_self." in text and "denoising" not in text
+
+
 def test_a_loss_that_is_not_a_number_is_no_success():
     """It is refused where losses are measured, and should one get through, the sentence claims no success."""
     with pytest.raises(UserError, match="fused: the loss of 2 of 4 general texts is not finite, first that of text 2"):

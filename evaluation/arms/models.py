@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from core.errors import UserError
 from core.files import digest_of
 from core.fusion.controls import CONTROLS, FEW
@@ -24,6 +26,10 @@ from evaluation.arms.control_residuals import ControlResiduals
 from evaluation.arms.random_source import random_source_plans
 from evaluation.arms.run import Run
 from evaluation.arms.texts import TextSet
+
+# What a model can raise that is damaged, gives no finite number, or needs more memory than there is
+# (torch.OutOfMemoryError is a RuntimeError).
+UNUSABLE = (UserError, OSError, SafetensorError, RuntimeError, MemoryError)
 
 
 class Losses(NamedTuple):

@@ -79,8 +79,10 @@ def bit_notes(counts: Mapping[str, Any]) -> list[str]:
         return ["No bits per byte: target and source have no span between token ends in common in any text."]
     left_out = f"; {found['left_out']} more have no span between shared token ends" if found["left_out"] else ""
     what = "the answers in " * found["answers"] + f"{found['texts']} texts"
-    source = found["arms"][SOURCE]
+    source = found["arms"].get(SOURCE)
     size = f"of {found['bytes']} bytes of {what}{left_out}"
+    if source is None:
+        return [f"Bits per byte are {size}; the source was not measured, so no share of a gap is given."]
     gap = f"In bits per byte ({size}), the source minus base is {interval(source)}"
     if "closed" not in source:
         return [f"{gap}: the source is not shown to be better here, so no share of a gap is given."]

@@ -4,13 +4,15 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from browser import LAYOUT, PICK, ask, chromium, needs_browser
-from conftest import run_main
+from conftest import ROOT, run_main
 from safetensors.torch import load_file
 from stages import data_flags, fuse, pair_flags, plan, train
 
@@ -19,6 +21,7 @@ from evaluation import compare_arms, report
 from evaluation.pages.paths import without_paths
 from evaluation.pages.run_files import RunFiles
 
+CAPTURED = {"capture_output": True, "text": True, "check": True}
 VOID = {"meta", "link", "br", "img", "input", "hr", "path", "rect", "use", "circle", "line", "image", "stop"}
 
 
@@ -266,6 +269,21 @@ def test_runs_that_differ_in_strength_alone_are_compared(run):
     rows = table(run, "by_strength")
     assert {(row["run"], row["alpha"]) for row in rows} == {("small", "0.1"), ("stronger", "0.2")}
     assert not (run / "report/by_source.csv").exists()
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
+    (run / "report.html").unlink()
+    for flags in ([run], ["--run-dir", run]):
+        run_main(report, *flags, "--dry-run")
+        assert f"would write {run}/report.html" in capsys.readouterr().out and not (run / "report.html").exists()
+    run_main(report, "--run-dir", tmp_path / "none", "--dry-run")  # no stage has run yet
+    assert f"{tmp_path}/none does not exist yet" in capsys.readouterr().out
+
+
+def test_help_waits_for_no_drawing():
+    code = "import sys\ntry: sys.argv[1:] = ['--help']; from evaluation.report import main; main(['--help'])\nfinally: "
+    found = subprocess.run([sys.executable, "-c", code + "print('matplotlib' in sys.modules)"], cwd=ROOT, **CAPTURED)
+    assert found.stdout.splitlines()[-1] == "False", found.stderr
 
 
 def test_what_is_no_run_is_refused(fails, tmp_path):

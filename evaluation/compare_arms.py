@@ -70,7 +70,8 @@ def measured(arms: Arms, results: Results, sets: Mapping[str, TextSet]) -> dict[
     """
     for arm, losses in arms.losses([arm for arm in results.missing if arm != SOURCE], sets):
         results.add(arm, losses)
-    record = results.finish(arms.absent)
+    strength = arms.run.fused.record.get("strength")
+    record = results.finish(arms.absent, strength)
     if SOURCE not in results.missing:
         return record
     try:
@@ -78,7 +79,7 @@ def measured(arms: Arms, results: Results, sets: Mapping[str, TextSet]) -> dict[
             results.add(arm, losses)
     except UNUSABLE as error:
         log.warning("the source is left out of bits per byte: %s", first_line(error))
-    return results.finish(arms.absent)
+    return results.finish(arms.absent, strength)
 
 
 def plan_folder_of(command: Command) -> Path:

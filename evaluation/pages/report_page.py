@@ -147,7 +147,10 @@ def page(files: RunFiles, shown: list[Section]) -> str:
     pairs = [pair for section in shown for pair in section.pairs]
     name = files.folder.resolve().name
     models = ", ".join(f"{role} {model['name']}" for role, model in files.models.items())
-    trials = {key.partition("/")[0]: len(found.record["trials"]) for key, found in files.trainings.items()}
+    trials: dict[str, int] = {}
+    for key, training in files.trainings.items():
+        arm = key.partition("/")[0]
+        trials[arm] = max(trials.get(arm, 0), len(training.record["trials"]))
     found = files.results
     return (
         environment()

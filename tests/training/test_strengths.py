@@ -214,7 +214,10 @@ def test_controls_find_their_strengths_in_the_same_way(found, plans, models, tex
     of_controls = json.loads((run / "results.json").read_text())["strengths"]
     assert of_controls.keys() >= {"permuted", "self", "damped_mean"}
     assert all(isinstance(one["tried"][-1]["alpha"], dict) for one in of_controls.values())
-    assert "Strengths of the controls were found in the same way" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Strengths of the controls were found in the same way, on the validation rows" in told
+    sentence = json.loads((run / "fused/manifest.json").read_text())["strength"]["sentence"]
+    assert f"\n{sentence}.\n" in told
 
 
 def test_validation_rows_are_needed(plans, models, tmp_path, fails):

@@ -12,7 +12,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from core.errors import UserError
+from core.errors import UserError, first_line
 from core.locks import hold, outputs_held
 from core.models.checkpoints import open_pair
 from core.runs.card import add_results, results_section
@@ -20,7 +20,8 @@ from core.runs.command_line import Command, parse_command, unfinished
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import log_to_file, run_command, setup_logging
 from core.runs.settings import Experiment
-from evaluation.arms.models import Arms, open_base_of
+from evaluation.arms.bits import SOURCE
+from evaluation.arms.models import UNUSABLE, Arms, open_base_of
 from evaluation.arms.results import Results
 from evaluation.arms.run import Run, folders_to_compare
 from evaluation.arms.samples import SAMPLES, write_samples
@@ -53,14 +54,32 @@ def main(argv: list[str]) -> None:
     hold(folder)
     log_to_file(command.log_file("run_dir", "."))
     results = Results(folder / "results.json", inputs_of(run, sets, experiment), arms.made_from, sets)
-    for arm, losses in arms.losses(results.missing, sets):
-        results.add(arm, losses)
-    record = results.finish(arms.absent)
+    record = measured(arms, results, sets)
     text = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
     text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])
     print(text)
     write_to_cards(run, sets["held_out"].identity, text)
     write_samples(folder / SAMPLES, arms, sets["held_out"].rows)
+
+
+def measured(arms: Arms, results: Results, sets: Mapping[str, TextSet]) -> dict[str, Any]:
+    """Measure what is missing and return the contents of `results.json`.
+
+    The file is finished before the source is loaded as well, which may be too large for this machine: the comparison of
+    arms rests on the others. Without the source, it has no bits per byte of it and no share of the gap.
+    """
+    for arm, losses in arms.losses([arm for arm in results.missing if arm != SOURCE], sets):
+        results.add(arm, losses)
+    strength = arms.run.fused.record.get("strength")
+    record = results.finish(arms.absent, strength)
+    if SOURCE not in results.missing:
+        return record
+    try:
+        for arm, losses in arms.losses([SOURCE], sets):
+            results.add(arm, losses)
+    except UNUSABLE as error:
+        log.warning("the source is left out of bits per byte: %s", first_line(error))
+    return results.finish(arms.absent, strength)
 
 
 def plan_folder_of(command: Command) -> Path:

@@ -16,31 +16,42 @@ from core.errors import UserError
 from core.locks import hold, outputs_held
 from core.runs.command_line import Parser, parse_command
 from core.runs.process import run_command, setup_logging
-from evaluation.pages.index_page import runs_in, write_index
-from evaluation.pages.report_page import write_report
-from evaluation.pages.run_files import is_run
 
+MODES = {"dry_run": "say which page would be written, and stop"}
 FOLDERS = {"run_dir": "run directory (default runs/<name>)"}
 
 
 @outputs_held()
 def main(argv: list[str]) -> None:
     setup_logging()
-    folder = run_folder(argv)
+    folder, dry_run = run_folder(argv)
+    if dry_run:
+        waiting = "" if folder.is_dir() else f"{folder} does not exist yet; once the stages have run, "
+        print(f"{waiting}would write {folder / 'report.html'}")
+        return
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; give the folder of a run, such as runs/demo")
+    # Drawing takes a second to import, which --help need not wait for.
+    from evaluation.pages.index_page import runs_in, write_index
+    from evaluation.pages.report_page import write_report
+    from evaluation.pages.run_files import is_run
+
     hold(folder, wait=True)
     write = write_report if is_run(folder) or not runs_in(folder) else write_index
     print(f"report: {write(folder)}")
 
 
-def run_folder(argv: list[str]) -> Path:
-    """The folder that is given, or else the run of the experiment that the flags of stage 4 describe."""
+def run_folder(argv: list[str]) -> tuple[Path, bool]:
+    """(the folder that is given, or else the run of the experiment that the flags of stage 4 describe; whether this is
+    a dry run)."""
     if not argv or not argv[0].startswith("-"):
         parser = Parser(__doc__ or "")
         parser.add_argument("run", type=Path, help="folder of a run, such as runs/demo, or one that holds runs")
-        return parser.parse(argv)["run"]
-    return parse_command(argv, "e", __doc__ or "", FOLDERS).path("run_dir", ".")
+        parser.add_argument("--dry-run", action="store_true", help=MODES["dry_run"])
+        given = parser.parse(argv)
+        return given["run"], given["dry_run"]
+    command = parse_command(argv, "e", __doc__ or "", FOLDERS, modes=MODES)
+    return command.path("run_dir", "."), "dry_run" in command.modes
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-
+log = logging.getLogger(__name__)
 USAGE = "usage.jsonl"
 
 
@@ -57,11 +56,15 @@ class Usage(logging.Handler):
 def read_usage(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's file, from the first command to the last; empty where there is no file.
 
-    Raises:
-        UserError: a line is not JSON.
+    A line that cannot be read, such as the half of one that a killed command left, is skipped with a warning.
     """
     path = folder / USAGE
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON lines ({error}); remove it") from None
+    found = []
+    # Only "\n" ends a line: JSON leaves the other ends of lines that Unicode has, such as U+2028, in its texts.
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
+        try:
+            if line:
+                found.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            log.warning("line %d of %s is skipped: %s", number, path, error)
+    return found

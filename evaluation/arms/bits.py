@@ -48,17 +48,27 @@ def bits_per_byte(
     arms = {arm: {"bits_per_byte": paired.average(arm), **paired.minus(arm, "base")} for arm in paired.mean}
     if SOURCE in arms and below_zero(arms[SOURCE]):
         for figures in arms.values():
-            figures["closed"] = figures["diff"] / arms[SOURCE]["diff"]
+            figures["closed"] = figures["diff"] / arms[SOURCE]["diff"] + 0.0  # not -0.0 for an arm that equals base
     return {**counts, "arms": arms}
 
 
-def columns(arm: str, counts: Mapping[str, Any]) -> str:
-    """What the table of arms says of one arm in bits per byte: two columns, or nothing where no text has bytes."""
+def percent(share: float) -> str:
+    """A share as text, `12.3 %`; one that rounds to 0 has no sign."""
+    return f"{round(100 * share, 1) + 0.0:.1f} %"
+
+
+def cells(arm: str, counts: Mapping[str, Any]) -> list[str]:
+    """Bits per byte of one arm and what it closes of the gap; no cells where no text has bytes."""
     figures = counts.get("bits_per_byte", {}).get("arms", {}).get(arm)
     if figures is None:
-        return ""
-    closed = f"{100 * figures['closed']:.1f} %" if "closed" in figures else ""
-    return f"  {figures['bits_per_byte']:9.4f} {closed:>8}"
+        return []
+    return [f"{figures['bits_per_byte']:.4f}", percent(figures["closed"]) if "closed" in figures else ""]
+
+
+def columns(arm: str, counts: Mapping[str, Any]) -> str:
+    """`cells` as two columns of the table of arms, or nothing."""
+    found = cells(arm, counts)
+    return f"  {found[0]:>9} {found[1]:>8}" if found else ""
 
 
 def heading(counts: Mapping[str, Any]) -> str:
@@ -79,9 +89,11 @@ def bit_notes(counts: Mapping[str, Any]) -> list[str]:
         return ["No bits per byte: target and source have no span between token ends in common in any text."]
     left_out = f"; {found['left_out']} more have no span between shared token ends" if found["left_out"] else ""
     what = "the answers in " * found["answers"] + f"{found['texts']} texts"
-    source = found["arms"][SOURCE]
+    source = found["arms"].get(SOURCE)
     size = f"of {found['bytes']} bytes of {what}{left_out}"
+    if source is None:
+        return [f"Bits per byte are {size}; the source was not measured, so no share of a gap is given."]
     gap = f"In bits per byte ({size}), the source minus base is {interval(source)}"
     if "closed" not in source:
         return [f"{gap}: the source is not shown to be better here, so no share of a gap is given."]
-    return [f"{gap}; fused closes {100 * found['arms']['fused']['closed']:.1f} % of that gap."]
+    return [f"{gap}; fused closes {percent(found['arms']['fused']['closed'])} of that gap."]

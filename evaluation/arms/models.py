@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from core.errors import UserError
 from core.files import digest_of
 from core.fusion.controls import CONTROLS, FEW
@@ -24,6 +26,10 @@ from evaluation.arms.control_residuals import ControlResiduals
 from evaluation.arms.random_source import random_source_plans
 from evaluation.arms.run import Run
 from evaluation.arms.texts import TextSet
+
+# What a model can raise that is damaged, gives no finite number, or needs more memory than there is
+# (torch.OutOfMemoryError is a RuntimeError).
+UNUSABLE = (UserError, OSError, SafetensorError, RuntimeError, MemoryError)
 
 
 class Losses(NamedTuple):
@@ -89,12 +95,13 @@ class Arms:
 
     @property
     def made_from(self) -> dict[str, str]:
-        """Arm, or `ARM/SEED` for a training -> digest of the manifest that decides what its model is, in the order of
-        the table."""
+        """Arm, or `ARM/SEED` for a training -> digest of what decides what its model is, in the order of the table:
+        a manifest, and the contents of the source."""
         controls = [control for control in CONTROLS if control not in self.absent]
         fused = digest_of(self.run.fused.record)
         trained = {arm: digest_of(found.record) for arm, found in self.run.checkpoints.items()}
-        return {**dict.fromkeys(("base", *controls), fused), **trained, SOURCE: fused}
+        source = {key: found for key, found in self.source.identity.items() if key not in ("id", "revision")}
+        return {**dict.fromkeys(("base", *controls), fused), **trained, SOURCE: digest_of(source)}
 
     def losses(self, arms: Sequence[str], sets: Mapping[str, TextSet]) -> Iterator[tuple[str, Losses]]:
         """(arm, its losses) of each of `arms`, those without a checkpoint first and the source last.

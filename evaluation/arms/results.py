@@ -69,11 +69,13 @@ class Results:
             self.record["strengths"][arm] = losses.strength
         write_json(self.path, self.record)
 
-    def finish(self, absent: Mapping[str, str]) -> dict[str, Any]:
+    def finish(self, absent: Mapping[str, str], strength: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Compare all arms, write the figures to the file and return its contents.
 
         Args:
             absent: arm that could not be measured -> why.
+            strength: how that of the fusion was found (`core.training.strengths.Choice.record`), where it was not
+                given.
         """
         for name, texts in self.sets.items():
             losses, of_bytes = (
@@ -85,5 +87,7 @@ class Results:
             figures = "arms" if name == "held_out" else f"arms_{name}"
             self.record[figures] = statistics(losses, texts.tokens, texts.groups)
         self.record["held_out"]["absent"] = absent
+        if strength is not None:
+            self.record["arms"]["fused"]["strength"] = strength
         write_json(self.path, {**self.record, **provenance()})
         return self.record

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.errors import first_line
 from core.files import digest_of, read_json, write_json
 from core.models.checkpoints import Checkpoint, open_checkpoint
 from core.texts.rows import Row
-from evaluation.arms.models import Arms
+from evaluation.arms.models import UNUSABLE, Arms
 from evaluation.benchmarks.generation import Decoding, answers
 from evaluation.benchmarks.prompts import CHAT, PLAIN
 from evaluation.evaluated_model import EvaluatedModel, finite_answers
 
+log = logging.getLogger(__name__)
 SAMPLES = "samples.json"
 # How many prompts are continued, by how many tokens, and how many characters of a plain text are its prompt.
 PROMPTS, NEW_TOKENS, PROMPT_CHARACTERS = 3, 40, 160
@@ -22,8 +26,9 @@ PROMPTS, NEW_TOKENS, PROMPT_CHARACTERS = 3, 40, 160
 def write_samples(path: Path, arms: Arms, rows: Sequence[Row]) -> None:
     """Continue prompts from held-out rows greedily with every model, and write the texts.
 
-    Models whose texts are in the file already are not asked again. A greedy text of a few dozen tokens says next to
-    nothing about a model; it only lets a reader see what kind of text this is about.
+    Models whose texts are in the file already are not asked again. A model that cannot be asked, such as one without a
+    chat template, is left out with a warning, because the table of arms does not depend on it. A greedy text of a few
+    dozen tokens says next to nothing about a model; it only lets a reader see what kind of text this is about.
 
     Args:
         arms: the arms of the run.
@@ -37,12 +42,21 @@ def write_samples(path: Path, arms: Arms, rows: Sequence[Row]) -> None:
     record: dict[str, Any] = {**asked, "texts": {}}
     for name, (checkpoint, made) in sampled_models(arms).items():
         if told.get(name, {}).get("made") != made:
-            model = EvaluatedModel(checkpoint, arms.experiment.compute.dtype)
-            with finite_answers(model, "text samples"):
-                texts = answers(model, prompts, Decoding(max_new_tokens=NEW_TOKENS, prompt=policy))
+            gc.collect()  # the model before this one may fill the memory
+            try:
+                texts = continuations(EvaluatedModel(checkpoint, arms.experiment.compute.dtype), prompts, policy)
+            except UNUSABLE as error:
+                log.warning("%s has no text samples: %s", name, first_line(error))
+                continue
             told[name] = {"made": made, "continuations": texts}
         record["texts"][name] = told[name]
         write_json(path, record)
+
+
+def continuations(model: EvaluatedModel, prompts: Sequence[str], policy: str) -> list[str]:
+    """What a model says to every prompt. Raises UserError where it has no chat template, or logits are not finite."""
+    with finite_answers(model, "text samples"):
+        return answers(model, prompts, Decoding(max_new_tokens=NEW_TOKENS, prompt=policy))
 
 
 def sampled_models(arms: Arms) -> dict[str, tuple[Checkpoint, str]]:

@@ -60,7 +60,8 @@ def table(
     """The table that ends the pipeline: every arm, what the intervals rest on, and the sentence that sums it up.
 
     Args:
-        arms: `statistics` of the held-out texts.
+        arms: `statistics` of the held-out texts; that of "fused" has "strength", how its strength was found
+            (`core.training.strengths.Choice.record`), where it was not given.
         held_out: `TextSet.counts` of these, with "absent": arm -> why it could not be measured, and "bits_per_byte" as
             `evaluation.arms.bits.bits_per_byte` gives it.
         general: `statistics` of general text, where there is any.
@@ -81,7 +82,9 @@ def table(
         lines.append(row + columns(arm, held_out))
     if source := columns(SOURCE, held_out):
         lines.append(f"{SOURCE:14}{'':87}{source}")
-    lines += [*notes(held_out), *seed_notes(arms), verdict(arms), *bit_notes(held_out)]
+    found = arms["fused"].get("strength")
+    strength = [] if found is None else [f"{found['sentence']}."]
+    lines += [*notes(held_out), *seed_notes(arms), verdict(arms), *strength, *bit_notes(held_out)]
     for rival in ("no_hot", "distill"):
         if rival in arms:
             found = arms["fused_adapted"][f"minus_{rival}"]
@@ -118,7 +121,8 @@ def strength_notes(strengths: Mapping[str, Any]) -> list[str]:
     if not strengths:
         return []
     found = ", ".join(f"{control} {mean_strength(one['alpha']):.3f}" for control, one in strengths.items())
-    return [f"Strengths of the controls were found in the same way (means over projections): {found}."]
+    how = "in the same way, on the validation rows (means over projections)"
+    return [f"Strengths of the controls were found {how}: {found}."]
 
 
 def seed_notes(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -147,13 +151,16 @@ def verdict(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """Whether anything was transferred: fused has to be reliably better than base and than every control.
 
     Each of these tests has to succeed, so the chance of a false alarm is not above that of a single test. A gain that
-    `filtered_self` shares is called denoising, because that control has seen the source's spectrum alone.
+    `filtered_self` shares, being reliably better than base itself, is called denoising, because that control has seen
+    the source's spectrum alone. Where the search for the strength left the target alone, no control has to be named.
     """
+    if arms["fused"].get("strength", {}).get("alpha") == 0:
+        return "No transfer shown. The strength is 0: fused is the base."
     rivals = [arm for arm in ("base", *CONTROLS) if arm in arms]
     unbeaten = [arm for arm in rivals if not below_zero(arms[arm]["fused_minus_arm"])]
     if unbeaten:
         shown = f"No transfer shown: fused is not reliably better than {', '.join(unbeaten)}."
-        if "filtered_self" not in unbeaten or "base" in unbeaten:
+        if "filtered_self" not in unbeaten or "base" in unbeaten or not below_zero(arms["filtered_self"]):
             return shown
         left = interval(arms["filtered_self"]["fused_minus_arm"])
         return f"{shown} filtered_self shares its gain (fused minus filtered_self = {left}): that is denoising."

@@ -8,12 +8,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from core.errors import UserError
+from core.errors import first_line
 from core.files import MANIFEST, write_text
 from evaluation.figures import benchmarks
 from evaluation.pages.benchmark_scores import benchmark_sets
 from evaluation.pages.report_page import FIGURES, REPORT, Section, described, environment, write_report
-from evaluation.pages.run_files import RESULTS, RunFiles, is_run
+from evaluation.pages.run_files import RESULTS, UNREADABLE, RunFiles, is_run
 from evaluation.pages.verdict import headline
 from evaluation.significance import interval
 
@@ -46,9 +46,9 @@ def write_index(folder: Path) -> Path:
             rows.append({"run": run.name, "verdict": headline(files.results), "diffs": diffs_of(files), "link": True})
             for kind, found in benchmark_sets(run).items():
                 sets[f"{run.name}, general" if kind == "general" else run.name] = found
-        except UserError as error:
+        except UNREADABLE as error:
             log.warning("%s: %s", run.name, error)
-            rows.append({"run": run.name, "verdict": str(error), "diffs": [""] * len(INDEX_ARMS), "link": False})
+            rows.append({"run": run.name, "verdict": first_line(error), "diffs": [""] * len(INDEX_ARMS), "link": False})
     scale = benchmarks.common_scale(sets)
     if scale is not None:
         scale.save(folder / FIGURES)

@@ -11,9 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from core.errors import first_line
 from core.files import write_text
 from core.fusion.projections import PROJECTIONS
 from core.fusion.residual_file import read_selection
+from core.manifest import COMMANDS
 from evaluation.figures import benchmarks, forest
 from evaluation.figures.curves import loss_curves
 from evaluation.figures.figure import Figure
@@ -28,7 +30,7 @@ from evaluation.pages import verdict
 from evaluation.pages.benchmark_scores import benchmark_sets
 from evaluation.pages.facts import facts
 from evaluation.pages.paths import without_paths
-from evaluation.pages.run_files import RunFiles
+from evaluation.pages.run_files import UNREADABLE, RunFiles
 from evaluation.pages.siblings import siblings
 
 REPORT, FIGURES = "report.html", "report"
@@ -48,15 +50,41 @@ class Section:
 
 
 def sections(files: RunFiles) -> Iterator[Section]:
-    """All sections that have figures, in the order of the page."""
+    """All sections, in the order of the page. What cannot be read is named among what the run lacks."""
+    for what, make, command in (
+        ("the verdict", loss_sections, "evaluation/compare_arms.py"),
+        ("figures of the plans", plan_sections, COMMANDS["plans"]),
+        ("what was transported", fusion_sections, COMMANDS["fused"]),
+        ("comparisons and benchmarks", other_sections, "evaluation/run_task.py"),
+    ):
+        try:
+            yield from make(files)
+        except UNREADABLE as error:
+            files.lacks(what, first_line(error), command)
+
+
+def loss_sections(files: RunFiles) -> Iterator[Section]:
+    """What stage 4 measured."""
     yield Section("verdict", "Was anything transferred?", list(loss_figures(files)))
+
+
+def plan_sections(files: RunFiles) -> Iterator[Section]:
+    """What stage 1 found."""
     if files.plans is not None:
         yield Section("layers", "Which layers correspond?", [layer_plans(files.plans)])
         pairs = list(matched_pairs(files.plans))
         yield Section("neurons", "Which neurons correspond?", [neuron_plan(default_pair(pairs))], pairs)
         yield Section("mass", "How concentrated are the plans?", [top_k_mass(pairs)])
-    if files.fused is not None:
+
+
+def fusion_sections(files: RunFiles) -> Iterator[Section]:
+    """What stage 2 fused."""
+    if files.fused is not None and files.report:
         yield Section("transported", "What was transported?", list(fusion_figures(files)))
+
+
+def other_sections(files: RunFiles) -> Iterator[Section]:
+    """Other runs, benchmarks and trainings."""
     strengths, sources = siblings(files)
     compared = [by_strength(strengths)] if strengths else []
     compared += [by_source(sources)] if sources else []
@@ -119,7 +147,10 @@ def page(files: RunFiles, shown: list[Section]) -> str:
     pairs = [pair for section in shown for pair in section.pairs]
     name = files.folder.resolve().name
     models = ", ".join(f"{role} {model['name']}" for role, model in files.models.items())
-    trials = {key.partition("/")[0]: len(found.record["trials"]) for key, found in files.trainings.items()}
+    trials: dict[str, int] = {}
+    for key, training in files.trainings.items():
+        arm = key.partition("/")[0]
+        trials[arm] = max(trials.get(arm, 0), len(training.record["trials"]))
     found = files.results
     return (
         environment()

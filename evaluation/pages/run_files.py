@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from core.errors import UserError
 from core.files import MANIFEST, read_json
 from core.fusion.residual_file import RESIDUAL_FILE
@@ -20,6 +22,8 @@ from evaluation.pages.paths import without_paths
 from evaluation.tables.current import check_losses
 
 RESULTS = "results.json"
+# What reading a file raises that is missing or damaged.
+UNREADABLE = (UserError, OSError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -91,34 +95,35 @@ class RunFiles:
         inputs = self.plans.manifest.inputs
         return {role: {"name": without_paths(inputs[role]["id"]), "licence": {}} for role in ("target", "source")}
 
-    def _lacks(self, what: str, why: str, command: str) -> None:
+    def lacks(self, what: str, why: str, command: str) -> None:
+        """Note that something is not there, or cannot be read, and which script makes it."""
         self.missing.append(Missing(what, without_paths(why), f"python {command} {config_of(self.folder)}"))
 
     def _read_plans(self) -> None:
         try:
             self.plans = PlanDirectory(plans_folder(self.folder))
         except UserError as error:
-            self._lacks("layer and neuron plans", str(error), COMMANDS["plans"])
+            self.lacks("layer and neuron plans", str(error), COMMANDS["plans"])
 
     def _read_fused(self) -> None:
         try:
             self.fused = Manifest.read(self.folder / "fused", "fused")
             self.report = read_json(self.folder / "fused" / "fusion_report.json")
         except UserError as error:
-            self._lacks("the fused model", str(error), COMMANDS["fused"])
+            self.lacks("the fused model", str(error), COMMANDS["fused"])
 
     def _read_trainings(self) -> None:
         for arm, subfolder in TRAINED.items():
             command = f"{COMMANDS['adapted']} --training-scenario {Path(subfolder).name}"
             folders = training_folders(self.folder, arm)
             if not folders and arm != "distill":
-                self._lacks(f"the training {arm}", f"there is no {subfolder}", command)
+                self.lacks(f"the training {arm}", f"there is no {subfolder}", command)
             for folder in folders:
                 try:
                     self.trainings[f"{arm}/{folder.name}"] = Manifest.read(folder, "adapted")
                     self.curves[f"{arm}/{folder.name}"] = read_json(folder / CURVE)
                 except UserError as error:
-                    self._lacks(f"the training {arm}/{folder.name}", str(error), f"{command} --seed {folder.name[4:]}")
+                    self.lacks(f"the training {arm}/{folder.name}", str(error), f"{command} --seed {folder.name[4:]}")
 
     def _read_results(self) -> None:
         command = "evaluation/compare_arms.py"
@@ -127,11 +132,19 @@ class RunFiles:
             check_losses(self.folder, record)
             self.results = record
         except UserError as error:
-            self._lacks("the verdict", str(error), command)
+            self.lacks("the verdict", str(error), command)
         try:
-            self.samples = read_json(self.folder / SAMPLES)
+            self.samples = read_samples(self.folder / SAMPLES)
         except UserError as error:
-            self._lacks("text samples", str(error), command)
+            self.lacks("text samples", str(error), command)
+
+
+def read_samples(path: Path) -> Mapping[str, Any]:
+    """The contents of samples.json. Raises UserError where some model does not continue every prompt."""
+    record = read_json(path)
+    if any(len(told["continuations"]) != len(record["prompts"]) for told in record["texts"].values()):
+        raise UserError(f"{path} does not fit its prompts; remove it")
+    return record
 
 
 def is_run(folder: Path) -> bool:

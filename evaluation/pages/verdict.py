@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evaluation.arms.bits import SOURCE, cells, percent
 from evaluation.arms.verdict import strength_notes, table, trial_notes, verdict
 from evaluation.significance import interval
 
@@ -24,7 +25,7 @@ def amount(results: Mapping[str, Any]) -> str:
     if bits:
         parts.append(f"{interval(bits)} bits per byte")
         if "closed" in bits:
-            parts.append(f"{100 * bits['closed']:.1f} % of the way from the base to the source")
+            parts.append(f"{percent(bits['closed'])} of the way from the base to the source")
     return f"Fused minus base, without training: {', '.join(parts)}. Negative is better; in brackets the 95 % interval."
 
 
@@ -51,12 +52,16 @@ def sentences(results: Mapping[str, Any], trials: Mapping[str, int]) -> list[str
 
 
 def arm_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The table of arms: name, loss, perplexity, minus base, fused minus arm."""
+    """The table of arms: name, loss, perplexity, minus base, fused minus arm; then bits per byte and the share of the
+    gap that is closed, with the source, where these were measured."""
+    held_out = results["held_out"]
     rows = [["arm", "nats per token", "perplexity", "minus base [95 %]", "fused minus arm [95 %]"]]
+    rows[0] += ["bits per byte", "closed"] if cells("base", held_out) else []
     for arm, found in results["arms"].items():
         ppl = "inf" if found["ppl"] is None else f"{found['ppl']:.2f}"
         base = "" if arm == "base" else interval(found)
-        rows.append(
-            [arm, f"{found['nll']:.4f}", ppl, base, "" if arm == "fused" else interval(found["fused_minus_arm"])]
-        )
+        versus = "" if arm == "fused" else interval(found["fused_minus_arm"])
+        rows.append([arm, f"{found['nll']:.4f}", ppl, base, versus, *cells(arm, held_out)])
+    if source := cells(SOURCE, held_out):
+        rows.append([SOURCE, "", "", "", "", *source])
     return rows

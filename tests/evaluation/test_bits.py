@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from core.data import Row
 from core.models.checkpoints import open_checkpoint
-from evaluation.arms.bits import bits_per_byte
+from evaluation.arms.bits import bits_per_byte, percent
 from evaluation.arms.models import Arms
 from evaluation.arms.spans import ByteSpans
 from evaluation.arms.texts import text_set
@@ -136,7 +136,7 @@ def test_an_arm_that_equals_base_closes_nothing_and_the_source_everything():
     per_text, sizes = with_source(-0.5)
     found = bits_per_byte(per_text, spans_of(sizes), range(50))
     arms = found["arms"]
-    assert arms["self"]["closed"] == 0 and arms["source"]["closed"] == 1
+    assert str(arms["self"]["closed"]) == "0.0" and percent(-1e-9) == "0.0 %" and arms["source"]["closed"] == 1
     assert arms["base"]["bits_per_byte"] == pytest.approx(3 / math.log(2))
     gap = sum(per_text["base"]) - sum(per_text["source"])
     assert arms["fused"]["closed"] == pytest.approx((sum(per_text["base"]) - sum(per_text["fused"])) / gap)

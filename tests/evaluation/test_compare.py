@@ -25,10 +25,12 @@ from core.runs.settings import Experiment
 from core.training.heldout import text_nll, token_losses
 from evaluation import compare_arms
 from evaluation.arms import models as arm_models
+from evaluation.arms import samples
 from evaluation.arms.models import Arms
 from evaluation.arms.run import TRAINED, Run
 from evaluation.arms.spans import ByteSpans
 from evaluation.arms.texts import TextSet, text_set
+from evaluation.evaluated_model import NotFiniteError
 
 
 def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
@@ -297,6 +299,46 @@ def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
     assert "fused: the loss of" in error and "held_out texts is not finite" in error
 
 
+@pytest.mark.parametrize("how", ["memory", "nan"])
+def test_a_source_that_cannot_be_measured_takes_no_table_away(run, tmp_path, monkeypatch, caplog, capsys, how):
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "results.json").unlink(missing_ok=True)
+    finished = []
+
+    def broken(model, examples, *_):
+        finished.append("arms" in json.loads((copy / "results.json").read_text()))  # kept when the process is killed
+        if how == "memory":
+            raise torch.OutOfMemoryError("no memory left")
+        return [float("nan")] * len(examples)
+
+    monkeypatch.setattr(arm_models, "text_nll", broken)
+    run_main(compare_arms, *flags[2:], "--run-dir", copy)
+    table = capsys.readouterr().out
+    assert finished == [True] and "source is left out of bits per byte" in caplog.text
+    assert "bits/byte" in table and "the source was not measured, so no share of a gap is given" in table
+    assert list(json.loads((copy / "results.json").read_text())["held_out"]["bits_per_byte"]["arms"]) == list(ARMS)
+
+
+def test_a_model_that_gives_no_sample_is_left_out(run, tmp_path, monkeypatch, caplog, capsys):
+    folder, flags = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "samples.json").unlink(missing_ok=True)
+    usual = samples.answers
+
+    def answers(model, *rest):
+        if "source" in str(model.checkpoint.folder):
+            raise NotFiniteError("logits that are not finite")
+        return usual(model, *rest)
+
+    monkeypatch.setattr(samples, "answers", answers)
+    run_main(compare_arms, *flags[2:], "--run-dir", copy)
+    assert "source has no text samples: " in caplog.text and "fused minus arm" in capsys.readouterr().out
+    assert list(json.loads((copy / "samples.json").read_text())["texts"]) == ["base", "fused", "fused_adapted"]
+
+
 def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run):
     folder, _ = run
     plans = PlanDirectory(folder / "plans")
@@ -318,7 +360,7 @@ def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run):
 def test_a_control_that_a_run_cannot_have_is_no_arm(tmp_path, layers, feature_map, controls, absent):
     fused = Manifest(tmp_path / "fused", {"inputs": {"settings": {"feature_map": feature_map}}})
     run = Run(tmp_path, SimpleNamespace(shape=(layers, 4)), fused, {})
-    arms = Arms(run, None, None, Experiment.of(controls=controls))
+    arms = Arms(run, None, SimpleNamespace(identity={"weights": "w"}), Experiment.of(controls=controls))
     assert sorted(arms.absent) == sorted(absent)
     kept = [control for control in CONTROLS if control not in absent]
     assert list(arms.made_from) == ["base", *kept, "fused", "source"]

@@ -4,13 +4,15 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from browser import LAYOUT, PICK, ask, chromium, needs_browser
-from conftest import run_main
+from conftest import ROOT, run_main
 from safetensors.torch import load_file
 from stages import data_flags, fuse, pair_flags, plan, train
 
@@ -19,6 +21,7 @@ from evaluation import compare_arms, report
 from evaluation.pages.paths import without_paths
 from evaluation.pages.run_files import RunFiles
 
+CAPTURED = {"capture_output": True, "text": True, "check": True}
 VOID = {"meta", "link", "br", "img", "input", "hr", "path", "rect", "use", "circle", "line", "image", "stop"}
 
 
@@ -223,6 +226,43 @@ def test_results_of_earlier_models_give_no_verdict(run):
     assert "No verdict yet" in text and "results.json is of earlier models" in text
 
 
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("fused/fusion_report.json", "the fused model"),
+        ("fused/hot_residual.safetensors", "what was transported"),
+        ("plans/selection.safetensors", "what was transported"),
+        ("plans/plans/k.safetensors", "figures of the plans"),
+        ("samples.json", "text samples"),
+    ],
+)
+def test_a_part_whose_file_is_damaged_is_named_and_the_others_are_shown(run, file, named, how):
+    (path,) = run.glob(file)
+    path.unlink() if how == "gone" else path.write_bytes(path.read_bytes()[:60])
+    words = " ".join(Page(page_of(run)).words)
+    listed = words.partition("This run is not complete.")[2].partition("Compared")[0]
+    assert f"{named}: " in listed and "How the trainings went" in words and "All arms" in words
+    run_main(report, run.parent)
+
+
+def test_samples_of_other_prompts_are_not_shown(run):
+    record = json.loads((run / "samples.json").read_text())
+    record["texts"]["fused"]["continuations"].pop()
+    (run / "samples.json").write_text(json.dumps(record))
+    assert "text samples: samples.json does not fit its prompts" in " ".join(Page(page_of(run)).words)
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(run):
+    other = shutil.copytree(run, run.with_name("damaged"))
+    (other / "report.html").unlink()
+    (other / "report").rename(other / "elsewhere")
+    (other / "report").write_text("a file where the folder of figures should be")
+    run_main(report, run.parent)
+    words = Page((run.parent / "report.html").read_text("utf-8")).words
+    assert any("File exists" in text for text in words) and "small" in words
+
+
 def test_texts_of_models_and_data_are_escaped(run):
     evil = "<script>alert(1)</script>\"'&"
     for name in ("fused/manifest.json", "samples.json", "results.json"):
@@ -266,6 +306,21 @@ def test_runs_that_differ_in_strength_alone_are_compared(run):
     rows = table(run, "by_strength")
     assert {(row["run"], row["alpha"]) for row in rows} == {("small", "0.1"), ("stronger", "0.2")}
     assert not (run / "report/by_source.csv").exists()
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
+    (run / "report.html").unlink()
+    for flags in ([run], ["--run-dir", run]):
+        run_main(report, *flags, "--dry-run")
+        assert f"would write {run}/report.html" in capsys.readouterr().out and not (run / "report.html").exists()
+    run_main(report, "--run-dir", tmp_path / "none", "--dry-run")  # no stage has run yet
+    assert f"{tmp_path}/none does not exist yet" in capsys.readouterr().out
+
+
+def test_help_waits_for_no_drawing():
+    code = "import sys\ntry: sys.argv[1:] = ['--help']; from evaluation.report import main; main(['--help'])\nfinally: "
+    found = subprocess.run([sys.executable, "-c", code + "print('matplotlib' in sys.modules)"], cwd=ROOT, **CAPTURED)
+    assert found.stdout.splitlines()[-1] == "False", found.stderr
 
 
 def test_what_is_no_run_is_refused(fails, tmp_path):

@@ -67,7 +67,13 @@ def test_the_amount_is_given_in_every_unit_that_was_measured():
 
 def test_the_table_of_arms_has_the_numbers_of_the_table():
     found = results({"fused": -0.1}, (0, 1))
+    bits = {arm: {"bits_per_byte": 1.5, "diff": -0.1, "ci95": [-0.2, -0.05]} for arm in (*found["arms"], "source")}
+    bits["fused"]["closed"], bits["source"]["closed"] = 0.25, 1.0
+    found["held_out"]["bits_per_byte"] = {"texts": 30, "left_out": 0, "answers": False, "bytes": 9, "arms": bits}
     lines = table(found["arms"], found["held_out"]).splitlines()
-    for row in arm_rows(found)[1:]:
+    rows = arm_rows(found)
+    for row in rows[1:]:
         line = next(line for line in lines if line.startswith(f"{row[0]:14} "))
         assert all(cell in line for cell in row)
+    assert rows[0][-2:] == ["bits per byte", "closed"] and rows[-1] == ["source", *[""] * 4, "1.5000", "100.0 %"]
+    assert {len(row) for row in rows} == {7} and next(row for row in rows if row[0] == "fused")[-1] == "25.0 %"

@@ -7,7 +7,7 @@ from core.errors import UserError
 from core.fusion.controls import CONTROLS
 from evaluation.arms.models import check_losses
 from evaluation.arms.run import TRAINED
-from evaluation.arms.verdict import statistics, table, trial_notes
+from evaluation.arms.verdict import statistics, strength_notes, table, trial_notes
 
 # The rows of the table.
 ARMS = ("base", *CONTROLS, "fused", *TRAINED)
@@ -115,6 +115,15 @@ def test_a_gain_that_filtered_self_shares_is_called_denoising():
     assert "denoising" not in table(statistics(per_text, tokens, range(50)), counts(tokens, range(50)))
 
 
+def test_filtered_self_that_is_not_better_than_base_itself_is_no_denoising():
+    """Too noisy to tell from fused, and to tell from base: then nothing is said of where the gain comes from."""
+    per_text, tokens = made_up()
+    noise = np.random.default_rng(1).normal(0, 1, 50) * np.asarray(tokens)
+    arms = statistics({**per_text, "filtered_self": (per_text["base"] + noise).tolist()}, tokens, range(50))
+    text = table(arms, counts(tokens, range(50)))
+    assert "No transfer shown: fused is not reliably better than filtered_self." in text and "denoising" not in text
+
+
 def test_a_loss_that_is_not_a_number_is_no_success():
     """It is refused where losses are measured, and should one get through, the sentence claims no success."""
     with pytest.raises(UserError, match="fused: the loss of 2 of 4 general texts is not finite, first that of text 2"):
@@ -126,6 +135,20 @@ def test_a_loss_that_is_not_a_number_is_no_success():
     per_text["fused"][3] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         statistics(per_text, tokens, range(50))
+
+
+def test_the_strength_that_was_found_is_said_below_the_table():
+    per_text, tokens = made_up()
+    arms = statistics(per_text, tokens, range(50))
+    arms["fused"]["strength"] = {"alpha": 0.1, "sentence": "Fusion: strength 0.1"}
+    text = table(arms, counts(tokens, range(50)))
+    assert "\nFusion: strength 0.1.\n" in text and "Transfer: " in text
+    arms = statistics({**per_text, "fused": per_text["base"]}, tokens, range(50))
+    arms["fused"]["strength"] = {"alpha": 0.0, "sentence": "Fusion does not reliably help"}
+    text = table(arms, counts(tokens, range(50)))
+    assert "No transfer shown. The strength is 0: fused is the base.\nFusion does not reliably help.\n" in text
+    assert "not reliably better" not in text
+    assert "found in the same way, on the validation rows (" in strength_notes({"self": {"alpha": 0.1}})[0]
 
 
 def test_general_text_says_what_its_intervals_rest_on():

@@ -1,5 +1,6 @@
 """What is recorded of a command: its time, memory, warnings and outcome, beside the log."""
 
+import json
 import logging
 import sys
 
@@ -56,8 +57,13 @@ def test_a_command_without_a_log_records_nothing(tmp_path, monkeypatch):
     assert len(read_usage(tmp_path / "run")) == 1
 
 
-def test_a_damaged_record_is_named(tmp_path):
+def test_a_line_that_cannot_be_read_is_skipped(tmp_path, caplog):
+    """A killed process leaves half a line, and the next command writes on in the same line; reports go on without."""
     assert read_usage(tmp_path) == []
-    (tmp_path / USAGE).write_text("{")
-    with pytest.raises(UserError, match="is not valid JSON lines"):
-        read_usage(tmp_path)
+    whole = [{"warnings": ["a\u2028b\x85c"]}, {"warnings": ["d"]}]
+    lines = [json.dumps(line, ensure_ascii=False) for line in whole]
+    (tmp_path / USAGE).write_bytes(
+        ("\n".join([lines[0], '{"warn' + lines[1], lines[1]]) + "\n").encode() + b"\xe2\n3\n"
+    )
+    assert read_usage(tmp_path) == whole
+    assert "line 2 of" in caplog.text and "line 4 of" in caplog.text and "line 5 of" in caplog.text

@@ -6,7 +6,9 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_main
+
+from evaluation import report
 
 # Writes what resolve.py would for two tasks; every other command ends as the file with its task's name says.
 STUB = """#!/usr/bin/env bash
@@ -103,6 +105,18 @@ def test_the_pipeline_can_be_started_from_any_folder(recipe, tmp_path, flags):
     assert running.wait() == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 7 and all(f" --quick --config {tmp_path}/my.yaml" in line for line in calls)
+
+
+def test_every_command_of_the_pipeline_takes_a_dry_run(recipe, tmp_path, capsys):
+    running = recipe(
+        "--config", "my.yaml", "--dry-run", name="run_pipeline", cwd=tmp_path, CALLS=str(tmp_path / "calls")
+    )
+    assert running.wait() == 0
+    (tmp_path / "my.yaml").write_text(f"name: none\ntarget_model: {tmp_path}/none\n")
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len(calls) == 7 and calls[-1][0] == REPORT
+    run_main(report, *calls[-1][1:])
+    assert "does not exist yet" in capsys.readouterr().out
 
 
 def test_the_help_of_the_pipeline_fetches_nothing(recipe, tmp_path):

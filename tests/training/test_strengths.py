@@ -272,7 +272,10 @@ def test_controls_find_their_strengths_in_the_same_way(found, plans, models, tex
     of_controls = json.loads((run / "results.json").read_text())["strengths"]
     assert of_controls.keys() >= {"permuted", "self", "damped_mean"}
     assert all(isinstance(one["tried"][-1]["alpha"], dict) for one in of_controls.values())
-    assert "Strengths of the controls were found in the same way" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Strengths of the controls were found in the same way, on the validation rows" in told
+    sentence = json.loads((run / "fused/manifest.json").read_text())["strength"]["sentence"]
+    assert f"\n{sentence}.\n" in told
     run_main(compare_arms, *flags, "--controls", "few", "--dtype", "bfloat16")  # losses are, strengths are as fused
     again = json.loads((run / "results.json").read_text())["strengths"]
     assert again == {control: of_controls[control] for control in again} and again.keys() >= {"permuted", "self"}

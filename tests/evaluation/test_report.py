@@ -19,6 +19,7 @@ from stages import data_flags, fuse, pair_flags, plan, train
 from core.files import digest_of
 from core.models.checkpoints import open_checkpoint
 from evaluation import compare_arms, report
+from evaluation.pages.facts import command_of
 from evaluation.pages.paths import without_paths
 from evaluation.pages.run_files import RunFiles
 from evaluation.pages.siblings import siblings
@@ -190,6 +191,21 @@ def test_paths_and_tokens_are_taken_out_of_texts():
     assert without_paths("no /home/a/b/plans; see ~/x/y and someone/big") == "no plans; see y and someone/big"
     assert without_paths("https://a.b/c/d hf_abcdefghijk 3/4/5") == "https://a.b/c/d hf_(token) 3/4/5"
     assert without_paths("['/a/b.txt', '/c/d.txt']") == "['b.txt', 'd.txt']"
+    assert without_paths("file:///a/b/c.html, file:/a/b/c, '/a b/c d/e.txt' a/b") == "c.html, c, 'e.txt' a/b"
+
+
+def test_the_home_folder_and_its_owner_are_taken_out_even_with_spaces(monkeypatch):
+    for name, folder in {
+        "HOME": "/home/Ann Lee",
+        "MODELS_ROOT": "/big disk/m",
+        "TRANSPORT_RESULTS_ROOT": "/r s",
+    }.items():
+        monkeypatch.setenv(name, folder)
+    monkeypatch.setenv("LOGNAME", "annlee")
+    told = without_paths("at:/home/Ann Lee/x y; /big disk/m/org/name is by annlee in /r s/demo/z, not annlees")
+    assert told == "at:x y; name is by (user) in z, not annlees"
+    line = {"command": ["/a b/evaluation/report.py", "/other disk/my run/demo", "--run-dir=/o d/r"]}
+    assert command_of(line) == "python evaluation/report.py demo --run-dir=r"
 
 
 @pytest.mark.parametrize(

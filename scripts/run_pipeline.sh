@@ -3,7 +3,8 @@
 # Without --config it is the demo pair, whose models are fetched first. Flags that all stages have work too, such as
 # --device cuda. Of relative paths only that of --config is meant from where this is started, others from the repository.
 # SEEDS="0 1 2" trains with each of these seeds in place of the experiment's own, and the table averages them. What is
-# finished is skipped. Times are for the demo pair on two CPU cores.
+# finished is skipped. Times are for the demo pair on two CPU cores, with the four attention projections and a strength
+# that is given; the demo's seven projections, and the search for their strength, take longer.
 set -euo pipefail
 flags=()
 for flag in "$@"; do
@@ -26,7 +27,7 @@ if [[ " ${flags[*]} " != *" --config "* ]]; then
 fi
 # Stage 1: both models read the texts, and optimal transport matches their layers and neurons -> plans/. 5 min
 python run_activs_and_hot.py "${flags[@]}"
-# Stage 2: the source's attention weights, moved by the plans, are fused into the target -> fused/. 1 min
+# Stage 2: the source's weights, moved by the plans, are fused into the target -> fused/. 1 min
 python core/generate_hot_residual.py "${flags[@]}"
 # Stage 3: fine-tuning from the plain target (no_hot), from it with the source as teacher (distill), and from the fused
 # model (hot) -> adapted/. 2 min each

@@ -45,7 +45,7 @@ for config in "${CONFIGS[@]}"; do
   printf '\n== %s\n%s\n' "$run" "$(< "$config")"
   # Stage 1: both models read the texts, and optimal transport matches their layers and neurons. 10 min / 5 min
   step plans "${LAUNCH[@]}" run_activs_and_hot.py --config "$config"
-  # Stage 2: the source's attention weights, moved by the plans, are fused into the target. 1 min / 1 min
+  # Stage 2: the source's weights, moved by the plans, are fused into the target. 1 min / 1 min
   step fuse python core/generate_hot_residual.py --config "$config"
   # Stage 3: fine-tuning from the plain target (no_hot) and from the fused model (hot). 10 min / 2 min each
   for seed in "${SEEDS[@]:-}"; do # without SEEDS it is the one of the config

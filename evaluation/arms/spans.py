@@ -8,12 +8,14 @@ these bytes.
 
 Of a conversation the bytes are those of the assistant's answers, each from the first to the last such offset within it,
 its very beginning included where a token ends there. Each model reads the conversation in its own chat template. White
-space around an answer, which some templates strip, and the token that ends it are left out.
+space around an answer, which some templates strip, and the token that ends it are left out. So are texts and answers
+that are not in Unicode's form NFC, into which some tokenizers bring them: the two models would read other characters.
 """
 
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +126,8 @@ def _shared(target: _Reading, source: _Reading) -> tuple[int, list[int], list[in
     to_target: list[int] = []
     to_source: list[int] = []
     for part, other, at_target, at_source in zip(target.parts, source.parts, target.ends, source.ends, strict=True):
-        shared = sorted(at_target.keys() & at_source.keys()) if part == other else []
+        comparable = part == other and unicodedata.is_normalized("NFC", part)
+        shared = sorted(at_target.keys() & at_source.keys()) if comparable else []
         if len(shared) < 2:
             continue
         first, last = shared[0], shared[-1]

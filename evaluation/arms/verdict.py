@@ -131,8 +131,10 @@ def seed_notes(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
     single = [arm for arm, count in trained.items() if count == 1]
     if not single:
         return []
-    whose = "Each training has" if len(single) == len(trained) else f"{', '.join(single)} has"
-    return [f"{whose} one seed: what is said after fine-tuning speaks of this seed alone."]
+    if len(single) == len(trained):
+        return ["Each training has one seed: what is said after fine-tuning speaks of this seed alone."]
+    have, them = ("have one seed each", "them") if len(single) > 1 else ("has one seed", "it")
+    return [f"{', '.join(single)} {have}: what is said of {them} after fine-tuning speaks of this seed alone."]
 
 
 def trial_notes(trials: Mapping[str, int]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from evaluation.figures.figure import Figure, Panel
-from evaluation.figures.forest import KINDS, kind_of
+from evaluation.figures.forest import kind_of, look_of
 from evaluation.figures.theme import colour, series_of
 from evaluation.tables.rows import ARMS, MEAN
 
@@ -67,9 +67,9 @@ def draw(axes: Axes, by_name: Mapping[str, Mapping[str, Mapping[str, Any]]], arm
             at = y + (number - (len(arms) - 1) / 2) * step
             if score["ci95"] is not None:
                 axes.plot(score["ci95"], [at, at], color=colours[arm], linewidth=1.4)
-            axes.plot([score["diff"]], [at], KINDS[kind_of(arm)][1], color=colours[arm], markersize=4.5)
+            axes.plot([score["diff"]], [at], look_of(arm, kind_of(arm))[1], color=colours[arm], markersize=4.5)
     for arm in arms:
-        axes.plot([], [], KINDS[kind_of(arm)][1], color=colours[arm], label=arm)
+        axes.plot([], [], look_of(arm, kind_of(arm))[1], color=colours[arm], label=arm)
     axes.set_yticks(range(len(by_name)), list(by_name))
     axes.set_ylim(len(by_name) - 0.5, -0.5)
     axes.set_xlabel("percentage points, minus base")

@@ -9,17 +9,18 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from core.fusion.controls import CONTROLS
+from evaluation.arms.bits import SOURCE
 from evaluation.arms.run import TRAINED
 from evaluation.figures.figure import Figure, Panel
-from evaluation.figures.theme import colour
+from evaluation.figures.theme import colour, series_of
 
-# Kind of an arm -> colour and marker.
+# Kind of an arm -> colour and marker; trainings look as in every other figure (`theme.series_of`).
 KINDS = {
     "base": ("ink", "o"),
     "fused": ("blue", "D"),
-    "trained": ("orange", "s"),
     "control": ("grey", "o"),
-    "other": ("green", "^"),
+    "source": ("gold", "v"),
+    "other": ("muted", "x"),
 }
 WIDTH, LINE, MARGIN = 4.2, 0.26, 0.7
 COLUMNS = ("arm", "kind", "nll", "diff", "low", "high", "seeds")
@@ -37,10 +38,19 @@ class Line:
 
 
 def kind_of(arm: str) -> str:
-    """Whether an arm is the base, the fused model, a training, a control, or something else."""
+    """Whether an arm is the base, the fused model, the source, a training, a control, or something else."""
     if arm in CONTROLS:
         return "control"
-    return arm if arm in ("base", "fused") else "trained" if arm in TRAINED else "other"
+    return arm if arm in ("base", "fused", SOURCE) else "trained" if arm in TRAINED else "other"
+
+
+def look_of(arm: str, kind: str) -> tuple[str, str]:
+    """(colour, marker) of an arm."""
+    if kind == "trained":
+        look = series_of(arm)
+        return look["color"], look["marker"]
+    name, marker = KINDS[kind]
+    return colour(name), marker
 
 
 def lines_of(arms: Mapping[str, Mapping[str, Any]]) -> list[Line]:
@@ -120,12 +130,12 @@ def draw(axes: Axes, lines: Sequence[Line], label: str) -> None:
     """Draw the lines from top to bottom, the first one at the top."""
     axes.axvline(0, color=colour("ink"), linewidth=0.9)
     for y, line in enumerate(lines):
-        name, marker = KINDS[line.kind]
+        shade, marker = look_of(line.name, line.kind)
         if line.ci95 is not None:
-            axes.plot(line.ci95, [y, y], color=colour(name), linewidth=1.6, solid_capstyle="butt")
+            axes.plot(line.ci95, [y, y], color=shade, linewidth=1.6, solid_capstyle="butt")
         if len(line.seeds) > 1:
             axes.plot(line.seeds, [y + 0.26] * len(line.seeds), ".", color=colour("muted"), markersize=3)
-        axes.plot([line.diff], [y], marker, color=colour(name), markersize=5.5)
+        axes.plot([line.diff], [y], marker, color=shade, markersize=5.5)
     axes.set_yticks(range(len(lines)), [line.name for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel(label)

@@ -59,7 +59,7 @@ def layer_plans(plans: PlanDirectory) -> Figure:
         "each row. A sound plan is a band that rises from the lower left to the upper right, with a rank correlation "
         "near 1, and the cost has its valley in the same place. The last panel is the first plan with shuffled source "
         "layers: dots all over the place mean that the layers were not matched, and nothing later can be trusted. The "
-        "brightest 2 % of the cells have one colour."
+        "brightest 2 % of the cells have one colour, and so have the darkest 1 %."
     )
     columns = ("side", "target_layer", "source_layer", "P", "layer_cost", "is_argmax")
     return Figure("layer_plans", "Which layers correspond", caption, panels, columns, rows)

@@ -23,8 +23,9 @@ def top_k_mass(pairs: Sequence[Pair]) -> Figure:
     rows = [(side, float(x), float(y)) for side, ys in curves.items() for x, y in zip(SHARES, ys, strict=True)]
     caption = (
         "Of all entries of Q, the largest ones hold most of the mass when neurons have clear partners, so that curves "
-        "rise early. Each curve is the mean over target layers, every one with the source layer that P matches to it. "
-        "A curve on the dotted line is the uniform plan, in which every neuron is matched with all others alike."
+        "rise early. Each curve is the mean over the target layers that were read, every one with the source layer "
+        "that P matches to it; the thick one is the mean over sides. A curve on the dotted line is the uniform plan, "
+        "in which every neuron is matched with all others alike."
     )
     said = "; ".join(f"{side}: {np.interp(0.01, SHARES, ys):.2f}" for side, ys in curves.items())
     alt = f"Mass in the largest 1 % of all entries, {said}"

@@ -67,7 +67,8 @@ class Pair:
 
 
 def matched_pairs(plans: PlanDirectory) -> Iterator[Pair]:
-    """One plan per side and target layer, each with the source layer that has most of the layer's mass in P."""
+    """One plan per side and target layer that is read (`layers_to_read`), each with the source layer that has most of
+    the layer's mass in P."""
     sides = sides_of(plans)
     for side in sides:
         matched = plan_of(plans, side)[0].argmax(1).tolist()
@@ -135,8 +136,8 @@ def co_clustered(Q: Tensor) -> tuple[Tensor, Tensor]:
     """Orders of the rows [n] and columns [m] of Q in which neurons with similar partners stand together.
 
     Spectral co-clustering (Dhillon, 2001): both marginals are uniform, so the first singular vectors are constant, and
-    the second ones place every row and every column on a line. The sign, which a decomposition leaves open, is such
-    that the first row comes before the last one.
+    the second ones, the first of Q minus its mean, place every row and every column on a line. The
+    sign, which a decomposition leaves open, is such that the first row comes before the last one.
     """
     deviation = (Q - Q.mean()).double()
     U, _, Vh = torch.linalg.svd(deviation, full_matrices=False) if min(Q.shape) <= 64 else _leading(deviation)

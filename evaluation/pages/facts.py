@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from evaluation.pages.paths import without_paths
 from evaluation.pages.run_files import RunFiles
 
 Table = list[list[str]]
+# The folders of an argument that is a path, after its flag.
+_PATH = re.compile(r"^((?:--[\w-]+=)?)~?/.*/")
 
 
 def models_table(files: RunFiles) -> Table:
@@ -93,7 +96,9 @@ def command_of(line: Mapping[str, Any]) -> str:
     parts = Path(script).parts
     # core/... and evaluation/... keep their folder, run_activs_and_hot.py has none.
     start = next((len(parts) - 1 - i for i, part in enumerate(reversed(parts)) if part in ("core", "evaluation")), -1)
-    return "python " + shlex.join(["/".join(parts[start:]), *map(without_paths, arguments)])
+    # A whole argument may be a path with spaces.
+    shown = [without_paths(_PATH.sub(r"\1", argument)) for argument in arguments]
+    return "python " + shlex.join(["/".join(parts[start:]), *shown])
 
 
 def duration(seconds: float) -> str:

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import re
+from getpass import getuser
+from pathlib import Path
 
-# The folders of an absolute path, or of one below the home folder; a slash after a letter, a colon or another slash
-# belongs to an id of the hub or to an address.
-_FOLDERS = re.compile(r"(?<![\w:/.])~?/(?:[^\s/'\"]+/)+")
+# The folders of an absolute path, or of one below the home folder, or of a file: address; a slash after a letter, a
+# colon or another slash belongs to an id of the hub or to an address. In quotes a path may have spaces.
+_FOLDERS = re.compile(r"(?:\bfile:(?://)?|(?<![\w:/.]))~?/(?:[^\s/'\"]+/)+")
+_QUOTED = re.compile(r"(?<=['\"])(?:file:(?://)?)?~?/[^'\"\n]*/")
 _TOKEN = re.compile(r"\bhf_\w{8,}")
 
 
 def without_paths(text: str) -> str:
-    """The text with the last part alone of every absolute path, and without tokens of the hub."""
-    return _TOKEN.sub("hf_(token)", _FOLDERS.sub("", text))
+    """The text with the last part alone of every absolute path, without the home folder, the folders of results and
+    models, and the user's name wherever they stand, and without tokens of the hub."""
+    for root in known_folders():
+        text = re.sub(re.escape(root) + r"(?![\w-])", "~", text)
+    text = re.sub(rf"\b{re.escape(user())}\b", "(user)", _FOLDERS.sub("", _QUOTED.sub("", text)))
+    return _TOKEN.sub("hf_(token)", text.replace(":~/", ":"))
+
+
+def known_folders() -> list[str]:
+    """The folders whose names a text may hold in any form, the longest first."""
+    roots = {str(Path.home()), *(os.environ.get(name, "") for name in ("MODELS_ROOT", "TRANSPORT_RESULTS_ROOT"))}
+    absolute = (root.rstrip("/") for root in roots if root.startswith("/"))
+    return sorted(filter(None, absolute), key=len, reverse=True)
+
+
+def user() -> str:
+    """The user's name; of one that is a common word of a container, or has no name, something that no text has."""
+    try:
+        name = getuser()
+    except (KeyError, OSError):  # a container may run a number without a name
+        return "\0"
+    return "\0" if name in ("root", "user") else name

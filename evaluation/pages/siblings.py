@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.fusion.strengths import mean_strength
 from evaluation.figures.sensitivity import Point
 from evaluation.pages.benchmark_scores import benchmark_sets, task_of
 from evaluation.pages.run_files import RunFiles, is_run
@@ -16,7 +17,8 @@ COMPARED = ("fused", "fused_adapted")
 
 def siblings(files: RunFiles) -> tuple[list[Point], list[Point]]:
     """(runs that differ in alpha alone, runs that differ in the source alone), each with the run itself; a list is
-    empty where no other run is in it."""
+    empty where no other run is in it. Runs that were trained with other settings take part with the fused model alone.
+    """
     if files.fused is None or files.results is None:
         return [], []
     strengths, sources = [], []
@@ -24,12 +26,14 @@ def siblings(files: RunFiles) -> tuple[list[Point], list[Point]]:
         other = files if folder == files.folder.resolve() else _read(folder)
         if other is None or other.fused is None or other.results is None:
             continue
-        point, ours, theirs = point_of(other), _made_from(files), _made_from(other)
-        if point is None or any(ours[key] != theirs[key] for key in ("task", "data", "target")):
+        ours, theirs = _made_from(files), _made_from(other)
+        same = {key for key in ours if ours[key] == theirs[key]}
+        if not {"task", "data", "target", "settings"} <= same:
             continue
-        if ours["settings"] == theirs["settings"] and ours["source"] == theirs["source"]:
+        point = point_of(other, COMPARED if "trainings" in same else COMPARED[:1])
+        if {"source", "plans"} <= same and isinstance(theirs["alpha"], int | float):
             strengths.append(point)
-        if (ours["settings"], ours["alpha"]) == (theirs["settings"], theirs["alpha"]):
+        if {"alpha", "matching"} <= same and theirs["matching"] is not None:
             sources.append(point)
     several_strengths = len({point.alpha for point in strengths}) > 1
     several_sources = len({point.source for point in sources}) > 1
@@ -47,7 +51,7 @@ def _read(folder: Path) -> RunFiles | None:
 
 def _made_from(files: RunFiles) -> dict[str, Any]:
     assert files.fused is not None and files.results is not None
-    inputs = files.fused.inputs
+    inputs, plans = files.fused.inputs, files.plans
     settings = dict(inputs["settings"])
     alpha = settings.pop("alpha")
     return {
@@ -55,19 +59,25 @@ def _made_from(files: RunFiles) -> dict[str, Any]:
         "data": files.results["inputs"]["data"]["sha256"],
         "target": inputs["target"]["weights"],
         "source": inputs["source"]["weights"],
+        "plans": inputs["plans"],
+        "matching": None if plans is None else (plans.manifest.inputs["settings"], plans.manifest.inputs["data"]),
+        "trainings": [
+            {**found.inputs["settings"], "seed": None}
+            for arm, found in files.trainings.items()
+            if arm.startswith("fused_adapted/")
+        ],
         "alpha": alpha,
         "settings": settings,
     }
 
 
-def point_of(files: RunFiles) -> Point | None:
-    """What a run adds to a comparison; None for learned strengths, which have no place on an axis."""
+def point_of(files: RunFiles, compared: Sequence[str]) -> Point:
+    """What a run adds to a comparison of some arms. A strength that was found is averaged over projections."""
     assert files.fused is not None and files.results is not None
-    alpha = files.fused.inputs["settings"]["alpha"]
-    if not isinstance(alpha, int | float):
-        return None
+    found = files.fused.record.get("strength")
+    alpha = files.fused.inputs["settings"]["alpha"] if found is None else mean_strength(found["alpha"])
     arms: Mapping[str, Mapping[str, Any]] = files.results["arms"]
-    own = [found for kind, found in benchmark_sets(files.folder).items() if kind != "general"]
-    mean = {arm: score["value"] for found in own for arm, score in found["mean"].items() if arm in COMPARED}
-    diffs = {arm: (arms[arm]["diff"], arms[arm]["ci95"]) for arm in COMPARED if arm in arms}
+    own = [benchmarks for kind, benchmarks in benchmark_sets(files.folder).items() if kind != "general"]
+    mean = {arm: score["value"] for one in own for arm, score in one["mean"].items() if arm in compared}
+    diffs = {arm: (arms[arm]["diff"], arms[arm]["ci95"]) for arm in compared if arm in arms}
     return Point(files.folder.resolve().name, files.models["source"]["name"], float(alpha), diffs, mean)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import llama, make_tokenizer, qwen2, save, sentences
 from test_verdict import counts, made_up
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 
 from core.data import Row
@@ -115,6 +116,19 @@ def test_a_source_that_refuses_a_conversation_leaves_it_out(pair, caplog):
     assert texts.spans.sizes == [0, len("weight")] and len(texts.spans.source) == 1
     assert "1 held_out texts have no bits per byte, the first because the chat template" in caplog.text
     assert text_set("held_out", rows, (small, large), 100).spans.sizes == [6, 6]
+
+
+def test_a_text_that_is_not_nfc_is_left_out(pair):
+    """A tokenizer that normalises puts a letter and its accent together, and one that does not ends a token between
+    them: after the shared end the two models would have read different characters."""
+    (_, small), _ = pair
+    normal = make_tokenizer(500, 2)
+    normal.backend_tokenizer.normalizer = normalizers.NFC()
+    texts = ["model cafe\u0301 layer", "model caf\u00e9 layer"]
+    rows = [Row(((None, text),), text) for text in texts]
+    sizes = text_set("held_out", rows, (small, normal), 100).spans.sizes
+    assert sizes[0] == 0 < sizes[1]
+    assert bits_per_byte({"base": [1.0, 1.0]}, spans_of(sizes), "ab")["left_out"] == 1
 
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

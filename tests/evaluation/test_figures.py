@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 
 from core.fusion.controls import CONTROLS
+from evaluation.arms.run import TRAINED
 from evaluation.arms.verdict import statistics
 from evaluation.figures import benchmarks, forest, layer_plans, mass, pairs, sensitivity, theme, transported
 from evaluation.figures.figure import Figure, Panel
@@ -52,6 +53,15 @@ def test_bits_per_byte_have_the_source_as_a_line():
         ("fused", "1.4", "-0.2"),
         ("source", "1.0", ""),
     ]
+
+
+def test_the_source_and_every_training_have_a_look_of_their_own():
+    """As in the figures that tell arms apart by colour (`theme.series_of`)."""
+    looks = {arm: forest.look_of(arm, forest.kind_of(arm)) for arm in ("base", "fused", *TRAINED, "source", "self")}
+    assert len(set(looks.values())) == len(looks) and looks["source"] == (theme.colour("gold"), "v")
+    for arm in TRAINED:
+        series = theme.series_of(arm)
+        assert looks[arm] == (series["color"], series["marker"])
 
 
 def test_a_bad_plan_is_bad_and_the_rank_correlation_is_that_of_the_path():

@@ -16,10 +16,13 @@ from conftest import ROOT, run_main
 from safetensors.torch import load_file
 from stages import data_flags, fuse, pair_flags, plan, train
 
+from core.files import digest_of
 from core.models.checkpoints import open_checkpoint
 from evaluation import compare_arms, report
+from evaluation.pages.facts import command_of
 from evaluation.pages.paths import without_paths
 from evaluation.pages.run_files import RunFiles
+from evaluation.pages.siblings import siblings
 
 CAPTURED = {"capture_output": True, "text": True, "check": True}
 VOID = {"meta", "link", "br", "img", "input", "hr", "path", "rect", "use", "circle", "line", "image", "stop"}
@@ -188,6 +191,21 @@ def test_paths_and_tokens_are_taken_out_of_texts():
     assert without_paths("no /home/a/b/plans; see ~/x/y and someone/big") == "no plans; see y and someone/big"
     assert without_paths("https://a.b/c/d hf_abcdefghijk 3/4/5") == "https://a.b/c/d hf_(token) 3/4/5"
     assert without_paths("['/a/b.txt', '/c/d.txt']") == "['b.txt', 'd.txt']"
+    assert without_paths("file:///a/b/c.html, file:/a/b/c, '/a b/c d/e.txt' a/b") == "c.html, c, 'e.txt' a/b"
+
+
+def test_the_home_folder_and_its_owner_are_taken_out_even_with_spaces(monkeypatch):
+    for name, folder in {
+        "HOME": "/home/Ann Lee",
+        "MODELS_ROOT": "/big disk/m",
+        "TRANSPORT_RESULTS_ROOT": "/r s",
+    }.items():
+        monkeypatch.setenv(name, folder)
+    monkeypatch.setenv("LOGNAME", "annlee")
+    told = without_paths("at:/home/Ann Lee/x y; /big disk/m/org/name is by annlee in /r s/demo/z, not annlees")
+    assert told == "at:x y; name is by (user) in z, not annlees"
+    line = {"command": ["/a b/evaluation/report.py", "/other disk/my run/demo", "--run-dir=/o d/r"]}
+    assert command_of(line) == "python evaluation/report.py demo --run-dir=r"
 
 
 @pytest.mark.parametrize(
@@ -306,6 +324,53 @@ def test_runs_that_differ_in_strength_alone_are_compared(run):
     rows = table(run, "by_strength")
     assert {(row["run"], row["alpha"]) for row in rows} == {("small", "0.1"), ("stronger", "0.2")}
     assert not (run / "report/by_source.csv").exists()
+
+
+def changed(run, name, file, old, new):
+    """A copy of the run beside it, with another value in a file."""
+    copy = run.with_name(name)
+    if not copy.exists():
+        shutil.copytree(run, copy)
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new))
+    return copy
+
+
+def test_only_runs_of_the_same_plans_are_compared_by_strength(run):
+    other = changed(run, "stronger", "fused/manifest.json", '"alpha": 0.1', '"alpha": 0.2')
+    record = json.loads((other / "fused/manifest.json").read_text())
+    record["inputs"]["plans"] = "of another calibration"
+    (other / "fused/manifest.json").write_text(json.dumps(record))
+    assert siblings(RunFiles.read(run)) == ([], [])
+
+
+def test_trainings_with_other_settings_are_not_compared(run):
+    changed(run, "stronger", "fused/manifest.json", '"alpha": 0.1', '"alpha": 0.2')
+    assert all("fused_adapted" in point.diffs for point in siblings(RunFiles.read(run))[0])
+    path = changed(run, "stronger", "adapted/hot/seed0/manifest.json", '"learning_rate": 0.01', '"learning_rate": 0.5')
+    results = json.loads((path / "results.json").read_text())
+    record = json.loads((path / "adapted/hot/seed0/manifest.json").read_text())
+    results["made_from"]["fused_adapted/seed0"] = digest_of(record)
+    (path / "results.json").write_text(json.dumps(results))
+    ours, theirs = sorted(siblings(RunFiles.read(run))[0], key=lambda point: point.alpha)
+    assert "fused_adapted" in ours.diffs and list(theirs.diffs) == ["fused"]
+
+
+@pytest.mark.parametrize(("epsilon", "compared"), [("0.1", True), ("0.2", False)])
+def test_sources_are_compared_at_any_strength_where_the_plans_have_the_same_settings(run, epsilon, compared):
+    """The strength that the search found may be another for every source."""
+    for name in ("larger", run.name):
+        path = changed(run, name, "fused/manifest.json", '"alpha": 0.1', '"alpha": "auto"') / "fused/manifest.json"
+        record = json.loads(path.read_text())
+        record["strength"] = {"alpha": {"0.q": 0.1, "0.k": 0.3} if name == "larger" else 0.05}
+        if name == "larger":
+            record["inputs"]["source"]["weights"] = record["lineage"]["models"]["source"]["name"] = "larger"
+        path.write_text(json.dumps(record))
+    changed(run, "larger", "plans/manifest.json", '"epsilon": 0.1', f'"epsilon": {epsilon}')
+    strengths, sources = siblings(RunFiles.read(run))
+    assert not strengths and len(sources) == (2 if compared else 0)
+    assert sorted(point.alpha for point in sources) == ([0.05, pytest.approx(0.2)] if compared else [])
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):

@@ -7,7 +7,7 @@ from core.errors import UserError
 from core.fusion.controls import CONTROLS
 from evaluation.arms.models import check_losses
 from evaluation.arms.run import TRAINED
-from evaluation.arms.verdict import statistics, strength_notes, table, trial_notes
+from evaluation.arms.verdict import seed_notes, statistics, strength_notes, table, trial_notes
 
 # The rows of the table.
 ARMS = ("base", *CONTROLS, "fused", *TRAINED)
@@ -86,6 +86,10 @@ def test_seeds_are_averaged_per_text_and_listed_one_by_one():
     assert "one seed" not in text
     alone = {arm: sums for arm, sums in split.items() if not arm.endswith("seed1")}
     assert "Each training has one seed" in table(statistics(alone, tokens, groups), counts(tokens, groups))
+    some = {"no_hot": {"seeds": {"0": 1}}, "distill": {"seeds": {"0": 1}}, "fused_adapted": {"seeds": {"0": 1, "1": 2}}}
+    assert seed_notes(some) == [
+        "no_hot, distill have one seed each: what is said of them after fine-tuning speaks of this seed alone."
+    ]
 
 
 def test_verdict_is_honest():

@@ -29,7 +29,7 @@ PATH = re.compile(
 )
 COMMAND = re.compile(r"(?:python|bash) (\S+\.(?:py|sh))( .*)")
 # Flags of torchrun, and what every switch begins with when it is turned off.
-OTHER_FLAGS = {"--nproc-per-node", "--no-"}
+OTHER_FLAGS = {"--outfile", "--nproc-per-node", "--no-"}
 # Files that a reader is told to make.
 TO_BE_MADE = {"scripts/experiments/yours.yaml"}
 

@@ -77,27 +77,39 @@ def extract(
         for layer in range(layout.n_layers)
     }
     recorder = _Recorder(model, layout, out)
-    waiting, limit = deque(batches), math.inf
     try:
         with tqdm(total=len(texts), desc=desc, unit="text") as bar:
-            while waiting:
-                batch = waiting.popleft()
-                half, longest = (len(batch) + 1) // 2, max(len(reading.ids[n]) for n in batch)
-                if len(batch) > 1 and len(batch) * longest > limit:
-                    waiting.extendleft((batch[half:], batch[:half]))
-                    continue
-                rows = torch.cat([torch.arange(start[n], start[n] + reading.count(n)) for n in batch])
-                if recorder.read(batch, reading, rows):
-                    bar.update(len(batch))
-                elif len(batch) == 1:
-                    raise _too_long(batch[0], longest)
-                else:
-                    log.warning("out of memory at %d x %d tokens: halving the batch", len(batch), longest)
-                    limit = half * longest
-                    waiting.appendleft(batch)
+            _read_all(recorder, reading, batches, start, bar)
     finally:
         recorder.remove()
     return out
+
+
+def _read_all(
+    recorder: _Recorder, reading: Reading, batches: Sequence[list[int]], start: dict[int, int], bar: Any
+) -> None:
+    """Let a recorder read every batch, in halves where the memory does not suffice.
+
+    Args:
+        start: number of a text -> its first row.
+        bar: tqdm's, which counts texts.
+    """
+    waiting, limit = deque(batches), math.inf
+    while waiting:
+        batch = waiting.popleft()
+        half, longest = (len(batch) + 1) // 2, max(len(reading.ids[n]) for n in batch)
+        if len(batch) > 1 and len(batch) * longest > limit:
+            waiting.extendleft((batch[half:], batch[:half]))
+            continue
+        rows = torch.cat([torch.arange(start[n], start[n] + reading.count(n)) for n in batch])
+        if recorder.read(batch, reading, rows):
+            bar.update(len(batch))
+        elif len(batch) == 1:
+            raise _too_long(batch[0], longest)
+        else:
+            log.warning("out of memory at %d x %d tokens: halving the batch", len(batch), longest)
+            limit = half * longest
+            waiting.appendleft(batch)
 
 
 def _too_long(text: int, tokens: int) -> UserError:

@@ -25,6 +25,7 @@ from core.runs.settings import Experiment
 from core.runs.strength_search import strength_rows, strength_search
 from core.training import strengths
 from core.training.hot_linear import fold_in_place, restore_base
+from core.training.start import open_start
 from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts, Tried, learnable
 from evaluation import compare_arms
 from evaluation.arms.control_residuals import ControlResiduals
@@ -213,6 +214,12 @@ def test_strengths_in_words(model):
     )
 
 
+def take_the_largest(patch):
+    patch.setattr(strengths, "helps", lambda gain: True)
+    total = property(lambda one: -1.0 if isinstance(one.alpha, dict) else -one.alpha * len(one.candidate))
+    patch.setattr(Tried, "total", total)
+
+
 @pytest.fixture(scope="module")
 def found(plans, models, tmp_path_factory):
     """A checkpoint whose strengths stage 2 found. Nothing helps these random models, so the largest strength is taken
@@ -220,9 +227,7 @@ def found(plans, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
     flags = ["--feature-map", "regression", "--top-k", 0, "--validation-samples", 16]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strengths, "helps", lambda gain: True)
-        grid = property(lambda one: -1.0 if isinstance(one.alpha, dict) else -one.alpha * len(one.candidate))
-        patch.setattr(Tried, "total", grid)
+        take_the_largest(patch)
         return {
             alpha: fuse(plans["token"], models, folder / alpha / "fused", *flags, "--alpha", alpha, *more)
             for alpha, more in (("auto", ()), ("learned", ("--alpha-steps", 7, "--free-alpha")))
@@ -254,6 +259,11 @@ def test_stage_2_writes_what_it_found(found, plans, models, tmp_path, alpha):
 
 
 def test_training_from_learned_strengths_keeps_them(found, tmp_path, caplog):
+    start = open_start(str(found["learned"]))
+    with torch.no_grad():  # what trains is the fused model
+        unfolded = start.load(start.alpha)(torch.arange(40).reshape(2, 20)).logits
+    assert torch.allclose(unfolded, logits(found["learned"]), atol=1e-5)
+    assert not torch.allclose(unfolded, logits(found["auto"]), atol=1e-3)
     out = train(found["learned"], tmp_path / "a", "--learning-rate", "1e-12")
     old, new = (load_residuals(folder / "hot_residual.safetensors") for folder in (found["learned"], out))
     assert old[1] == new[1] and torch.allclose(logits(found["learned"]), logits(out), atol=1e-5)
@@ -265,13 +275,16 @@ def test_training_from_learned_strengths_keeps_them(found, tmp_path, caplog):
     assert load_residuals(other / "hot_residual.safetensors")[1] == 0.5
 
 
-def test_controls_find_their_strengths_in_the_same_way(found, plans, models, texts, capsys):
+def test_controls_find_their_strengths_in_the_same_way(found, plans, models, texts, capsys, monkeypatch):
+    take_the_largest(monkeypatch)
     run = found["learned"].parent
     flags = ["--run-dir", run, "--hot-dir", plans["token"], *pair_flags(models), *data_flags(texts), "--max-tokens", 24]
     run_main(compare_arms, *flags)
-    of_controls = json.loads((run / "results.json").read_text())["strengths"]
+    results = json.loads((run / "results.json").read_text())
+    of_controls, losses = results["strengths"], results["per_text"]
     assert of_controls.keys() >= {"permuted", "self", "damped_mean"}
-    assert all(isinstance(one["tried"][-1]["alpha"], dict) for one in of_controls.values())
+    assert all(isinstance(one["alpha"], dict) for one in of_controls.values())
+    assert all(losses[control] != losses["base"] for control in of_controls)
     told = capsys.readouterr().out
     assert "Strengths of the controls were found in the same way, on the validation rows" in told
     sentence = json.loads((run / "fused/manifest.json").read_text())["strength"]["sentence"]

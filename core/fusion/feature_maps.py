@@ -55,7 +55,7 @@ class FeatureMap(ABC):
         reads_feature_plans: whether Out and In are made from Q, so that `q_topk` has entries to thin out.
         fuses_biases: whether the source's bias is transported as well, by Out alone.
         keeps_mean: whether W~ is corrected afterwards, so that the target's mean input gives its mean output again
-            (`core.fusion.transport_weights.keep_mean`).
+            (`core.fusion.transport_weights.Transport.keep_mean`).
     """
 
     default_p_topk: int | None = None

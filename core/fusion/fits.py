@@ -19,25 +19,34 @@ KEPT_FITS = 8
 
 
 class Fits:
-    """Ridge regressions on recorded rows of one side, those of recent sides kept, and the final regression of W~.
+    """Ridge regressions between recorded rows, and the final regression, which gives W~.
 
     Attributes:
         kind: which rows the final regression is fitted on (`core.fusion.anchored.KINDS`).
-        gives_change: whether the final regression gives a change of the target's weight, which is to be added to it,
-            and not W~ itself. So it is of a task vector, and where only the difference to the target's own outputs is
-            regressed. Where the source says nothing, the change is 0.
+        of_task_vector: whether the responses are those of a task vector.
+        of: (model, side, layer) -> the regressions on its rows; those of recent sides are kept.
     """
 
     def __init__(self, plans: Plans, ridge: float, rows: str, of_task_vector: bool):
         self.plans, self.ridge, self.kind = plans, ridge, rows
-        self.of_task_vector, self.gives_change = of_task_vector, of_task_vector or rows == "difference"
+        self.of_task_vector = of_task_vector
         self.of = lru_cache(KEPT_FITS)(lambda model, side, layer: Ridge(plans.rows(model, side, layer, "fit"), ridge))
 
     def with_rows(self, rows: str) -> Fits:
         """The same regressions, with a final one on rows of another kind."""
         other = copy(self)
-        other.kind, other.gives_change = rows, self.of_task_vector or rows == "difference"
+        other.kind = rows
         return other
+
+    @property
+    def gives_change(self) -> bool:
+        """Whether the final regression gives a change of the target's weight, which is to be added to it, and not W~
+        itself.
+
+        This is so with a task vector, and where only the difference to the target's own outputs is regressed. Where the
+        source says nothing, the change is 0.
+        """
+        return self.of_task_vector or self.kind == "difference"
 
     def regress(self, layer: int, projection: str, responses: Tensor, outputs: Tensor | None) -> Tensor:
         """The weight [k, n'] that gives the responses [T, k] for the target's inputs, on the rows of the settings.

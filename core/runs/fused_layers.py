@@ -69,7 +69,8 @@ class FusedLayers:
             UserError: a layer has no corresponding source layer, or a weight is not finite.
         """
         kinds = self.settings.row_kinds
-        missing = [(m, kind) for m in range(self.n_layers) for kind in kinds if not self.path(kind, m).is_file()]
+        everything = [(layer, kind) for layer in range(self.n_layers) for kind in kinds]
+        missing = [(layer, kind) for layer, kind in everything if not self.path(kind, layer).is_file()]
         transport = Transport(plans, source, self.settings, source_base)
         transports = {kind: transport.with_rows(kind) for kind in kinds}
         with tqdm(total=len(missing) * len(self.settings.fused), desc="fusing", unit="projection") as bar:
@@ -99,7 +100,7 @@ class FusedLayers:
             for layer in range(self.n_layers)
             for projection in self.settings.fused
         }
-        of_layer = lru_cache(1)(lambda m: {one.projection: one for one in load_residuals(self.path(rows, m))[0]})
+        of_layer = lru_cache(1)(lambda n: {one.projection: one for one in load_residuals(self.path(rows, n))[0]})
 
         def fold(name: str, tensor: Tensor) -> Tensor:
             module, _, kind = name.rpartition(".")

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -152,29 +152,36 @@ class StrengthSearch:
         """The strength of the best candidate, by the loss on the validation rows.
 
         Args:
-            what: is fused, for the progress bars.
-            candidates: name -> residuals to choose between.
+            what: the name of what is fused, which the progress bars show.
+            candidates: name -> residuals; the candidates to choose between.
         """
-        tried = [Tried(name, 0.0, self.base) for name in candidates]
-        for name, residuals in candidates.items():
-            before = sum(self.base)
-            for alpha in GRID:
-                tried.append(Tried(name, alpha, self._losses(what, residuals(), alpha)))
-                if not tried[-1].total < before:
-                    break
-                before = tried[-1].total
+        tried = [one for name, residuals in candidates.items() for one in self._on_grid(what, name, residuals)]
         best = min(tried, key=lambda one: one.total)
-        if best.alpha == 0:  # nothing helps; the rows are those that harm least
-            best = replace(
-                best, candidate=min((one for one in tried if one.alpha == GRID[0]), key=lambda one: one.total).candidate
-            )
+        if not best.total < sum(self.base):  # nothing helps: the target itself, with the rows that harm least
+            first = [one for one in tried if one.alpha == GRID[0]]
+            best = self._target(min(first, key=lambda one: one.total).candidate)
         if settings.learned:
-            learned = list(self._learn(what, best.candidate, list(candidates[best.candidate]()), settings))
-            best = min([replace(tried[0], candidate=best.candidate), *learned], key=lambda one: one.total)
+            residuals = list(candidates[best.candidate]())
+            learned = list(self._learn(what, best.candidate, residuals, settings))
+            best = min([self._target(best.candidate), *learned], key=lambda one: one.total)
             tried += learned
         gain = self.gain(best.losses, self.base)
-        records = [one.record(self.tokens) for one in tried if one.alpha != 0]
-        return Choice(best.alpha if helps(gain) else 0.0, best.candidate, gain, records)
+        alpha = best.alpha if helps(gain) else 0.0
+        return Choice(alpha, best.candidate, gain, [one.record(self.tokens) for one in tried])
+
+    def _target(self, candidate: str) -> Tried:
+        """The target itself, which is every candidate at strength 0."""
+        return Tried(candidate, 0.0, self.base)
+
+    def _on_grid(self, what: str, name: str, residuals: Candidate) -> Iterator[Tried]:
+        """One strength after the other for all projections, as long as the loss falls."""
+        before = sum(self.base)
+        for alpha in GRID:
+            found = Tried(name, alpha, self._losses(what, residuals(), alpha))
+            yield found
+            if not found.total < before:
+                return
+            before = found.total
 
     def _validate(self, what: str) -> list[float]:
         return text_nll(self.model, self.texts.validation, self.tokens_per_batch, f"{what} on validation rows")

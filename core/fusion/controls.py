@@ -31,12 +31,17 @@ def damped_mean(fused: Residual, transport: Transport, generator: Generator) -> 
 
 def permuted(fused: Residual, transport: Transport, generator: Generator) -> Residual:
     """W~ - W with its rows and columns shuffled: a change of the same norm between neurons that do not correspond.
+    Where W~ is added to W, it is the change itself.
 
     The shuffle also loses the mean output that some feature maps keep. `damped_mean` and `self_regressed` keep it and
     show how much of a gain is due to it.
     """
     rows = torch.randperm(fused.weight.shape[0], generator=generator)
     columns = torch.randperm(fused.weight.shape[1], generator=generator)
+    if transport.adds:
+        return replace(
+            fused, weight=fused.weight[rows][:, columns], bias=None if fused.bias is None else fused.bias[rows]
+        )
     weight = fused.original_weight + (fused.weight - fused.original_weight)[rows][:, columns]
     bias = fused.bias
     if bias is not None and fused.original_bias is not None:

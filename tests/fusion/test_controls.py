@@ -12,6 +12,20 @@ from core.fusion.settings import FusionSettings
 from core.fusion.transport_weights import Transport, fuse_attention_only_from_hot_dir
 
 
+@pytest.mark.parametrize("biases", [(), tuple(PROJECTIONS)])
+def test_permuted_shuffles_what_is_added(biases):
+    """With `additive` W~ is the change itself, and a control of the same norm has the entries of W~."""
+    plans, target, source = random_pair(biases)
+    settings = FusionSettings("regression", "additive", top_k=3)
+    fused, _ = next(fuse_attention_only_from_hot_dir(plans, target, source, settings))
+    transport = Transport(plans, source, settings)
+    made = CONTROLS["permuted"](fused, transport, torch.Generator().manual_seed(1))
+    assert torch.equal(made.weight.flatten().sort().values, fused.weight.flatten().sort().values)
+    assert not torch.equal(made.weight, fused.weight)
+    if biases:
+        assert torch.equal(made.bias.sort().values, fused.bias.sort().values)
+
+
 @pytest.mark.parametrize("projection", ["q", "o"])
 @pytest.mark.parametrize("biases", [(), tuple(PROJECTIONS)])
 def test_controls_share_norm_or_mean_but_not_the_correspondence(projection, biases):

@@ -65,8 +65,9 @@ def main(argv: list[str]) -> None:
 def measured(arms: Arms, results: Results, sets: Mapping[str, TextSet]) -> dict[str, Any]:
     """Measure what is missing and return the contents of `results.json`.
 
-    The file is finished before the source is loaded as well, which may be too large for this machine: the comparison of
-    arms rests on the others. Without the source, it has no bits per byte of it and no share of the gap.
+    The file is finished once before the source is loaded, which may be too large for this machine: the comparison of
+    arms does not need it. Where the source cannot be measured, the results lack its bits per byte and the share of the
+    gap that each arm closes.
     """
     for arm, losses in arms.losses([arm for arm in results.missing if arm != SOURCE], sets):
         results.add(arm, losses)

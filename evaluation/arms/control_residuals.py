@@ -39,7 +39,7 @@ class ControlResiduals:
         target: the model that was fused into.
         transport_of: control -> the transport from which its W~ is made.
         model: the loaded target, on which strengths are found. Its weights are the same before and after each call.
-            Where stage 2 found that of the fusion in another dtype, the target is loaded once more.
+            Where stage 2 searched the strength of the fusion in another dtype, the target is loaded again in that one.
         experiment: device, dtype, seed and batch size.
     """
 

@@ -29,7 +29,7 @@ from core.runs.row_recorder import RowRecorder
 from core.runs.settings import Experiment
 from evaluation.arms.run import Run
 
-# Of the fresh weights.
+# The seed with which the fresh weights are drawn.
 SEED = 0
 
 

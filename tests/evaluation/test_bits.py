@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATE, llama, make_tokenizer, qwen2, save, sentences
-from test_verdict import counts, made_up
+from made_up_losses import counts, made_up
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 

@@ -95,7 +95,7 @@ def command_of(line: Mapping[str, Any]) -> str:
     script, *arguments = line["command"]
     parts = Path(script).parts
     # core/... and evaluation/... keep their folder, run_activs_and_hot.py has none.
-    start = next((len(parts) - 1 - i for i, part in enumerate(reversed(parts)) if part in ("core", "evaluation")), -1)
+    start = max((number for number, part in enumerate(parts) if part in ("core", "evaluation")), default=-1)
     # A whole argument may be a path with spaces.
     shown = [without_paths(_PATH.sub(r"\1", argument)) for argument in arguments]
     return "python " + shlex.join(["/".join(parts[start:]), *shown])

@@ -23,7 +23,7 @@ from core.runs.settings import Experiment
 from evaluation.arms.bits import SOURCE
 from evaluation.arms.models import UNUSABLE, Arms, open_base_of
 from evaluation.arms.results import Results
-from evaluation.arms.run import Run, folders_to_compare
+from evaluation.arms.run import RESULTS, Run, folders_to_compare
 from evaluation.arms.samples import SAMPLES, write_samples
 from evaluation.arms.texts import TextSet, text_sets
 from evaluation.arms.verdict import strength_notes, table, trial_notes
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         return
     hold(folder)
     log_to_file(command.log_file("run_dir", "."))
-    results = Results(folder / "results.json", inputs_of(run, sets, experiment), arms.made_from, sets)
+    results = Results(folder / RESULTS, inputs_of(run, sets, experiment), arms.made_from, sets)
     record = measured(arms, results, sets)
     text = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
     text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])

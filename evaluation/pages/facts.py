@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from core.runs.command_line import RESOLVED
 from core.runs.licences import licence_text
 from core.runs.settings import all_settings
 from core.runs.usage import read_usage
@@ -54,7 +55,7 @@ def settings_table(files: RunFiles) -> Table:
     folders = [files.plans.folder] if files.plans else []
     folders += [files.folder / "fused", *(found.folder for found in files.trainings.values())]
     for folder in folders:
-        path = folder / "resolved.yaml"
+        path = folder / RESOLVED
         if path.is_file():
             used = {**yaml.safe_load(path.read_text("utf-8")), **used}
     rows = [["setting", "value", "default"]]

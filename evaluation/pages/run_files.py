@@ -16,12 +16,11 @@ from core.manifest import COMMANDS, Manifest
 from core.runs.command_line import EXPERIMENTS, RUN_FILE, load_experiment
 from core.runs.plan_directory import PlanDirectory
 from core.training.curve import CURVE
-from evaluation.arms.run import TRAINED, training_folders
+from evaluation.arms.run import RESULTS, TRAINED, training_folders
 from evaluation.arms.samples import SAMPLES
 from evaluation.pages.paths import without_paths
 from evaluation.tables.current import check_losses
 
-RESULTS = "results.json"
 # What reading a file raises that is missing or damaged.
 UNREADABLE = (UserError, OSError, SafetensorError)
 

@@ -43,12 +43,16 @@ def benchmark_prose() -> list[dict[str, Any]]:
     Raises:
         ModuleNotFoundError: lm_eval is not installed, or without these pages.
     """
-    found = find_spec("lm_eval")  # nothing is imported
-    folder = Path(found.submodule_search_locations[0] if found and found.submodule_search_locations else "") / "tasks"
-    pages = sorted(folder.rglob("README.md")) if found else []
-    if not pages:
+    package = find_spec("lm_eval")  # nothing is imported
+    roots = package.submodule_search_locations if package else None
+    folders = [Path(root) / "tasks" for root in roots or ()]
+    texts = [
+        (page.relative_to(folder).parts[0], FENCED.sub("", page.read_text("utf-8")))
+        for folder in folders
+        for page in sorted(folder.rglob("README.md"))
+    ]
+    if not texts:
         raise ModuleNotFoundError(name="lm_eval (with its folder tasks)")
-    texts = ((page.relative_to(folder).parts[0], FENCED.sub("", page.read_text("utf-8"))) for page in pages)
     prose = ((name, "\n\n".join(filter(_is_prose, _paragraphs(text)))) for name, text in texts)
     return _in_groups(prose)
 

@@ -17,10 +17,10 @@ from core.errors import UserError
 from core.files import MANIFEST, read_json, write_json, write_text
 from core.fusion.strengths import Strength, mean_strength
 from core.locks import hold, outputs_held
-from core.runs.command_line import RUN_FILE, Parser, load_experiment
+from core.runs.command_line import RESOLVED, RUN_FILE, Parser, load_experiment
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import results_root
-from evaluation.arms.run import training_folders
+from evaluation.arms.run import RESULTS, training_folders
 from evaluation.benchmarks.registry import EXPERIMENTS
 from evaluation.tables.arm_scores import arm_scores
 from evaluation.tables.current import check_losses, check_scores, manifest_of
@@ -128,9 +128,9 @@ def collect_run(task: str, run: Path, paper: Mapping[str, Any]) -> dict[str, Any
         except UserError as error:
             log.warning("%s, %s: %s", run.name, kind, error)
             found["sets"][kind] = {"rows": {}, "mean": {}, "normalised": {}, "absent": {"all": str(error)}}
-    if (run / "results.json").is_file():
+    if (run / RESULTS).is_file():
         try:
-            record = read_json(run / "results.json")
+            record = read_json(run / RESULTS)
             check_losses(run, record)
             found["held_out"] = {"texts": record["held_out"], "arms": record["arms"]}
         except UserError as error:
@@ -158,7 +158,7 @@ def settings_of(run: Path) -> dict[str, Any]:
     Raises:
         UserError: a training is of an earlier format.
     """
-    path = run / "fused" / "resolved.yaml"
+    path = run / "fused" / RESOLVED
     used = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
     trainings = [manifest_of(folder) for folder in training_folders(run, "fused_adapted")]
     alphas: list[Strength] = []

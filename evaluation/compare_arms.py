@@ -23,7 +23,7 @@ from core.runs.settings import Experiment
 from evaluation.arms.bits import SOURCE
 from evaluation.arms.models import UNUSABLE, Arms, open_base_of
 from evaluation.arms.results import Results
-from evaluation.arms.run import Run, folders_to_compare
+from evaluation.arms.run import RESULTS, Run, folders_to_compare
 from evaluation.arms.samples import SAMPLES, write_samples
 from evaluation.arms.texts import TextSet, text_sets
 from evaluation.arms.verdict import strength_notes, table, trial_notes
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         return
     hold(folder)
     log_to_file(command.log_file("run_dir", "."))
-    results = Results(folder / "results.json", inputs_of(run, sets, experiment), arms.made_from, sets)
+    results = Results(folder / RESULTS, inputs_of(run, sets, experiment), arms.made_from, sets)
     record = measured(arms, results, sets)
     text = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
     text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])
@@ -65,8 +65,9 @@ def main(argv: list[str]) -> None:
 def measured(arms: Arms, results: Results, sets: Mapping[str, TextSet]) -> dict[str, Any]:
     """Measure what is missing and return the contents of `results.json`.
 
-    The file is finished before the source is loaded as well, which may be too large for this machine: the comparison of
-    arms rests on the others. Without the source, it has no bits per byte of it and no share of the gap.
+    The file is finished once before the source is loaded, which may be too large for this machine: the comparison of
+    arms does not need it. Where the source cannot be measured, the results lack its bits per byte and the share of the
+    gap that each arm closes.
     """
     for arm, losses in arms.losses([arm for arm in results.missing if arm != SOURCE], sets):
         results.add(arm, losses)

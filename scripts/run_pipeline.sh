@@ -4,7 +4,7 @@
 # --device cuda. Of relative paths only that of --config is meant from where this is started, others from the repository.
 # SEEDS="0 1 2" trains with each of these seeds in place of the experiment's own, and the table averages them. What is
 # finished is skipped. Times are for the demo pair on two CPU cores, with the four attention projections and a strength
-# that is given; the demo's seven projections, and the search for their strength, take longer.
+# that is given, as its file has them; all seven projections, and a search for the strength, take longer.
 set -euo pipefail
 flags=()
 for flag in "$@"; do
@@ -12,7 +12,7 @@ for flag in "$@"; do
   -h | --help) sed -n '2,/^set /s/^# //p' "$0" && exit ;;
   --config=*) flags+=(--config) && flag=${flag#*=} ;;
   esac
-  # A relative --config is meant from where this is started.
+  # A relative path of --config is made absolute, because the folder changes below.
   [[ ${flags[*]: -1} != --config || $flag == /* ]] || flag=$PWD/$flag
   flags+=("$flag")
 done

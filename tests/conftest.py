@@ -248,3 +248,21 @@ def fused(models: dict[str, Path], plans: dict[str, Path], tmp_path_factory: pyt
 
     flags = ("--feature-map", "regression", "--alpha", "0.3", "--top-k", "0")
     return fuse(plans["token"], models, tmp_path_factory.mktemp("fused") / "out", *flags)
+
+
+@pytest.fixture(scope="session")
+def reported(models: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with one seed, whose strongest neurons are fused, and its report; not to be changed."""
+    from stages import data_flags, fuse, pair_flags, plan, train
+
+    from evaluation import compare_arms, report
+
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    plans = plan(models, texts, folder / "plans", "--pooling", "token")
+    fused = fuse(plans, models, folder / "fused", "--feature-map", "regression", "--top-k", 7)
+    for scenario in ("hot", "no_hot"):
+        out = folder / "adapted" / scenario / "seed0"
+        train(fused, out, "--validation-samples", 4, "--training-scenario", scenario)
+    run_main(compare_arms, "--run-dir", folder, *pair_flags(models), *data_flags(texts))
+    run_main(report, folder)
+    return folder

@@ -14,16 +14,8 @@ from stages import fuse, plan
 from core.models.families import FAMILIES
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
-CLIP = dict(
-    model_type="clip_vision_model",
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=8,
-    patch_size=4,
-    projection_dim=8,
-)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8)
+CLIP = dict(model_type="clip_vision_model", **VISION, patch_size=4, projection_dim=8)
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 TINYLLAVA_CODE = {
     "configuration.py": """
@@ -54,7 +46,6 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel):
         return self.language_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **rest)
 """,
 }
-VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8)
 # Name -> function that builds a model of the family; head_dim is not hidden / heads where it may be.
 MAKERS: dict[str, Callable[[], Any]] = {
     "llama": llama,

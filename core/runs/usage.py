@@ -20,7 +20,7 @@ USAGE = "usage.jsonl"
 
 
 class Usage(logging.Handler):
-    """The time, memory and warnings of the command of this process, from now on."""
+    """The time, memory and warnings of the command that this process runs, counted from when this object is made."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -32,10 +32,10 @@ class Usage(logging.Handler):
         self.warnings.append(record.getMessage())
 
     def write(self, folder: Path, outcome: str) -> None:
-        """Append one line to the run's file. Of several processes of one launch only the first writes.
+        """Append one line to the run's file. Where one launch has several processes, only the first one writes.
 
         Args:
-            folder: of the log.
+            folder: the folder of the log.
             outcome: `finished`, or what ended the command.
         """
         if os.environ.get("RANK", "0") != "0":

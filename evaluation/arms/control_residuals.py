@@ -39,7 +39,7 @@ class ControlResiduals:
         target: the model that was fused into.
         transport_of: control -> the transport from which its W~ is made.
         model: the loaded target, on which strengths are found. Its weights are the same before and after each call.
-            Where stage 2 found that of the fusion in another dtype, the target is loaded once more.
+            Where stage 2 searched the strength of the fusion in another dtype, the target is loaded again in that one.
         experiment: device, dtype, seed and batch size.
     """
 
@@ -70,6 +70,7 @@ class ControlResiduals:
         """(the residuals of a control, its strength)."""
         if self.search is None:
             return self._made(control, self.rows), self.alpha
+        # The search asks for a kind of rows more than once. One kind at a time is kept, as it has all residuals.
         of_rows = lru_cache(1)(lambda rows: list(self._made(control, rows)))
         candidates = {rows: partial(of_rows, rows) for rows in self.settings.row_kinds}
         choice = self.search.find(control, candidates, search_settings(self.experiment))

@@ -136,7 +136,7 @@ class Arms:
     def _losses_in_memory(
         self, arms: Sequence[str], sets: Mapping[str, TextSet], transport_of: Callable[[str], Transport]
     ) -> Iterator[tuple[str, Losses]]:
-        """Of base and controls, whose model is the target, changed in memory."""
+        """The losses of base and controls, whose model is the target, changed in memory."""
         model = self.target.load_model(self.experiment.compute.dtype)
         name_of = self.target.layout.name
         controls = ControlResiduals(self.run, self.target, transport_of, model, self.experiment)
@@ -147,7 +147,7 @@ class Arms:
             restore_base(model, controls.fused, name_of)  # all residuals of a run have the same selection
 
     def _losses_of(self, model: Any, arm: str, sets: Mapping[str, TextSet]) -> Losses:
-        """Of a model with the target's tokens, on all texts."""
+        """The losses of a model that reads the target's tokens, on all texts."""
         found = Losses({}, {})
         for name, texts in sets.items():
             of_tokens, of_bytes = ([0.0] * len(texts.examples) for _ in range(2))
@@ -161,7 +161,7 @@ class Arms:
         return found
 
     def _losses_of_source(self, sets: Mapping[str, TextSet]) -> Losses:
-        """Of the source, whose tokens are its own, so that it has losses on bytes alone."""
+        """The losses of the source, whose tokens are its own, so that it has losses on bytes alone."""
         model = self.source.load_model(self.experiment.compute.dtype)
         found = Losses({}, {})
         for name, texts in sets.items():

@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.files import TEMPORARY
 from core.models.checkpoints import Checkpoint
 from core.models.reading import Reading, read_aligned, read_texts
-from core.runs.command_line import load_experiment
+from core.runs.command_line import RESOLVED, load_experiment
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import activations_file, read_tensor
 from core.runs.process import process_state
@@ -29,7 +29,7 @@ from core.runs.row_recorder import RowRecorder
 from core.runs.settings import Experiment
 from evaluation.arms.run import Run
 
-# Of the fresh weights.
+# The seed with which the fresh weights are drawn.
 SEED = 0
 
 
@@ -82,7 +82,7 @@ def random_source_plans(
     Raises:
         UserError: the calibration texts are not those of stage 1, or the disk has no room for the rows.
     """
-    stage1 = Experiment.of(**load_experiment(run.plans.folder / "resolved.yaml"))
+    stage1 = Experiment.of(**load_experiment(run.plans.folder / RESOLVED))
     stage1 = stage1.changed(device=experiment.compute.device)
     reading = source_reading(run, (target.load_tokenizer(), source.load_tokenizer()), experiment, stage1)
     aside = read_tensor(activations_file(run.plans.folder, "target"), "kept_aside")

@@ -11,6 +11,8 @@ from core.manifest import Manifest
 from core.runs.plan_directory import PlanDirectory
 from core.runs.settings import of_one_scenario
 
+# What stage 4 writes into a run: the losses of all arms, and the figures made of them.
+RESULTS = "results.json"
 # Arm -> the folder in a run that holds its trainings, one folder below it per seed.
 TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,10 @@ def prompts_of(rows: Sequence[Row], has_template: bool) -> tuple[str, list[str]]
     Of a conversation the first message of the user is the prompt, which every model reads in its own chat template.
     Plain text is cut between two words, and the models go on from there.
     """
-    first: Mapping[str, Row] = {row.group: row for row in reversed(rows)}
-    chosen = [row for row in rows if first[row.group] is row][:PROMPTS]
+    first: dict[str, Row] = {}  # group -> its first row
+    for row in rows:
+        first.setdefault(row.group, row)
+    chosen = [*first.values()][:PROMPTS]
     if has_template and all(row.has_roles for row in chosen):
         return CHAT, [next((text for role, text in row.messages if role == "user"), row.plain) for row in chosen]
     return PLAIN, [beginning(row.plain) for row in chosen]

@@ -51,7 +51,7 @@ class _Reading:
     """What one model reads of a text.
 
     Attributes:
-        ids: its token ids, cut.
+        ids: its token ids, cut at the largest number of tokens.
         parts: what is compared: the text itself, or each answer of a conversation, without white space around answers.
         ends: for every part, offset from its beginning -> the last token that ends there, before the cut.
     """

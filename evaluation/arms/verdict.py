@@ -74,17 +74,35 @@ def table(
         + heading(held_out),
     ]
     for arm, figures in arms.items():
-        base = "" if arm == "base" else interval(figures)
-        better = "" if arm == "base" else f"{figures['better']} of {figures['n']}"
-        versus = "" if arm == "fused" else interval(figures["fused_minus_arm"])
-        ppl = "inf" if figures["ppl"] is None else f"{figures['ppl']:.2f}"
-        row = f"{arm:14} {figures['nll']:8.4f} {ppl:>8}  {base:>27} {better:>10}  {versus:>27}"
+        nll, ppl, base, better, versus = arm_cells(arm, figures)
+        row = f"{arm:14} {nll:>8} {ppl:>8}  {base:>27} {better:>10}  {versus:>27}"
         lines.append(row + columns(arm, held_out))
     if source := columns(SOURCE, held_out):
         lines.append(f"{SOURCE:14}{'':87}{source}")
+    return "\n".join([*lines, *sentences(arms, held_out, general, general_counts)])
+
+
+def arm_cells(arm: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    """The row of one arm as text: nats per token, perplexity, minus base, texts that are better, fused minus arm."""
+    return (
+        f"{figures['nll']:.4f}",
+        "inf" if figures["ppl"] is None else f"{figures['ppl']:.2f}",
+        "" if arm == "base" else interval(figures),
+        "" if arm == "base" else f"{figures['better']} of {figures['n']}",
+        "" if arm == "fused" else interval(figures["fused_minus_arm"]),
+    )
+
+
+def sentences(
+    arms: Mapping[str, Mapping[str, Any]],
+    held_out: Mapping[str, Any],
+    general: Mapping[str, Mapping[str, Any]] | None = None,
+    general_counts: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """The sentences below the rows of `table`, which explains the arguments; one of them is the `verdict`."""
     found = arms["fused"].get("strength")
     strength = [] if found is None else [f"{found['sentence']}."]
-    lines += [*notes(held_out), *seed_notes(arms), verdict(arms), *strength, *bit_notes(held_out)]
+    lines = [*notes(held_out), *seed_notes(arms), verdict(arms), *strength, *bit_notes(held_out)]
     for rival in ("no_hot", "distill"):
         if rival in arms:
             found = arms["fused_adapted"][f"minus_{rival}"]
@@ -94,7 +112,7 @@ def table(
         count = f"{general_counts['texts']} texts of {general_counts['groups']} groups"
         lines.append(f"On general text ({count}, base {general['base']['nll']:.4f}), minus base: {changes}.")
         lines += [f"General text: {note}" for note in [*notes(general_counts), *bit_notes(general_counts)]]
-    return "\n".join(lines)
+    return lines
 
 
 def notes(counts: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from evaluation.figures.figure import Figure, Panel
-from evaluation.figures.forest import kind_of, look_of
+from evaluation.figures.forest import ends, kind_of, look_of
 from evaluation.figures.theme import colour, series_of
 from evaluation.tables.rows import ARMS, MEAN
 
@@ -34,7 +34,7 @@ def scores(kind: str, found: Mapping[str, Any]) -> Figure:
             arm,
             score["value"],
             score.get("diff", ""),
-            *(score.get("ci95") or ("", "")),
+            *ends(score.get("ci95")),
             score.get("p_holm", ""),
         )
         for name, (metric, n, arms) in by_name.items()
@@ -59,6 +59,7 @@ def draw(axes: Axes, by_name: Mapping[str, Mapping[str, Mapping[str, Any]]], arm
     axes.axvline(0, color=colour("ink"), linewidth=0.9)
     step = 1 / (len(arms) + 1)
     colours = {arm: series_of(arm)["color"] for arm in arms}
+    markers = {arm: look_of(arm, kind_of(arm))[1] for arm in arms}
     for y, scores_of in enumerate(by_name.values()):
         for number, arm in enumerate(arms):
             score = scores_of.get(arm, {})
@@ -67,9 +68,9 @@ def draw(axes: Axes, by_name: Mapping[str, Mapping[str, Mapping[str, Any]]], arm
             at = y + (number - (len(arms) - 1) / 2) * step
             if score["ci95"] is not None:
                 axes.plot(score["ci95"], [at, at], color=colours[arm], linewidth=1.4)
-            axes.plot([score["diff"]], [at], look_of(arm, kind_of(arm))[1], color=colours[arm], markersize=4.5)
+            axes.plot([score["diff"]], [at], markers[arm], color=colours[arm], markersize=4.5)
     for arm in arms:
-        axes.plot([], [], look_of(arm, kind_of(arm))[1], color=colours[arm], label=arm)
+        axes.plot([], [], markers[arm], color=colours[arm], label=arm)
     axes.set_yticks(range(len(by_name)), list(by_name))
     axes.set_ylim(len(by_name) - 0.5, -0.5)
     axes.set_xlabel("percentage points, minus base")
@@ -96,7 +97,7 @@ def common_scale(sets: Mapping[str, Mapping[str, Any]]) -> Figure | None:
         "Mean score of every arm between the worst arm (0) and the best one (1) of its set. The scale stretches small "
         "differences as much as large ones, so it says who is ahead and nothing about by how much."
     )
-    alt = "; ".join(f"{name} {arm} {low_high:.2f}" for name, arm, _, low_high in rows)
+    alt = "; ".join(f"{name} {arm} {min_max:.2f}" for name, arm, _, min_max in rows)
     size = (WIDTH, MARGIN + LINE * len(arms) * len(scaled))
     panel = Panel(lambda axes: _draw_scale(axes, scaled, arms), alt, size, measured=True)
     columns = ("set", "arm", "z", "min_max")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -125,7 +126,8 @@ def inline_svg(panel: Panel, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]+"', text)
     assert view is not None
-    head = f'<svg {view[0]} role="img" aria-label="{_attribute(panel.alt)}">'
+    alt = escape(panel.alt, {'"': "&quot;"})
+    head = f'<svg {view[0]} role="img" aria-label="{alt}">'
     text = head + text[text.index(">") + 1 :]
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', text)
@@ -133,10 +135,3 @@ def inline_svg(panel: Panel, name: str) -> str:
     for variable, (light, _) in COLOURS.items():
         text = text.replace(f": {light}", f": var(--{variable})")
     return text.strip()
-
-
-def _attribute(text: str) -> str:
-    """Text as it may stand in an attribute."""
-    for plain, escaped in (("&", "&amp;"), ('"', "&quot;"), ("<", "&lt;"), (">", "&gt;")):
-        text = text.replace(plain, escaped)
-    return text

@@ -22,8 +22,8 @@ KINDS = {
     "source": ("gold", "v"),
     "other": ("muted", "x"),
 }
+# In inches: the width of a plot, the height of one of its lines, and what the axis below takes.
 WIDTH, LINE, MARGIN = 4.2, 0.26, 0.7
-COLUMNS = ("arm", "kind", "nll", "diff", "low", "high", "seeds")
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,12 @@ def losses(arms: Mapping[str, Mapping[str, Any]], name: str, title: str, texts: 
         arms: `evaluation.arms.verdict.statistics`.
         texts: which texts these are, in words.
     """
-    lines = lines_of(arms)
     caption = (
         f"Loss of every arm minus that of the base on {texts}; left of the line is better. Bars are 95 % intervals, "
         "small dots are single seeds. Transfer shows as a blue diamond left of the base and of all grey "
         "circles, the controls; where a grey circle lies as far left, the gain needs no knowledge of the source."
     )
-    rows = [
-        (line.name, line.kind, arms[line.name]["nll"], line.diff, *(line.ci95 or ("", "")), _joined(line.seeds))
-        for line in lines
-    ]
-    alt = "Forest plot. " + "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines) + " nats per token."
-    panel = Panel(lambda axes: draw(axes, lines, "nats per token, minus base"), alt, height_for(lines), measured=True)
-    return Figure(name, title, caption, [panel], COLUMNS, rows)
+    return _forest(arms, "nll", "nats per token", name, title, caption)
 
 
 def bits(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -99,31 +92,34 @@ def bits(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
     Args:
         arms: arm, or `source` -> "bits_per_byte" and the difference to base.
     """
-    lines = lines_of(arms)
     caption = (
         "The same differences in bits per byte of text, a unit that does not depend on the tokenizer, with the source "
         "itself as the last line: how far it lies to the left is all that could be gained from it."
     )
+    return _forest(arms, "bits_per_byte", "bits per byte", "bits_per_byte", "Against the source", caption)
+
+
+def _forest(arms: Mapping[str, Mapping[str, Any]], key: str, unit: str, name: str, title: str, caption: str) -> Figure:
+    """A figure with one forest plot: `key` is the entry of an arm that holds its loss, in `unit`."""
+    lines = lines_of(arms)
     rows = [
-        (
-            line.name,
-            line.kind,
-            arms[line.name]["bits_per_byte"],
-            line.diff,
-            *(line.ci95 or ("", "")),
-            _joined(line.seeds),
-        )
+        (line.name, line.kind, arms[line.name][key], line.diff, *ends(line.ci95), " ".join(map(repr, line.seeds)))
         for line in lines
     ]
-    alt = "Forest plot. " + "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines) + " bits per byte."
-    panel = Panel(lambda axes: draw(axes, lines, "bits per byte, minus base"), alt, height_for(lines), measured=True)
-    columns = ("arm", "kind", "bits_per_byte", *COLUMNS[3:])
-    return Figure("bits_per_byte", "Against the source", caption, [panel], columns, rows)
+    alt = "Forest plot. " + "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines) + f" {unit}."
+    columns = ("arm", "kind", key, "diff", "low", "high", "seeds")
+    return Figure(name, title, caption, [panel_of(lines, unit, alt)], columns, rows)
 
 
-def height_for(lines: Sequence[Line]) -> tuple[float, float]:
-    """The size of a forest plot with so many lines."""
-    return WIDTH, MARGIN + LINE * len(lines)
+def ends(ci95: Sequence[float] | None) -> Sequence[float | str]:
+    """The two cells of an interval in a table of numbers; empty where there is none."""
+    return ci95 or ("", "")
+
+
+def panel_of(lines: Sequence[Line], unit: str, alt: str) -> Panel:
+    """The lines as a forest plot, as high as their number needs."""
+    size = (WIDTH, MARGIN + LINE * len(lines))
+    return Panel(lambda axes: draw(axes, lines, f"{unit}, minus base"), alt, size, measured=True)
 
 
 def draw(axes: Axes, lines: Sequence[Line], label: str) -> None:
@@ -144,7 +140,3 @@ def draw(axes: Axes, lines: Sequence[Line], label: str) -> None:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=8.5)
     axes.locator_params(axis="x", nbins=6)
-
-
-def _joined(values: Sequence[float]) -> str:
-    return " ".join(map(repr, values))

@@ -40,19 +40,23 @@ def depth_correlation(P: Tensor) -> float | None:
     return float(spearmanr(range(len(matched)), matched).statistic) if len(set(matched)) > 1 else None
 
 
+def correlation_in_words(P: Tensor) -> str:
+    """`depth_correlation` as titles show it."""
+    rank = depth_correlation(P)
+    return "no rank correlation" if rank is None else f"Spearman {rank:.2f}"
+
+
 def layer_plans(plans: PlanDirectory) -> Figure:
     """P and the layer costs of every side, and one plan of shuffled layers, which shows what a bad one looks like."""
     panels, rows = [], []
     for side in sides_of(plans):
         P, cost = plan_of(plans, side)
-        rank = depth_correlation(P)
-        said = "no rank correlation" if rank is None else f"Spearman {rank:.2f}"
+        said = correlation_in_words(P)
         panels.append(_panel(P, f"{side}: P, {said}", f"Layer plan of side {side}, {said} with depth"))
         panels.append(_panel(cost, f"{side}: layer cost", f"Layer costs of side {side}", path=False))
         rows += table(side, P, cost)
     shuffled = bad_plan(plan_of(plans, sides_of(plans)[0])[0])
-    rank = depth_correlation(shuffled)
-    said = "no rank correlation" if rank is None else f"Spearman {rank:.2f}"
+    said = correlation_in_words(shuffled)
     panels.append(_panel(shuffled, f"A bad plan: {said}", f"For comparison a plan of shuffled layers, {said}"))
     caption = (
         "Bright cells of P say which source layer corresponds to which target layer; orange dots mark the strongest of "

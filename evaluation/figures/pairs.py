@@ -136,8 +136,8 @@ def co_clustered(Q: Tensor) -> tuple[Tensor, Tensor]:
     """Orders of the rows [n] and columns [m] of Q in which neurons with similar partners stand together.
 
     Spectral co-clustering (Dhillon, 2001): both marginals are uniform, so the first singular vectors are constant, and
-    the second ones, the first of Q minus its mean, place every row and every column on a line. The
-    sign, which a decomposition leaves open, is such that the first row comes before the last one.
+    the second ones, the first of Q minus its mean, place every row and every column on a line. A decomposition leaves
+    their sign open; here the first row comes before the last one.
     """
     deviation = (Q - Q.mean()).double()
     U, _, Vh = torch.linalg.svd(deviation, full_matrices=False) if min(Q.shape) <= 64 else _leading(deviation)
@@ -148,7 +148,7 @@ def co_clustered(Q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leading(deviation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors of a large matrix, by power iterations from the column with the largest norm."""
+    """The leading singular vectors of a large matrix, by power iterations from the row with the largest norm."""
     v = deviation[deviation.norm(dim=1).argmax()]
     for _ in range(60):
         u = deviation @ (v / v.norm())

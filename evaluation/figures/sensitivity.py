@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 
 from evaluation.figures.figure import Figure, Panel
-from evaluation.figures.forest import Line, draw, height_for
+from evaluation.figures.forest import Line, ends, panel_of
 from evaluation.figures.theme import WIDE, colour, series_of
 
 
@@ -39,17 +40,12 @@ def by_strength(points: Sequence[Point]) -> Figure:
     scored = list(dict.fromkeys(arm for point in points for arm in point.mean))
     if scored:
         panels.append(Panel(lambda axes: _scores(axes, points, scored), "Mean score by strength", WIDE, measured=True))
-    rows = [
-        (point.run, point.alpha, arm, diff, *(ci95 or ("", "")), point.mean.get(arm, ""))
-        for point in points
-        for arm, (diff, ci95) in point.diffs.items()
-    ]
     caption = (
         "Every point is a run of its own that differs in alpha alone. A useful strength is a valley that is wider than "
         "the intervals; a curve that only rises means that more of the source only does more damage."
     )
-    columns = ("run", "alpha", "arm", "diff", "low", "high", "benchmark_mean")
-    return Figure("by_strength", "How the gain depends on the strength", caption, panels, columns, rows)
+    title = "How the gain depends on the strength"
+    return Figure("by_strength", title, caption, panels, _columns("alpha"), _rows(points, "alpha"))
 
 
 def _losses(axes: Axes, points: Sequence[Point], arms: Sequence[str]) -> None:
@@ -83,12 +79,20 @@ def by_source(points: Sequence[Point]) -> Figure:
         "The fused model without training, minus the base, for every source that was tried with this target. A larger "
         "source is not better by itself: what counts is what it knows of these texts."
     )
-    rows = [
-        (point.run, point.source, arm, diff, *(ci95 or ("", "")), point.mean.get(arm, ""))
+    alt = "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines)
+    panel, title = panel_of(lines, "nats per token", alt), "How the gain depends on the source"
+    return Figure("by_source", title, caption, [panel], _columns("source"), _rows(points, "source"))
+
+
+def _columns(varied: str) -> tuple[str, ...]:
+    """The head of the CSV of runs that differ in `alpha` or `source`."""
+    return ("run", varied, "arm", "diff", "low", "high", "benchmark_mean")
+
+
+def _rows(points: Sequence[Point], varied: str) -> list[tuple[Any, ...]]:
+    """The lines of the CSV."""
+    return [
+        (point.run, getattr(point, varied), arm, diff, *ends(ci95), point.mean.get(arm, ""))
         for point in points
         for arm, (diff, ci95) in point.diffs.items()
     ]
-    alt = "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines)
-    panel = Panel(lambda axes: draw(axes, lines, "nats per token, minus base"), alt, height_for(lines), measured=True)
-    columns = ("run", "source", "arm", "diff", "low", "high", "benchmark_mean")
-    return Figure("by_source", "How the gain depends on the source", caption, [panel], columns, rows)

@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from core.fusion.strengths import Strength
 from evaluation.figures.figure import Figure, Panel, whole_numbers
 from evaluation.figures.theme import PANEL, series
 
-# Figure of the report -> title of its panel, and what it is for readers who do not see it.
+# Figure of fusion_report.json, or the strength -> the title of its panel, which also begins the panel's text in words.
 FIGURES = {
     "norm_ratio": "Size: |W~| / |W|",
     "cosine": "Direction: cosine of W~ and W",
@@ -24,12 +25,12 @@ FIGURES = {
 BINS = 48
 
 
-def strengths(alpha: float | Mapping[str, float], layer: int, projection: str) -> float:
-    """The strength of one projection: one number for all of them, or `<layer>.<projection>` -> number."""
+def strength_in(alpha: Strength, layer: int, projection: str) -> float:
+    """The strength of one projection of one layer."""
     return float(alpha[f"{layer}.{projection}"] if isinstance(alpha, Mapping) else alpha)
 
 
-def transported(lines: Sequence[Mapping[str, Any]], alpha: float | Mapping[str, float]) -> Figure:
+def transported(lines: Sequence[Mapping[str, Any]], alpha: Strength) -> Figure:
     """Five figures of every fused projection by target layer.
 
     Args:
@@ -45,7 +46,7 @@ def transported(lines: Sequence[Mapping[str, Any]], alpha: float | Mapping[str, 
             line["cosine"],
             line["explained_variance"],
             int(max(line["source_layers"], key=lambda key: line["source_layers"][key])),
-            strengths(alpha, line["layer"], line["projection"]),
+            strength_in(alpha, line["layer"], line["projection"]),
         )
         for line in lines
     ]

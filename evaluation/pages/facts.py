@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from core.runs.command_line import RESOLVED
 from core.runs.licences import licence_text
 from core.runs.settings import all_settings
 from core.runs.usage import read_usage
@@ -54,7 +55,7 @@ def settings_table(files: RunFiles) -> Table:
     folders = [files.plans.folder] if files.plans else []
     folders += [files.folder / "fused", *(found.folder for found in files.trainings.values())]
     for folder in folders:
-        path = folder / "resolved.yaml"
+        path = folder / RESOLVED
         if path.is_file():
             used = {**yaml.safe_load(path.read_text("utf-8")), **used}
     rows = [["setting", "value", "default"]]
@@ -95,7 +96,7 @@ def command_of(line: Mapping[str, Any]) -> str:
     script, *arguments = line["command"]
     parts = Path(script).parts
     # core/... and evaluation/... keep their folder, run_activs_and_hot.py has none.
-    start = next((len(parts) - 1 - i for i, part in enumerate(reversed(parts)) if part in ("core", "evaluation")), -1)
+    start = max((number for number, part in enumerate(parts) if part in ("core", "evaluation")), default=-1)
     # A whole argument may be a path with spaces.
     shown = [without_paths(_PATH.sub(r"\1", argument)) for argument in arguments]
     return "python " + shlex.join(["/".join(parts[start:]), *shown])

@@ -10,17 +10,20 @@ from tqdm.auto import tqdm
 
 from core.errors import first_line
 from core.files import MANIFEST, write_text
+from core.runs.usage import USAGE
+from evaluation.arms.run import RESULTS
+from evaluation.arms.samples import SAMPLES
 from evaluation.figures import benchmarks
 from evaluation.pages.benchmark_scores import benchmark_sets
 from evaluation.pages.report_page import FIGURES, REPORT, Section, described, environment, write_report
-from evaluation.pages.run_files import RESULTS, UNREADABLE, RunFiles, is_run
+from evaluation.pages.run_files import UNREADABLE, RunFiles, is_run
 from evaluation.pages.verdict import headline
 from evaluation.significance import interval
 
 log = logging.getLogger(__name__)
 INDEX_ARMS = ("fused", "no_hot", "fused_adapted")
 # The files that say when a run has changed.
-CHANGING = (RESULTS, "samples.json", "usage.jsonl", f"*/{MANIFEST}", f"adapted/*/*/{MANIFEST}", "benchmarks/*/*/*.json")
+CHANGING = (RESULTS, SAMPLES, USAGE, f"*/{MANIFEST}", f"adapted/*/*/{MANIFEST}", "benchmarks/*/*/*.json")
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ def known_folders() -> list[str]:
 
 
 def user() -> str:
-    """The user's name; of one that is a common word of a container, or has no name, something that no text has."""
+    """The user's name; where it is a container's common word, or there is none, a text that occurs nowhere."""
     try:
         name = getuser()
     except (KeyError, OSError):  # a container may run a number without a name

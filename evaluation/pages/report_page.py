@@ -147,10 +147,6 @@ def page(files: RunFiles, shown: list[Section]) -> str:
     pairs = [pair for section in shown for pair in section.pairs]
     name = files.folder.resolve().name
     models = ", ".join(f"{role} {model['name']}" for role, model in files.models.items())
-    trials: dict[str, int] = {}
-    for key, training in files.trainings.items():
-        arm = key.partition("/")[0]
-        trials[arm] = max(trials.get(arm, 0), len(training.record["trials"]))
     found = files.results
     return (
         environment()
@@ -162,7 +158,7 @@ def page(files: RunFiles, shown: list[Section]) -> str:
             shown_transfer=verdict.headline(found).startswith("Transfer"),
             amount=verdict.amount(found) if found else None,
             rests_on=verdict.rests_on(found["held_out"]) if found else None,
-            sentences=verdict.sentences(found, trials) if found else [],
+            sentences=verdict.further_sentences(found, files.trials) if found else [],
             arms=verdict.arm_rows(found) if found else [],
             sections=[described(section) for section in shown],
             picker=script_json(picker_data(pairs)) if pairs else None,

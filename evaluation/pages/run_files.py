@@ -16,12 +16,11 @@ from core.manifest import COMMANDS, Manifest
 from core.runs.command_line import EXPERIMENTS, RUN_FILE, load_experiment
 from core.runs.plan_directory import PlanDirectory
 from core.training.curve import CURVE
-from evaluation.arms.run import TRAINED, training_folders
+from evaluation.arms.run import RESULTS, TRAINED, training_folders
 from evaluation.arms.samples import SAMPLES
 from evaluation.pages.paths import without_paths
 from evaluation.tables.current import check_losses
 
-RESULTS = "results.json"
 # What reading a file raises that is missing or damaged.
 UNREADABLE = (UserError, OSError, SafetensorError)
 
@@ -95,6 +94,15 @@ class RunFiles:
         inputs = self.plans.manifest.inputs
         return {role: {"name": without_paths(inputs[role]["id"]), "licence": {}} for role in ("target", "source")}
 
+    @property
+    def trials(self) -> dict[str, int]:
+        """Trained arm -> its number of trials, as `evaluation.arms.run.Run.trials` has it of a complete run."""
+        counts: dict[str, int] = {}
+        for name, training in self.trainings.items():
+            arm = name.partition("/")[0]
+            counts[arm] = max(counts.get(arm, 0), len(training.record["trials"]))
+        return counts
+
     def lacks(self, what: str, why: str, command: str) -> None:
         """Note that something is not there, or cannot be read, and which script makes it."""
         self.missing.append(Missing(what, without_paths(why), f"python {command} {config_of(self.folder)}"))
@@ -123,7 +131,8 @@ class RunFiles:
                     self.trainings[f"{arm}/{folder.name}"] = Manifest.read(folder, "adapted")
                     self.curves[f"{arm}/{folder.name}"] = read_json(folder / CURVE)
                 except UserError as error:
-                    self.lacks(f"the training {arm}/{folder.name}", str(error), f"{command} --seed {folder.name[4:]}")
+                    seed = folder.name.removeprefix("seed")
+                    self.lacks(f"the training {arm}/{folder.name}", str(error), f"{command} --seed {seed}")
 
     def _read_results(self) -> None:
         command = "evaluation/compare_arms.py"

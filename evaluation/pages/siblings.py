@@ -21,12 +21,13 @@ def siblings(files: RunFiles) -> tuple[list[Point], list[Point]]:
     """
     if files.fused is None or files.results is None:
         return [], []
+    ours = _made_from(files)
     strengths, sources = [], []
     for folder in sorted(files.folder.resolve().parent.glob("*/")):
         other = files if folder == files.folder.resolve() else _read(folder)
         if other is None or other.fused is None or other.results is None:
             continue
-        ours, theirs = _made_from(files), _made_from(other)
+        theirs = _made_from(other)
         same = {key for key in ours if ours[key] == theirs[key]}
         if not {"task", "data", "target", "settings"} <= same:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.arms.bits import SOURCE, cells, percent
-from evaluation.arms.verdict import strength_notes, table, trial_notes, verdict
+from evaluation.arms.verdict import arm_cells, sentences, strength_notes, trial_notes, verdict
 from evaluation.significance import interval
 
 NO_RESULTS = "No verdict yet: the losses on held-out texts have not been measured."
@@ -37,16 +37,14 @@ def rests_on(counts: Mapping[str, Any]) -> str:
     )
 
 
-def sentences(results: Mapping[str, Any], trials: Mapping[str, int]) -> list[str]:
+def further_sentences(results: Mapping[str, Any], trials: Mapping[str, int]) -> list[str]:
     """All further sentences of the table, in its order.
 
     Args:
         trials: trained arm -> its number of trials.
     """
     arms = results["arms"]
-    text = table(arms, results["held_out"], results.get("arms_general"), results.get("general"))
-    heads = tuple(f"{name:14} " for name in ("arm", "source", *arms))
-    lines = [line for line in text.splitlines() if not line.startswith(("held out:", *heads))]
+    lines = sentences(arms, results["held_out"], results.get("arms_general"), results.get("general"))
     notes = [*strength_notes(results.get("strengths", {})), *trial_notes(trials)]
     return [*(line for line in lines if line != verdict(arms)), *notes]
 
@@ -58,10 +56,8 @@ def arm_rows(results: Mapping[str, Any]) -> list[list[str]]:
     rows = [["arm", "nats per token", "perplexity", "minus base [95 %]", "fused minus arm [95 %]"]]
     rows[0] += ["bits per byte", "closed"] if cells("base", held_out) else []
     for arm, found in results["arms"].items():
-        ppl = "inf" if found["ppl"] is None else f"{found['ppl']:.2f}"
-        base = "" if arm == "base" else interval(found)
-        versus = "" if arm == "fused" else interval(found["fused_minus_arm"])
-        rows.append([arm, f"{found['nll']:.4f}", ppl, base, versus, *cells(arm, held_out)])
+        nll, ppl, base, _, versus = arm_cells(arm, found)
+        rows.append([arm, nll, ppl, base, versus, *cells(arm, held_out)])
     if source := cells(SOURCE, held_out):
         rows.append([SOURCE, "", "", "", "", *source])
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 from core.errors import UserError
 from core.files import MANIFEST, digest_of, read_json
 from core.manifest import FORMAT_VERSION, check_format
-from evaluation.arms.run import TRAINED, training_folders
+from evaluation.arms.run import RESULTS, TRAINED, training_folders
 from evaluation.tables.arm_scores import ArmScore, ArmScores, present
 
 
@@ -35,7 +35,7 @@ def check_losses(run: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: the losses are of an earlier version, unfinished, or of earlier models.
     """
-    path, command = run / "results.json", "run evaluation/compare_arms.py again"
+    path, command = run / RESULTS, "run evaluation/compare_arms.py again"
     if record.get("format") != FORMAT_VERSION:
         raise UserError(f"{path} is of an earlier version; {command}")
     if "arms" not in record:

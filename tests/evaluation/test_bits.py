@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import llama, make_tokenizer, qwen2, save, sentences
-from test_verdict import counts, made_up
+from conftest import TEMPLATE, llama, make_tokenizer, qwen2, save, sentences
+from made_up_losses import counts, made_up
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 
 from core.data import Row
 from core.models.checkpoints import open_checkpoint
+from core.runs.settings import Experiment
 from evaluation.arms.bits import bits_per_byte, percent
 from evaluation.arms.models import Arms
 from evaluation.arms.spans import ByteSpans
@@ -59,7 +60,7 @@ def pair(tmp_path_factory):
 def losses_of(pair, rows, max_tokens):
     (target, small), (source, large) = pair
     sets = {"held_out": text_set("held_out", rows, (small, large), max_tokens)}
-    experiment = type("", (), {"compute": type("", (), {"tokens_per_batch": 64, "dtype": "float32"})})
+    experiment = Experiment.of(tokens_per_batch=64, dtype="float32")
     arms = Arms(None, open_checkpoint(str(target)), open_checkpoint(str(source)), experiment)
     found = arms._losses_of(arms.target.load_model("float32"), "base", sets)
     return sets["held_out"], found, arms._losses_of_source(sets)
@@ -129,9 +130,6 @@ def test_a_text_that_is_not_nfc_is_left_out(pair):
     sizes = text_set("held_out", rows, (small, normal), 100).spans.sizes
     assert sizes[0] == 0 < sizes[1]
     assert bits_per_byte({"base": [1.0, 1.0]}, spans_of(sizes), "ab")["left_out"] == 1
-
-
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
 
 
 def with_source(shift: float):

@@ -1,27 +1,22 @@
-"""The comparison of arms: losses against the model's own, the texts that are scored, and the whole command."""
+"""The command that compares arms, on a run in which all stages have finished."""
 
 import json
 import shutil
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_main
 from safetensors.torch import load_file, save_file
+from stages import data_flags, fuse, pair_flags, train
 
 import run_activs_and_hot as stage1
-from core import generate_hot_residual as stage2
-from core import train_hot_residual_sft as stage3
-from core.data import Row
 from core.errors import UserError
 from core.fusion.controls import CONTROLS
 from core.fusion.residual_file import load_residuals
-from core.manifest import Manifest
 from core.models.checkpoints import open_checkpoint, open_pair
 from core.runs.card import RESULTS_BEGIN, RESULTS_END
 from core.runs.plan_directory import PlanDirectory
-from core.runs.settings import Experiment
 from core.training.heldout import text_nll, token_losses
 from evaluation import compare_arms
 from evaluation.arms import models as arm_models
@@ -29,25 +24,8 @@ from evaluation.arms import samples
 from evaluation.arms.models import Arms
 from evaluation.arms.run import TRAINED, Run
 from evaluation.arms.spans import ByteSpans
-from evaluation.arms.texts import TextSet, text_set
+from evaluation.arms.texts import TextSet
 from evaluation.evaluated_model import NotFiniteError
-
-
-def test_text_nll_is_the_models_own_loss_whatever_the_batch(models):
-    model = open_checkpoint(str(models["source"])).load_model("float32")
-    examples = [
-        {"input_ids": list(range(n)), "labels": [-100] * skip + list(range(skip, n))}
-        for n, skip in ((9, 0), (4, 2), (15, 7), (2, 0))
-    ]
-    expected = []
-    for example in examples:
-        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
-        counted = int((labels[:, 1:] != -100).sum())
-        with torch.no_grad():
-            expected.append(float(model(ids, labels=labels).loss) * counted)
-    for tokens_per_batch in (1, 30, 60):
-        assert text_nll(model, examples, tokens_per_batch, "test") == pytest.approx(expected, abs=1e-3)
-
 
 # The rows of the table, and the models that are measured: each training has two seeds.
 ARMS = ("base", *(control for control in CONTROLS if control != "random_source"), "fused", *TRAINED)
@@ -57,61 +35,14 @@ MEASURED = [*ARMS[: -len(TRAINED)], *(f"{arm}/seed{n}" for arm in TRAINED for n 
 @pytest.fixture(scope="module")
 def run(models, texts, tmp_path_factory):
     """A run directory in which all stages have finished for the pico pair, and the flags of stage 4 for it."""
-    folder = tmp_path_factory.mktemp("run")
-    data = ["--data-subset", "file", "--data-file", texts]
-    run_main(
-        stage1,
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        *data,
-        "--pooling",
-        "token",
-        "--out-dir",
-        folder / "plans",
-    )
-    run_main(
-        stage2,
-        "--hot_dir",
-        folder / "plans",
-        "--output_dir",
-        folder / "fused",
-        "--feature-map",
-        "regression",
-        "--top-k",
-        7,
-    )
+    folder, flags = tmp_path_factory.mktemp("run"), [*pair_flags(models), *data_flags(texts)]
+    run_main(stage1, *flags, "--pooling", "token", "--out-dir", folder / "plans")
+    fused = fuse(folder / "plans", models, folder / "fused", "--feature-map", "regression", "--top-k", 7)
     for scenario in ("hot", "no_hot", "distill"):
         for seed in (0, 1):
-            run_main(
-                stage3,
-                "--model_dir",
-                folder / "fused",
-                "--output_dir",
-                folder / "adapted" / scenario / f"seed{seed}",
-                "--sft-samples",
-                8,
-                "--training-scenario",
-                scenario,
-                "--seed",
-                seed,
-                "--gradient-accumulation",
-                2,
-                "--learning-rate",
-                "1e-3",
-            )
-    return folder, [
-        "--run-dir",
-        folder,
-        "--target-model",
-        models["target"],
-        "--source-model",
-        models["source"],
-        *data,
-        "--general-file",
-        texts,
-    ]
+            out = folder / "adapted" / scenario / f"seed{seed}"
+            train(fused, out, "--training-scenario", scenario, "--seed", seed, "--learning-rate", "1e-3")
+    return folder, ["--run-dir", folder, *flags, "--general-file", texts]
 
 
 def test_command_writes_results_and_reuses_finished_arms(run, monkeypatch, capsys):
@@ -201,30 +132,6 @@ def test_controls_leave_no_trace_in_the_loaded_target(run, models):
     assert losses[0] == losses[-1] != losses[1]
 
 
-@pytest.mark.parametrize(
-    ("arm", "changed", "refused"),
-    [
-        ("hot/seed0", {}, False),
-        ("no_hot/seed0", {"freeze_strategy": None}, False),  # it has no residual to freeze
-        ("hot/seed1", {"freeze_strategy": "none"}, True),
-        ("no_hot/seed0", {"epochs": 3.0}, True),
-    ],
-)
-def test_trainings_differ_in_what_their_scenario_has_alone(tmp_path, arm, changed, refused):
-    def training(folder):
-        settings = {"training_scenario": folder.split("/")[0], "freeze_strategy": "frozen_hot", "epochs": 1.0}
-        settings |= {"seed": folder[-1]} | (changed if folder == arm else {})
-        inputs = {"made_by": "f", "data": 1, "validation": 2, "settings": settings}
-        return Manifest(tmp_path / folder, {"inputs": inputs})
-
-    folders = {"fused_adapted": ("hot/seed0", "hot/seed1"), "no_hot": ("no_hot/seed0",)}
-    trainings = {name: [training(folder) for folder in seeds] for name, seeds in folders.items()}
-    fused = Manifest(tmp_path, {"fingerprint": "f", "inputs": {"plans": "p"}})
-    plans = SimpleNamespace(manifest=Manifest(tmp_path, {"fingerprint": "p"}))
-    with pytest.raises(UserError, match="had other settings") if refused else nullcontext():
-        Run(tmp_path, plans, fused, trainings).check_chain()
-
-
 def test_stages_that_do_not_belong_together_are_refused(fails, run, tmp_path):
     folder, flags = run
     for part, key, message in (
@@ -272,19 +179,6 @@ def test_the_table_says_which_arms_were_chosen_among_several_trials(run, tmp_pat
 
 def test_no_text_with_a_token_to_score_is_an_error(fails, run):
     assert "no token with loss within 1 tokens; raise --max-tokens" in fails(compare_arms, *run[1], "--max-tokens", 1)
-
-
-def test_texts_without_a_token_to_score_are_left_out_and_counted(models):
-    tokenizer, other = (open_checkpoint(str(models[name])).load_tokenizer() for name in ("target", "source"))
-    rows = [Row(((None, "model layer neuron"),), "a"), Row(((None, "x"),), "b"), Row(((None, "plan weight"),), "a")]
-    texts = text_set("held_out", rows, (tokenizer, other), 100)
-    tokens = [len(tokenizer(row.plain)["input_ids"]) - 1 for row in rows]
-    assert tokens[1] == 0 and texts.tokens == [tokens[0], tokens[2]]
-    assert texts.counts() == {"texts": 2, "tokens": sum(tokens), "groups": 1, "left_out": 1, "end_of_turn": False}
-    answers = [Row((("user", "plan"), ("assistant", "weight")), "a")]
-    assert text_set("held_out", answers, (tokenizer, other), 100).end_of_turn
-    cut = [Row((("user", "plan"), ("assistant", "weight " * 50)), "a")]
-    assert not text_set("held_out", cut, (tokenizer, other), 12).end_of_turn  # the end of the answer was cut off
 
 
 def test_a_model_with_a_nan_weight_is_refused(fails, run, tmp_path):
@@ -346,24 +240,6 @@ def test_the_wrong_layer_of_a_single_layer_is_refused_by_name(run):
     residual = load_residuals(folder / "fused/hot_residual.safetensors")[0][0]
     with pytest.raises(UserError, match="wrong_layer: the target has one layer"):
         CONTROLS["wrong_layer"](residual, SimpleNamespace(plans=plans), torch.Generator())
-
-
-@pytest.mark.parametrize(
-    ("layers", "feature_map", "controls", "absent"),
-    [
-        (1, "regression", "usual", ["wrong_layer", "random_source"]),
-        (2, "regression", "all", []),
-        (2, "regression", "few", ["damped", "damped_mean", "wrong_layer", "random_source"]),
-        (2, "coupling", "all", ["filtered_self", "random_source"]),
-    ],
-)
-def test_a_control_that_a_run_cannot_have_is_no_arm(tmp_path, layers, feature_map, controls, absent):
-    fused = Manifest(tmp_path / "fused", {"inputs": {"settings": {"feature_map": feature_map}}})
-    run = Run(tmp_path, SimpleNamespace(shape=(layers, 4)), fused, {})
-    arms = Arms(run, None, SimpleNamespace(identity={"weights": "w"}), Experiment.of(controls=controls))
-    assert sorted(arms.absent) == sorted(absent)
-    kept = [control for control in CONTROLS if control not in absent]
-    assert list(arms.made_from) == ["base", *kept, "fused", "source"]
 
 
 def test_missing_stage_is_named(fails, run, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from core.fusion.controls import CONTROLS
 from evaluation.arms.verdict import statistics, table, verdict
-from evaluation.pages.verdict import NO_RESULTS, amount, arm_rows, headline, sentences
+from evaluation.pages.verdict import NO_RESULTS, amount, arm_rows, further_sentences, headline
 
 TOKENS = [20] * 30
 # Case -> mean difference to base per token of every arm that is not 0, and the seeds of the trainings.
@@ -36,7 +36,7 @@ def results(shift, seeds, groups=30, general=False):
 def test_every_sentence_is_the_tables(case, groups):
     found = results(*CASES[case], groups=groups, general=case == "transfer")
     lines = table(found["arms"], found["held_out"], found.get("arms_general"), found.get("general")).splitlines()
-    told = [headline(found), *sentences(found, {})]
+    told = [headline(found), *further_sentences(found, {})]
     assert sorted(told) == sorted(lines[2 + len(found["arms"]) :])
     assert headline(found) == verdict(found["arms"]) and len(set(told)) == len(told)
     assert headline(found).startswith("Transfer") == (

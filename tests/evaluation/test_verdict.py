@@ -2,28 +2,11 @@
 
 import numpy as np
 import pytest
+from made_up_losses import counts, made_up
 
 from core.errors import UserError
-from core.fusion.controls import CONTROLS
 from evaluation.arms.models import check_losses
-from evaluation.arms.run import TRAINED
 from evaluation.arms.verdict import seed_notes, statistics, strength_notes, table, trial_notes
-
-# The rows of the table.
-ARMS = ("base", *CONTROLS, "fused", *TRAINED)
-
-
-def made_up(seed: int = 0) -> tuple[dict[str, list[float]], list[int]]:
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(20, 40, 50)
-    base = 3.0 * tokens
-    shift = {arm: 0.1 * n for n, arm in enumerate(ARMS)} | {"base": 0.0, "fused": -0.05}
-    noise = {arm: 0.0 if arm == "base" else rng.normal(0, 0.02, 50) for arm in ARMS}
-    return {arm: (base + (shift[arm] + noise[arm]) * tokens).tolist() for arm in ARMS}, tokens.tolist()
-
-
-def counts(tokens: list[int], groups: list[int], **more) -> dict:
-    return {"texts": len(tokens), "tokens": sum(tokens), "groups": len(set(groups)), **more}
 
 
 def test_statistics_weigh_tokens_and_pair_texts():

@@ -107,12 +107,7 @@ def test_a_variable_is_the_flag_of_its_name(resolved, tmp_path, variable, value,
         ("--feature-map regression", "malay-regression", "malay-regression", "malay"),
         ("--feature-map regression --alpha 0.07", "malay-alpha0.07-regression", "malay-regression", "malay"),
         ("--source-model a/S", "malay-Malaysian-Llama-3.2-1B-Instruct-from-S", None, "malay"),
-        (
-            "--source-base a/B",
-            "malay-since-B",
-            None,
-            "malay",
-        ),
+        ("--source-base a/B", "malay-since-B", None, "malay"),
         ("--target-model a/T", f"malay-T-from-{OWN_SOURCE}", None, None),
         (
             "--target-model a/T --feature-map regression",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import run_main, sentences
 from data_files import write
-from stages import fuse, train
+from stages import data_flags, fuse, pair_flags, train
 
 import run_activs_and_hot as stage1
 from core import train_hot_residual_sft as stage3
@@ -24,8 +24,8 @@ def run(models, tmp_path_factory):
     """Plans, a fused model and two trainings of the pico pair on a file of texts, each with a passage of its own."""
     folder = tmp_path_factory.mktemp("seen")
     data = write(folder / "texts.jsonl", [{"text": f"{text}\n{text} {LONG}"} for text in sentences(150, 11)])
-    pair = ["--target-model", models["target"], "--source-model", models["source"]]
-    given = ["--data-subset", "file", "--data-file", data]
+    pair = pair_flags(models)
+    given = data_flags(data)
     run_main(stage1, *pair, *given, "--max-tokens", 24, "--out-dir", folder / "run/plans")
     fuse(folder / "run/plans", models, folder / "run/fused", "--feature-map", "regression", "--top-k", 7)
     for scenario in ("hot", "no_hot"):
@@ -71,7 +71,7 @@ def test_held_out_rows_that_a_stage_read_are_refused_by_count(run, fails, tmp_pa
         grown = joined(data, tmp_path / part, part)
         # The fourth of them is the new row, which shares passages with the three that were read.
         error = f"4 held-out rows of {grown} were read by an earlier stage ({part} 4), or share"
-        given = ["--data-subset", "file", "--data-file", grown]
+        given = data_flags(grown)
         assert error in fails(compare_arms, "--run-dir", folder, *pair, *given)
         assert not (folder / "results.json").exists()
         assert error in fails(compare_arms, "--run-dir", folder, *pair, *given[:-1], data, "--general-file", grown)
@@ -86,7 +86,7 @@ def test_a_row_more_that_joins_nothing_changes_nothing(run, tmp_path, capsys):
     grown = tmp_path / data.name
     grown.write_text(data.read_text("utf-8") + json.dumps({"text": "one text more"}) + "\n", "utf-8")
     general = write(tmp_path / "general.jsonl", [{"text": text} for text in sentences(60, 12)])
-    given = ["--data-subset", "file", "--data-file", grown, "--general-file", general]
+    given = [*data_flags(grown), "--general-file", general]
     run_main(compare_arms, "--run-dir", tmp_path / "run", *pair, *given)
     results = json.loads((tmp_path / "run/results.json").read_text())
     for name, path in (("held_out", str(grown)), ("general", general)):
@@ -138,7 +138,7 @@ def test_what_a_target_or_start_of_ours_was_made_with_is_recorded_and_refused(ru
     """Also of a checkpoint without a residual, for which nothing else says that it was trained on rows of this data."""
     folder, data, pair = run
     trained = folder / "adapted/no_hot/seed0"
-    given = ["--data-subset", "file", "--data-file", data]
+    given = data_flags(data)
     run_main(stage1, "--target-model", trained, *pair[2:], *given, "--max-tokens", 24, "--out-dir", tmp_path / "plans")
     assert rows_read([tmp_path / "plans"]) == rows_read([trained])
     train(trained, tmp_path / "again", *given, "--training-scenario", "no_hot", "--save-untrained-folded")

@@ -112,8 +112,7 @@ CHANGES = {
     "3": "device dtype seed tokens_per_batch max_shard_size training_scenario freeze_strategy train_alpha block_size "
     "packing epochs train_batch_size gradient_accumulation gradient_checkpointing learning_rate lr_scheduler "
     "warmup weight_decay max_grad_norm save_steps validation_samples eval_steps early_stop alpha_search lr_search "
-    "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_by distill_weight "
-    "distill_temperature",
+    "use_lora lora_rank lora_alpha lora_dropout lora_targets distill_by distill_weight distill_temperature",
     "e": "device dtype seed max_tokens tokens_per_batch",
 }
 # Stage -> the settings that only name an input. The contents of the model or of the rows are recorded in their place.

@@ -114,7 +114,7 @@ def test_every_command_of_the_pipeline_takes_a_dry_run(recipe, tmp_path, capsys)
     assert running.wait() == 0
     (tmp_path / "my.yaml").write_text(f"name: none\ntarget_model: {tmp_path}/none\n")
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len(calls) == 7 and calls[-1][0] == REPORT
+    assert len(calls) == 7 and calls[-1][0] == REPORT and all("--dry-run" in call for call in calls)
     run_main(report, *calls[-1][1:])
     assert "does not exist yet" in capsys.readouterr().out
 

@@ -26,9 +26,10 @@ from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.cost import stage1_cost
 from core.runs.cost_table import estimate
 from core.runs.model_size import checkpoint_size
+from core.runs.next_commands import after_plans
 from core.runs.plan_files import STAGE
 from core.runs.plan_solver import make_plans
-from core.runs.process import log_to_file, process_state, run_command, setup_logging
+from core.runs.process import end_of_stage, log_to_file, process_state, run_command, setup_logging, show
 from core.runs.row_recorder import RowRecorder
 from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import MIN_TEXTS, Experiment
@@ -112,15 +113,17 @@ def main(argv: list[str]) -> None:
     state = process_state(experiment.compute.device)
     manifest = begin(job, job.inputs(division.identity(rows)), state)
     log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
+    finished = f"{job.folder} is finished"
     if manifest.complete:
-        log.info("%s is finished already", job.folder)
+        finished += " already"
     else:
         if state.is_main_process:
             save_resolved(experiment, "1", job.folder)
             write_rows_read(job.folder, {"calibration": division.marks(rows)}, recorded(*job.models.values()))
         write_plan_directory(job, manifest, readings, state)
     if state.is_main_process:
-        print(summary(manifest.record))
+        show(summary(manifest.record))
+        end_of_stage(finished, after_plans(command, job.folder))
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -230,7 +233,6 @@ def write_plan_directory(job: Job, manifest: Manifest, readings: Readings, state
         found = {} if unaligned is None else {"unaligned": unaligned.record()}
         shapes = {role: vars(model.layout) for role, model in job.pair.items()}
         manifest.finish(shapes=shapes, rows=readings.target.n_rows, **found, **provenance())
-        log.info("%s is finished", job.folder)
 
 
 def summary(record: dict[str, Any]) -> str:

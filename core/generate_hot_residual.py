@@ -31,8 +31,9 @@ from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.fused_layers import PARTS, FusedLayers
 from core.runs.licences import licence_warning
 from core.runs.lineage import fused_lineage
+from core.runs.next_commands import after_fusion
 from core.runs.plan_directory import PlanDirectory
-from core.runs.process import log_to_file, run_command, setup_logging
+from core.runs.process import end_of_stage, log_to_file, run_command, setup_logging, show
 from core.runs.rows_read import recorded, write_rows_read
 from core.runs.settings import Experiment
 from core.runs.strength_search import StrengthRows, search_settings, strength_rows, strength_search
@@ -96,19 +97,20 @@ def main(argv: list[str]) -> None:
     lineage = fused_lineage(job.target, job.source, made_from, dataclasses.asdict(settings), job.source_base)
     if warning := licence_warning(lineage["models"]):
         log.warning(warning)
+    finished = f"{job.folder} is finished"
     if manifest.complete:
-        log.info("%s is finished already", job.folder)
+        finished += " already"
     else:
         write_checkpoint(job, manifest, lineage)
-        log.info("%s is finished", job.folder)
     shutil.rmtree(job.folder / PARTS, ignore_errors=True)
-    print(summary(manifest.record))
+    show(summary(manifest.record))
     ratio = max(mean["norm_ratio"] or 0.0 for mean in manifest.record["mean"].values())
     whole = job.source_base is None
     if settings.alpha != 0 and not ratio >= (DAMPING_RATIO if whole else NOTHING_RATIO):
         what = "|W~|/|W| is %.1e: fusion only damps" if whole else "|W~-W|/|W| is %.1e: fusion does not change"
         log.warning(what + " the target; --feature-map regression transports real weights", ratio)
     push_folder(job.folder, job.experiment.output.push_to_hub)
+    end_of_stage(finished, after_fusion(command, job.folder))
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -26,7 +26,8 @@ from core.runs import preflight as checks
 from core.runs.card import CARD, adapted_card
 from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.lineage import adapted_lineage
-from core.runs.process import log_to_file, process_state, run_command, setup_logging
+from core.runs.next_commands import after_training
+from core.runs.process import end_of_stage, log_to_file, process_state, run_command, setup_logging
 from core.runs.rows_read import check_held_out, check_same_split, recorded, with_data_of, write_rows_read
 from core.runs.settings import Experiment
 from core.training.curve import save_curve
@@ -64,8 +65,9 @@ def main(argv: list[str]) -> None:
     log_to_file(command.log_file("output_dir", output_default) if job.process.is_main_process else None)
     if job.experiment.training.save_untrained_folded and job.process.is_main_process:
         save_untrained(job)
+    finished = f"{job.folder} is finished"
     if manifest.complete:
-        log.info("%s is finished already", job.folder)
+        finished += " already"
     else:
         if job.process.is_main_process:
             save_resolved(job.experiment, "3", job.folder)
@@ -77,6 +79,7 @@ def main(argv: list[str]) -> None:
         for of_training in (CHECKPOINTS, TARGETS):
             shutil.rmtree(job.folder / of_training, ignore_errors=True)
         push_folder(job.folder, repository(job.experiment))
+        end_of_stage(finished, after_training(command, job.folder, command.path("model_dir", "fused")))
 
 
 def parse(argv: list[str]) -> tuple[Command, str]:
@@ -258,7 +261,7 @@ def finish(job: Job, manifest: Manifest, rows: RowsRead, prepared: Prepared, res
         lineage=lineage,
         **provenance(),
     )
-    log.info("%s is finished; training loss %.4f at first, %.4f at last", folder, losses[0], losses[-1])
+    log.info("training loss %.4f at first, %.4f at last", losses[0], losses[-1])
     if validation:
         log.info("validation loss %.4f before, %.4f after", validation[0], curve["final_validation"])
 

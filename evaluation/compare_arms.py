@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from core.models.checkpoints import open_pair
 from core.runs.card import add_results, results_section
 from core.runs.command_line import Command, parse_command, unfinished
 from core.runs.plan_directory import PlanDirectory
-from core.runs.process import log_to_file, run_command, setup_logging
+from core.runs.process import end_of_stage, log_to_file, run_command, setup_logging, show
 from core.runs.settings import Experiment
 from evaluation.arms.bits import SOURCE
 from evaluation.arms.models import UNUSABLE, Arms, open_base_of
@@ -57,9 +58,10 @@ def main(argv: list[str]) -> None:
     record = measured(arms, results, sets)
     text = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
     text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])
-    print(text)
+    show(text)
     write_to_cards(run, sets["held_out"].identity, text)
     write_samples(folder / SAMPLES, arms, sets["held_out"].rows)
+    end_of_stage(f"{folder / RESULTS} is finished", shlex.join(["python", "evaluation/report.py", str(folder)]))
 
 
 def measured(arms: Arms, results: Results, sets: Mapping[str, TextSet]) -> dict[str, Any]:

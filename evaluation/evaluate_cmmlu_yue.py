@@ -26,11 +26,11 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import MANIFEST, write_json, write_text
 from core.locks import hold, outputs_held
+from core.progress import Progress
 from core.runs.command_line import Parser
 from core.runs.process import run_command, setup_logging
 from evaluation import markdown
@@ -87,7 +87,7 @@ def read_predictions(folder: Path) -> Answers:
     if not found:
         raise UserError(f"{folder} has no predictions; expected MODEL/cmmlu-yue-SUBJECT-Nshot.json in it")
     answers: Answers = {}
-    for model, shots, subject, path in tqdm(sorted(found), desc="scoring", unit="file"):
+    for model, shots, subject, path in Progress(sorted(found), desc="scoring", unit="files"):
         subjects = answers.setdefault((model, shots), {})
         if subject in subjects:
             raise UserError(

@@ -14,8 +14,8 @@ if __package__ in (None, ""):
 
 from core.errors import UserError
 from core.locks import hold, outputs_held
-from core.runs.command_line import Parser, parse_command
-from core.runs.process import run_command, setup_logging
+from core.runs.command_line import VERBOSITY, Parser, parse_command
+from core.runs.process import end_of_stage, run_command, setup_logging
 
 MODES = {"dry_run": "say which page would be written, and stop"}
 FOLDERS = {"run_dir": "run directory (default runs/<name>)"}
@@ -38,13 +38,16 @@ def main(argv: list[str]) -> None:
 
     hold(folder, wait=True)
     write = write_report if is_run(folder) or not runs_in(folder) else write_index
-    print(f"report: {write(folder)}")
+    page = write(folder)
+    print(f"report: {page}")
+    end_of_stage(f"{page} is written; open it in a browser")
 
 
 def run_folder(argv: list[str]) -> tuple[Path, bool]:
     """(the folder that is given, or else the run of the experiment that the flags of stage 4 describe; whether this is
     a dry run)."""
-    if not argv or not argv[0].startswith("-"):
+    first = next((word for word in argv if word not in ("-q", "-v", *VERBOSITY)), "")
+    if not first.startswith("-"):
         parser = Parser(__doc__ or "")
         parser.add_argument("run", type=Path, help="folder of a run, such as runs/demo, or one that holds runs")
         parser.add_argument("--dry-run", action="store_true", help=MODES["dry_run"])

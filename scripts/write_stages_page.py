@@ -103,8 +103,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def flags_of(command: str) -> str:
-    """The flags of a command. Of a stage those that are no settings: its folders, and what else it can be asked."""
-    left_out = {"help", *(all_settings() if command in (*STAGES, RESOLVE) else ())}
+    """The flags of a command but those that all have. Of a stage those that are no settings: its folders, and what else
+    it can be asked."""
+    left_out = {"help", "quiet", "verbose", *(all_settings() if command in (*STAGES, RESOLVE) else ())}
     shown = [action for action in parser_of(command)._actions if action.help != argparse.SUPPRESS]
     actions = [action for action in shown if action.dest not in left_out]
     rows = [

@@ -17,6 +17,7 @@ LEAVES = {
     "core.locks",
     "core.manifest",
     "core.options",
+    "core.progress",
 }
 # Room -> the rooms below it. Commands, evaluation and scripts are in no list: they stand on top and may import any.
 BELOW = {

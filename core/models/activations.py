@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from core.batching import pad_with_mask
 from core.errors import UserError
 from core.fusion.projections import ATTENTION, PROJECTIONS, first_reader, recorded_sides
 from core.models.families import AttentionLayout
 from core.models.reading import Reading
+from core.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def extract(
     }
     recorder = _Recorder(model, layout, out)
     try:
-        with tqdm(total=len(texts), desc=desc, unit="text") as bar:
+        with Progress(total=len(texts), desc=desc, unit="texts") as bar:
             _read_all(recorder, reading, batches, start, bar)
     finally:
         recorder.remove()
@@ -92,7 +92,7 @@ def _read_all(
 
     Args:
         start: number of a text -> its first row.
-        bar: tqdm's, which counts texts.
+        bar: Progress's, which counts texts.
     """
     waiting, limit = deque(batches), math.inf
     while waiting:

@@ -22,6 +22,7 @@ from core.files import MANIFEST, read_json
 from core.models.families import AttentionLayout, attention_layout, projection_in_tower
 from core.models.locate import INDEX_FILE, SINGLE_FILE, model_folder, weight_map
 from core.models.settings import ModelSettings
+from core.models.transformers_log import redirect_transformers
 from core.models.weight_digest import sample_digest
 
 # Bytes per number of the dtypes that safetensors headers name; all others take one.
@@ -145,6 +146,7 @@ class Checkpoint:
         """The model's fast tokenizer. Raises UserError when it has none."""
         from transformers import AutoTokenizer
 
+        redirect_transformers()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
@@ -204,6 +206,7 @@ class Checkpoint:
         self.check_code()
         if dtype == "auto" and self.device == "cpu":
             dtype = "float32"
+        redirect_transformers()
         loader = getattr(transformers, self.layout.family.auto)
         options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
         if device_map is None:

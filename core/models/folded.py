@@ -9,12 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.files import atomic_file, write_json, write_safetensors
 from core.models.checkpoints import Checkpoint
 from core.models.convert import NOT_COPIED
 from core.models.locate import INDEX_FILE
+from core.progress import Progress
 
 # The terms of a model, which go with every copy of it.
 LICENCE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
@@ -41,7 +41,7 @@ def write_folded(
         max_shard_size=max_shard_bytes,
     )
     shards = split.filename_to_tensors
-    for file_name, names in tqdm(shards.items(), desc="writing shards", unit="shard", disable=len(shards) < 2):
+    for file_name, names in Progress(shards.items(), desc="writing shards", unit="shards", disable=len(shards) < 2):
         tensors = {name: fold(name, checkpoint.tensor(name)) for name in names}
         write_safetensors(folder / file_name, tensors, {"format": "pt"})
         del tensors  # before the next shard is filled

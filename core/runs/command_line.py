@@ -16,12 +16,18 @@ from core.errors import UserError
 from core.files import MANIFEST, read_json, write_text
 from core.manifest import COMMANDS
 from core.options import Setting, numbers
+from core.runs.process import set_verbosity
 from core.runs.settings import Experiment, all_settings
 
 # What scripts/run_train_final.sh writes into the folder of a run: all that its stages were asked for.
 RUN_FILE = "experiment.yaml"
 # What a stage writes beside its output: the settings that it really used.
 RESOLVED = "resolved.yaml"
+# The flags that every command has, and the log file needs neither.
+VERBOSITY = {
+    "--quiet": "show results, warnings and errors alone",
+    "--verbose": "show everything that the log file has as well",
+}
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXPERIMENTS = REPOSITORY / "scripts" / "experiments"
 # Settings that are paths, and settings that may be paths.
@@ -85,10 +91,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose flags may be written with dashes or underscores; a bad command line is a UserError."""
+    """A parser whose flags may be written with dashes or underscores; a bad command line is a UserError.
+
+    Every command has the flags of what the screen shows. They take effect here, and are no part of what is parsed.
+
+    Attributes:
+        verbosity: the one of these flags that was given, if any.
+    """
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
+        self.verbosity: list[str] = []
+        shown = self.add_mutually_exclusive_group()
+        for flag, text in VERBOSITY.items():
+            shown.add_argument(flag[1:3], flag, action="store_true", help=text)
 
     def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
         """As in argparse, but every switch also gets a `--no-` form, which turns off what an experiment file turns
@@ -103,7 +119,11 @@ class Parser(argparse.ArgumentParser):
         for before, token in zip(["", *tokens], tokens, strict=False):
             if not token or re.fullmatch("--[a-z-]+=", token, re.IGNORECASE):
                 self.error(f"argument {token.rstrip('=') or before}: it is empty")
-        return vars(self.parse_args(tokens))
+        found = vars(self.parse_args(tokens))
+        if chosen := [flag for flag in VERBOSITY if found.pop(flag.strip("-"))]:
+            self.verbosity = chosen
+            set_verbosity(*(flag in chosen for flag in VERBOSITY))
+        return found
 
     def parse_with_config(self, argv: Sequence[str]) -> tuple[dict[str, Any], Experiment | None]:
         """The values of all flags, and the experiment of `--config`, whose settings are the defaults of the flags that
@@ -130,14 +150,21 @@ class Command:
     Attributes:
         experiment: its settings, from the experiment file and the flags.
         paths: the folders that were given as flags; None for one that was not.
-        from_config: whether there is an experiment file, and so a run folder.
         modes: the switches that were given, such as `dry_run`.
+        file_flags: `--config FILE`, and `--quick` where it was given.
+        given: the settings that were given as flags.
     """
 
     experiment: Experiment
     paths: dict[str, Path | None]
-    from_config: bool
-    modes: frozenset[str] = frozenset()
+    modes: frozenset[str]
+    file_flags: tuple[str, ...]
+    given: Mapping[str, Any]
+
+    @property
+    def from_config(self) -> bool:
+        """Whether there is an experiment file, and so a run folder."""
+        return bool(self.file_flags)
 
     def path(self, name: str, default: str) -> Path:
         """The folder that the flag `name` gives, else `default` in the run folder."""
@@ -202,9 +229,9 @@ def parse_command(
     parser.add_argument("--config", type=Path, help="experiment file; flags override it")
     parser.add_argument("--quick", action="store_true", help="apply the `quick:` section of the experiment file")
     for name, text in paths.items():
-        parser.add_argument(_flag(name), dest=name, type=Path, help=text)
+        parser.add_argument(flag(name), dest=name, type=Path, help=text)
     for name, text in (modes or {}).items():
-        parser.add_argument(_flag(name), dest=name, action="store_true", help=text)
+        parser.add_argument(flag(name), dest=name, action="store_true", help=text)
     add_settings(parser, [s for s in all_settings().values() if stage in s.stages], aliases or {})
     given = parser.parse(argv)
     config, quick = given.pop("config"), given.pop("quick")
@@ -213,10 +240,11 @@ def parse_command(
     if quick and config is None:
         raise UserError("--quick needs --config")
     settings = load_experiment(config, quick) if config else {}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    experiment = Experiment.of(**settings)
+    asked = {name: value for name, value in given.items() if value is not None}
+    experiment = Experiment.of(**settings | asked)
     experiment.check()
-    return Command(experiment, folders, config is not None, frozenset(chosen))
+    file_flags = ("--config", str(config), *(["--quick"] if quick else [])) if config else ()
+    return Command(experiment, folders, frozenset(chosen), file_flags, asked)
 
 
 def add_settings(parser: Parser, settings: Sequence[Setting], aliases: Mapping[str, str]) -> None:
@@ -240,7 +268,7 @@ def add_settings(parser: Parser, settings: Sequence[Setting], aliases: Mapping[s
         if setting.words:
             options |= {"type": _number_or(setting), "choices": None}
         groups[setting.group].add_argument(
-            *map(_flag, names), dest=setting.name, default=None, help=_help(setting), **options
+            *map(flag, names), dest=setting.name, default=None, help=_help(setting), **options
         )
 
 
@@ -270,7 +298,8 @@ def _number_or(setting: Setting) -> Callable[[str], Any]:
     return read
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The flag of a setting or a folder."""
     return "--" + name.replace("_", "-")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from core.progress import duration
 from core.runs.cost import Cost, stage1_cost
 from core.runs.model_size import read_model_size
 from core.runs.settings import Experiment
@@ -32,7 +33,7 @@ def cost_table(cost: Cost) -> str:
     if cost.seconds is None:
         time = "the time was not estimated; --plan-only does it"
     else:
-        time = f"about {_duration(cost.seconds)} on this machine"
+        time = f"about {duration(cost.seconds)} on this machine"
     return "\n".join(
         [
             f"at most {cost.texts} texts and {cost.rows} rows per layer and side; about {cost.iterations} Sinkhorn "
@@ -47,11 +48,5 @@ def cost_table(cost: Cost) -> str:
 
 
 def _line(name: str, shape: str, problems: str, flops: float, seconds: float | None) -> str:
-    time = "" if seconds is None else f"{_duration(seconds):>12}"
+    time = "" if seconds is None else f"{duration(seconds):>12}"
     return f"{name:8}{shape:>13}{problems:>10}{flops / 1e12:12.2f}{time}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

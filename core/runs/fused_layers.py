@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.files import read_json, write_json
@@ -19,6 +18,7 @@ from core.fusion.settings import FusionSettings
 from core.fusion.strengths import Strength, strength_of
 from core.fusion.transport_weights import Transport, fuse_layer
 from core.models.checkpoints import Checkpoint
+from core.progress import Progress
 from core.runs.plan_directory import PlanDirectory
 
 # While the checkpoint is being made, this folder in it holds the layers that are done.
@@ -73,7 +73,7 @@ class FusedLayers:
         missing = [(layer, kind) for layer, kind in everything if not self.path(kind, layer).is_file()]
         transport = Transport(plans, source, self.settings, source_base)
         transports = {kind: transport.with_rows(kind) for kind in kinds}
-        with tqdm(total=len(missing) * len(self.settings.fused), desc="fusing", unit="projection") as bar:
+        with Progress(total=len(missing) * len(self.settings.fused), desc="fusing", unit="projections") as bar:
             for layer, kind in missing:
                 try:
                     found = []

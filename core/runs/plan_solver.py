@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.fusion.projections import planned_sides
 from core.hot_transport import SinkhornResult, compute_P, reconstruction_fit, reconstruction_overlaps
 from core.manifest import Manifest
+from core.progress import Progress
 from core.runs.plan_files import join_layers, layer_file, plans_file, read_rows, write_layer
 from core.runs.settings import Experiment
 from core.transport.correlation import correlation_cost_rows, standardize_layer
@@ -44,7 +44,7 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
     transport = experiment.transport
     planned = planned_sides(experiment.fusion.fused)
     sides = manifest.record.setdefault("sides", {})
-    with tqdm(total=len(planned) * L * M, desc="plans", unit="pair", disable=not state.is_main_process) as bar:
+    with Progress(total=len(planned) * L * M, desc="plans", unit="pairs", disable=not state.is_main_process) as bar:
         for done, side in enumerate(planned, 1):
             if side not in sides or not plans_file(folder, side).is_file():
                 solver = SideSolver(folder, side, shape, experiment)

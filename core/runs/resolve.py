@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
             given[name] = str(started_in / given[name])
     make_absolute(given, started_in)
     recipe = {name: given.pop(name, default) for name, default in RECIPE_DEFAULTS.items()}
+    recipe["verbosity"] = parser.verbosity
     if recipe["data_dir"] and not Path(recipe["data_dir"]).is_dir():
         raise UserError(f"DATA_DIR={recipe['data_dir']} is no folder; give one that has TASK.jsonl, or a folder TASK")
     folders = script_folders({name: given.pop(name, None) for name in FOLDERS})
@@ -261,6 +262,7 @@ def shell_settings(recipe: Mapping[str, Any], configs: Sequence[Path], folders: 
         "STEPS": (*recipe["steps"], *tables),
         "SEEDS": recipe["seeds"],
         "LAUNCH": several if recipe["num_gpus"] > 1 else ("python",),
+        "VERBOSITY": recipe["verbosity"],
         "DRY_RUN": ("--dry-run", "--device", "cpu") if recipe["dry_run"] else (),
     }
     lines = [f"{name}=({shlex.join(words)})" for name, words in lists.items()]

@@ -27,6 +27,11 @@ class Usage(logging.Handler):
         self.started = time.monotonic()
         self.warnings: list[str] = []
 
+    @property
+    def seconds(self) -> float:
+        """How long the command has run."""
+        return time.monotonic() - self.started
+
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a warning."""
         self.warnings.append(record.getMessage())
@@ -44,7 +49,7 @@ class Usage(logging.Handler):
         record = {
             "command": sys.argv,
             "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self.started, 1),
+            "seconds": round(self.seconds, 1),
             "peak_memory_bytes": largest if sys.platform == "darwin" else 1024 * largest,
             "outcome": outcome,
             "warnings": self.warnings,

@@ -7,8 +7,8 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from core.progress import Progress
 from core.texts.rows import Row, normalised
 from core.texts.split import prompt_threshold
 
@@ -41,7 +41,7 @@ def near_duplicates(held_out: Sequence[Row], others: Sequence[Row]) -> list[Row]
             index.insert(number, sketch)
     found: set[int] = set()
     sketches = zip(other_hashes, MinHash.generator(other_hashes, **options), strict=True)
-    for hashes, sketch in tqdm(sketches, "finding near duplicates", len(other_hashes), unit="text", delay=1):
+    for hashes, sketch in Progress(sketches, "finding near duplicates", len(other_hashes), unit="texts", delay=1):
         if len(hashes):
             candidates = set(index.query(sketch)) - found
             found |= {number for number in candidates if _jaccard(held_out_hashes[number], hashes) >= SIMILARITY}

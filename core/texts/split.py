@@ -7,8 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from tqdm.auto import tqdm
-
+from core.progress import Progress
 from core.texts.rows import Row, digest_of_text, normalised
 
 # The share of all groups that each part gets on average. The part of a group follows from the split seed and the name
@@ -41,7 +40,7 @@ def group_names(rows: Sequence[Row], given: Sequence[str | None]) -> tuple[list[
     """
     if None not in given:
         return [name for name in given if name is not None], None
-    shared = [shared_values(row) for row in tqdm(rows, desc="finding groups", unit="text", delay=1)]
+    shared = [shared_values(row) for row in Progress(rows, desc="finding groups", unit="texts", delay=1)]
     limit = prompt_threshold(len(rows))
     prompts = {value for value, count in Counter(value for one in shared for value in one).items() if count > limit}
     values = [one - prompts | {f"text {row.digest}"} for row, one in zip(rows, shared, strict=True)]

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.batching import pad_with_mask, token_batches
 from core.data import Row
 from core.errors import UserError
 from core.files import write_text
+from core.progress import Progress
 from core.texts.tokens import templated, tokenized
 from core.training.settings import DistillSettings
 from core.training.sft import IGNORED, has_mrope, model_inputs
@@ -123,7 +123,7 @@ def write_answers(
     # The last line may have been cut short by a kill; it is not among the finished ones.
     write_text(path, "".join(json.dumps(line) + "\n" for line in finished))
     with open(path, "a", encoding="utf-8") as file:
-        for batch in tqdm(batches, desc="answers of the source", unit="batch"):
+        for batch in Progress(batches, desc="answers of the source", unit="batches"):
             if any(line["rows"] == batch for line in finished):
                 continue
             answers = _answers(model, tokenizer, [prompts[n] for n in batch])

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.batching import token_batches
+from core.progress import Progress
 from core.training.sft import IGNORED, Example, padded_batch
 
 
@@ -53,7 +53,7 @@ def token_losses(
         predicts token 0; a token without loss, or of the padding, has 0.
     """
     batches = token_batches([len(example["input_ids"]) for example in examples], tokens_per_batch)
-    for batch in tqdm(batches, desc=f"evaluating {desc}", unit="batch", disable=not show):
+    for batch in Progress(batches, desc=f"evaluating {desc}", unit="batches", disable=not show):
         inputs = padded_batch([examples[n] for n in batch], model.device)
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # [B, S-1, V]

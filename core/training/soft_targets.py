@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from core.batching import pad_with_mask, token_batches
 from core.data import Row
 from core.errors import UserError
 from core.files import write_safetensors
 from core.models.reading import text_token_ends
+from core.progress import Progress
 from core.texts.tokens import special_ids, tokenized
 from core.training.settings import DistillSettings
 from core.training.sft import IGNORED, NO_TARGET, SOFT_TARGETS, sft_example
@@ -163,7 +163,7 @@ def write_targets(
     folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(len(lessons.batches)) if not batch_file(folder, number).is_file()]
     model = load_model() if missing else None
-    for number in tqdm(missing, desc="next tokens of the source", unit="batch"):
+    for number in Progress(missing, desc="next tokens of the source", unit="batches"):
         rows = [lessons.rows[n] for n in lessons.batches[number]]
         ids, probabilities = _expected(model, rows, to_target, temperature)
         write_safetensors(batch_file(folder, number), {"ids": ids.int(), "probabilities": probabilities})

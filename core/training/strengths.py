@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from core.batching import token_batches
 from core.fusion.projections import ROWS
 from core.fusion.residual import Residual
 from core.fusion.strengths import Strength, in_words
 from core.models.families import linear_at
+from core.progress import Progress
 from core.training.heldout import text_nll, trained_tokens
 from core.training.hot_linear import fold_in_place, restore_base
 from core.training.sft import IGNORED, Example, padded_batch
@@ -204,7 +204,7 @@ class StrengthSearch:
         adam = torch.optim.Adam([strengths], lr=STEP_SIZE)
         waiting: list[Example] = []
         with learnable(self.model, residuals, self.name_of, self.form, strengths):
-            for step in tqdm(range(1, settings.steps + 1), desc=f"learning strengths of {what}", unit="step"):
+            for step in Progress(range(1, settings.steps + 1), desc=f"learning strengths of {what}", unit="steps"):
                 if len(waiting) < TEXTS_PER_STEP:
                     waiting += order.sample(list(self.texts.calibration), len(self.texts.calibration))
                 batch, waiting = waiting[:TEXTS_PER_STEP], waiting[TEXTS_PER_STEP:]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
 from core.errors import UserError, first_line
 from core.models.locate import SINGLE_FILE
@@ -20,6 +20,7 @@ from core.training.curve import curve_of
 from core.training.heldout import text_nll, trained_tokens
 from core.training.recipe import Recipe, TrainingData
 from core.training.sft import IGNORED, flattening_collator, has_mrope, model_inputs, pack, padded_batch
+from core.training.shown import TrainingBar
 from core.training.weights import Diverged, check_finite, load_trained, save_trained
 
 # The file of a resume point in which the Trainer keeps its state.
@@ -45,6 +46,9 @@ def train(
     set_seed(recipe.compute.seed)
     point = last_resume_point(folder)
     trainer = _make_trainer(model, data, recipe, folder, point is None, unused_parameters)
+    bar = TrainingBar(f"training {recipe.training.training_scenario}")
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(bar)
     early_stop = recipe.training.early_stop
     try:
         if point is not None and point.has_ended(early_stop) and not trainer.sharded:
@@ -57,12 +61,8 @@ def train(
             trainer.evaluate()
         if not trainer.sharded:
             check_finite(model)
-    except Diverged:
-        # An open progress bar would leave the message in the middle of its line.
-        for callback in trainer.callback_handler.callbacks:
-            if (bar := getattr(callback, "training_bar", None)) is not None:
-                bar.close()
-        raise
+    finally:
+        bar.close()
     return trainer, curve_of(trainer.state.log_history, best_loss)
 
 
@@ -254,6 +254,7 @@ def _arguments(recipe: Recipe, folder: Path, validates: bool, fresh: bool) -> Tr
         bf16=compute.dtype == "bfloat16",
         fp16=compute.dtype == "float16",
         report_to=training.report_to,
+        disable_tqdm=True,  # `train` has a bar of its own
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
     )

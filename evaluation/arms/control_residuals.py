@@ -11,7 +11,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from core.errors import UserError
 from core.fusion.controls import CONTROLS, SHUFFLED
@@ -21,6 +20,7 @@ from core.fusion.settings import FusionSettings
 from core.fusion.strengths import Strength
 from core.fusion.transport_weights import Transport, fuse_layer
 from core.models.checkpoints import Checkpoint
+from core.progress import Progress
 from core.runs.settings import Experiment
 from core.runs.strength_search import search_settings, strength_rows, strength_search
 from core.training.strengths import StrengthSearch
@@ -86,7 +86,7 @@ class ControlResiduals:
         transport = self.transport_of(control).with_rows(rows)
         generator = torch.Generator().manual_seed(self.seed)
         fused = self._fused(rows, transport) if control in SHUFFLED else self.fused
-        bar = tqdm(fused, total=len(self.fused), desc=f"building {control}", unit="projection")
+        bar = Progress(fused, total=len(self.fused), desc=f"building {control}", unit="projections")
         try:
             for residual in bar:
                 yield CONTROLS[control](residual, transport, generator)

@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from core.errors import UserError
 from core.files import digest_of
+from core.progress import Progress
 from evaluation.benchmarks.harness import load_hub, load_local, members, reported_metric
 from evaluation.benchmarks.harness_model import evaluate, item_scores, language_model, set_shots
 from evaluation.benchmarks.local_tasks import local_files, local_tasks, why_not_in_hub
@@ -65,7 +64,7 @@ def score_tasks(
         else:
             log.warning("%s: %s", name, reason)
             found[name] = reason
-    for name, (task, source) in tqdm(loaded.items(), desc="tasks", unit="task"):
+    for name, (task, source) in Progress(loaded.items(), desc="tasks", unit="tasks"):
         found[name] = score_task(scoring, task, source, num_fewshot)
     for name, names in members_of.items():
         if names != [name]:

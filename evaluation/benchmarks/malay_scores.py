@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from core.batching import token_batches
 from core.files import digest_of, read_json, write_json
+from core.progress import Progress
 from core.texts.tokens import DATE_STRING, tokenized
 from evaluation.benchmarks.malay_mmlu import LETTERS, Form, Question, data_file, is_llama, read_questions
 from evaluation.benchmarks.option_scores import encode, letter_ids, option_scores
@@ -111,7 +110,7 @@ def _chunks(
     if done:
         log.info("continuing after %d of %d questions", done, len(questions))
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(questions), initial=done, desc="MalayMMLU", unit="question") as bar:
+    with Progress(total=len(questions), initial=done, desc="MalayMMLU", unit="questions") as bar:
         for start in range(len(record["chunks"]) * CHUNK, len(questions), CHUNK):
             chunk = dict(list(enumerate(questions, 1))[start : start + CHUNK])
             record["chunks"].append(_score(scoring, chunk, form, bar))
@@ -119,7 +118,7 @@ def _chunks(
     return record["chunks"]
 
 
-def _score(scoring: Scoring, questions: Mapping[int, Question], form: Form, bar: tqdm) -> dict[str, Any]:
+def _score(scoring: Scoring, questions: Mapping[int, Question], form: Form, bar: Progress) -> dict[str, Any]:
     """The result of one chunk: {metric: 0 or 1 for every question, "cut": number of prompts that were cut}.
 
     Args:

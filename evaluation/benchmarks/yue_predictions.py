@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from core.errors import UserError
 from core.files import MANIFEST, digest_of, read_json, write_json
 from core.locks import hold
+from core.progress import Progress
 from evaluation.benchmarks.generation import Decoding, answers
 from evaluation.benchmarks.prompts import CHAT, POLICY_NAMES, chat_template
 from evaluation.benchmarks.yue_answers import read_answers
@@ -164,7 +163,7 @@ def predict(
     total = sum(map(len, prompts.values()))
     _ = model.loaded  # before the clock starts
     start = time.perf_counter()
-    with tqdm(total=total, desc=f"Yue-MMLU, {folder.shots}-shot", unit="item") as bar:
+    with Progress(total=total, desc=f"Yue-MMLU, {folder.shots}-shot", unit="items") as bar:
         for subject, items in prompts.items():
             with finite_answers(model, f"Yue-MMLU, {subject}"):
                 texts = answers(model, [asked for asked, _ in items.values()], decoding, bar.update)

@@ -6,10 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from core.errors import first_line
 from core.files import MANIFEST, write_text
+from core.progress import Progress
 from core.runs.usage import USAGE
 from evaluation.arms.run import RESULTS
 from evaluation.arms.samples import SAMPLES
@@ -41,7 +40,7 @@ def write_index(folder: Path) -> Path:
     """
     rows = []
     sets: dict[str, dict[str, Any]] = {}
-    for run in tqdm(runs_in(folder), desc="reports", unit="run"):
+    for run in Progress(runs_in(folder), desc="reports", unit="runs"):
         try:
             if not is_current(run):
                 write_report(run)

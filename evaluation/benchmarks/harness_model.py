@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.progress import Progress
 from evaluation.evaluated_model import check_finite, check_logits
 
 # The harness's own seed, of the solved items that it draws and of sampling.
@@ -87,8 +88,13 @@ def evaluate(
         limit: only the first so many items; None for all.
         samples: the numbers of the items to score, ascending, instead of the first `limit`.
     """
+    from lm_eval.api import task as harness_task
     from lm_eval.evaluator import evaluate as harness_evaluate  # takes seconds
+    from lm_eval.models import huggingface
 
+    # Its bars can be neither switched off nor set.
+    harness_task.tqdm = functools.partial(Progress, desc="writing prompts", unit="items")
+    huggingface.tqdm = functools.partial(Progress, unit="requests")
     # As the harness's `simple_evaluate` does, which would also ask pip for every installed package.
     random.seed(0)
     np.random.seed(SEED)

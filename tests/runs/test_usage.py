@@ -16,8 +16,9 @@ def command(folder, ending=None):
         setup_logging()
         if folder is not None:
             log_to_file(folder / "run/log.txt")
-        logging.getLogger("x").info("not a warning")
-        logging.getLogger("x").warning("look at %s", "this")
+        logging.getLogger("core.x").info("not a warning")
+        logging.getLogger("core.x").warning("look at %s", "this")
+        logging.getLogger("other_library").warning("this will change in version 9")
         if ending is not None:
             raise ending
 

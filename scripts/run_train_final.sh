@@ -16,6 +16,7 @@ cd "$(dirname "$0")/.."
 
 # What is set, in one YAML per task (CONFIGS) and in TASKS, STEPS, SEEDS, LAUNCH, DRY_RUN. Wrong values end it here.
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+export RUN_BY_SCRIPT=yes # so that no stage names the command of the next one
 trap 'trap - INT && kill -INT $$' INT # Ctrl-C ends everything, whatever exit code the stage makes of it
 python core/runs/resolve.py --started-in "$started_in" --work-dir "$work" "$@"
 [[ -f $work/settings.sh ]] || exit 0 # --help was all that was asked for
@@ -28,6 +29,7 @@ step() { # NAME COMMAND...: run a command when STEPS has NAME. The first one tha
   local name=$1 status error
   [[ -z $stopped && " ${STEPS[*]} " == *" $name "* ]] || return 0
   shift
+  set -- "$@" "${VERBOSITY[@]}"
   printf '\n$%s\n' "$(printf ' %q' "${@/#"$work"/"$TRANSPORT_RESULTS_ROOT"}")" # the copy that stays
   if ((${#DRY_RUN[@]})); then # the stage itself says what is missing; it needs no launcher for that
     while [[ $1 != *.py ]]; do shift; done

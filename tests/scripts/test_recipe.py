@@ -8,6 +8,8 @@ import time
 import pytest
 from conftest import ROOT, run_main
 
+from core.errors import UserError
+from core.runs import overview
 from evaluation import report
 
 # Writes what resolve.py would for two tasks; every other command ends as the file with its task's name says.
@@ -24,6 +26,7 @@ TASKS=(one two)
 STEPS=(plans fuse train eval tables)
 SEEDS=(${SEEDS-0 1})
 LAUNCH=(python)
+VERBOSITY=(${VERBOSITY:-})
 DRY_RUN=(${DRY_RUN:-})
 export TRANSPORT_RESULTS_ROOT=runs
 END
@@ -104,7 +107,7 @@ def test_the_pipeline_can_be_started_from_any_folder(recipe, tmp_path, flags):
     running = recipe("--quick", *flags, name="run_pipeline", cwd=tmp_path, CALLS=str(tmp_path / "calls"))
     assert running.wait() == 0
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 7 and all(f" --quick --config {tmp_path}/my.yaml" in line for line in calls)
+    assert len(calls) == 8 and all(f" --quick --config {tmp_path}/my.yaml" in line for line in calls)
 
 
 def test_every_command_of_the_pipeline_takes_a_dry_run(recipe, tmp_path, capsys):
@@ -114,9 +117,26 @@ def test_every_command_of_the_pipeline_takes_a_dry_run(recipe, tmp_path, capsys)
     assert running.wait() == 0
     (tmp_path / "my.yaml").write_text(f"name: none\ntarget_model: {tmp_path}/none\n")
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len(calls) == 7 and calls[-1][0] == REPORT and all("--dry-run" in call for call in calls)
+    assert len(calls) == 8 and calls[-1][0] == REPORT and all("--dry-run" in call for call in calls)
     run_main(report, *calls[-1][1:])
     assert "does not exist yet" in capsys.readouterr().out
+
+
+def test_a_wrong_flag_is_found_before_anything_is_fetched(recipe, tmp_path):
+    running = recipe("--bogus", name="run_pipeline", CALLS=str(tmp_path / "calls"), BREAKS="overview", HOW="exit 2")
+    assert running.wait() == 2
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert call == "core/runs/overview.py --config scripts/experiments/demo.yaml --bogus --flags-only"
+    with pytest.raises(UserError, match="unrecognized arguments: --bogus"):
+        run_main(overview, *call.split()[1:])
+
+
+def test_what_the_screen_shows_is_said_to_every_command(recipe, tmp_path):
+    assert recipe("-q", name="run_pipeline", CALLS=str(tmp_path / "calls")).wait() == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 10 and all(" -q" in line for line in calls)
+    output, _ = recipe(VERBOSITY="--quiet").communicate()
+    assert all(line.endswith(" --quiet") for line in output.splitlines() if line.startswith("$ "))
 
 
 def test_the_help_of_the_pipeline_fetches_nothing(recipe, tmp_path):

@@ -204,6 +204,8 @@ def _read_local(path: Path, limit: int, seed: int) -> list[dict[str, Any]]:
     """Records of a file, of a folder of files of one kind, or of a folder that `save_to_disk` wrote."""
     import datasets  # imports pandas and pyarrow, which take a second
 
+    datasets.disable_progress_bars()  # which would be others than ours
+
     if not path.exists():
         raise UserError(f"data file {path} does not exist")
     try:

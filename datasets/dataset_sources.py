@@ -8,6 +8,7 @@ from typing import Any
 
 import dataset_gsm8k
 from core.hub import HUB_TIMEOUT_S
+from core.progress import Progress
 
 # A stream is shuffled in a buffer of so many rows.
 SHUFFLE_BUFFER = 10_000
@@ -91,13 +92,19 @@ def read_source(name: str, limit: int, seed: int) -> tuple[list[dict[str, Any]],
     """
     import datasets  # imports pandas and pyarrow, which take a second
 
+    datasets.disable_progress_bars()  # in place of which there is one of ours
     source = SOURCES[name]
     revision = source.revision or _newest(source.hub_id)
     options = {"split": source.split, "revision": revision, "streaming": source.streaming}
-    data = datasets.load_dataset(source.hub_id, source.config, **options)
-    shuffled = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if source.streaming else data.shuffle(seed=seed)
-    rows = (row for record in shuffled if (row := source.rows(record)) is not None)
-    return list(islice(rows, limit)), revision or _recorded_commit(data)
+    found = []
+    with Progress(desc=f"reading {source.hub_id}", total=limit, unit="rows") as bar:
+        data = datasets.load_dataset(source.hub_id, source.config, **options)
+        shuffled = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if source.streaming else data.shuffle(seed=seed)
+        rows = (row for record in shuffled if (row := source.rows(record)) is not None)
+        for row in islice(rows, limit):
+            found.append(row)
+            bar.update()
+    return found, revision or _recorded_commit(data)
 
 
 def _newest(hub_id: str) -> str | None:

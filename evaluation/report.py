@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     write = write_report if is_run(folder) or not runs_in(folder) else write_index
     page = write(folder)
     print(f"report: {page}")
-    end_of_stage(f"{page} is written; open it in a browser")
+    end_of_stage(f"{page} is written")
 
 
 def run_folder(argv: list[str]) -> tuple[Path, bool]:

@@ -31,7 +31,7 @@ def after_fusion(command: Command, fused: Path) -> str:
 
 
 def after_training(command: Command, adapted: Path, model: Path) -> str | None:
-    """After one training of a run the one with or without the residual, if the run lacks it; else the comparison.
+    """After one training the one with or without the residual of the same seed, if the run lacks it; else stage 4.
 
     Args:
         adapted: the folder of stage 3.
@@ -43,8 +43,9 @@ def after_training(command: Command, adapted: Path, model: Path) -> str | None:
     if (trainings.name, scenario) != ("adapted", command.experiment.training.training_scenario):
         return None
     for other in ("hot", "no_hot"):
-        if not (trainings / other).is_dir():
-            folders = {"model_dir": model, "output_dir": trainings / other / adapted.name}
+        folder = trainings / other / adapted.name
+        if not folder.is_dir():
+            folders = {"model_dir": model, "output_dir": folder}
             return _stage(command, "3", folders, training_scenario=other)
     return _stage(command, "e", {"run_dir": trainings.parent})
 

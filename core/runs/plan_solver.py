@@ -58,8 +58,7 @@ def make_plans(folder: Path, manifest: Manifest, shape: tuple[int, int], experim
                     sides[side] = side_record(tensors, measured)
                     manifest.save()
             state.wait_for_everyone()
-            bar.n = done * L * M
-            bar.refresh()
+            bar.update(done * L * M - bar.n)  # also of what was solved before
     if transport.sinkhorn_mode == "auto":
         warn_of_missed_tolerance(sides, transport.sinkhorn_tol)
 

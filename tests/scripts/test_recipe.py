@@ -132,10 +132,12 @@ def test_a_wrong_flag_is_found_before_anything_is_fetched(recipe, tmp_path):
 
 
 def test_what_the_screen_shows_is_said_to_every_command(recipe, tmp_path):
-    assert recipe("-q", name="run_pipeline", CALLS=str(tmp_path / "calls")).wait() == 0
+    told = {"CALLS": str(tmp_path / "calls"), "BREAKS": "--config", "HOW": "[[ $RUN_BY_SCRIPT == yes ]]"}
+    assert recipe("-q", name="run_pipeline", **told).wait() == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 10 and all(" -q" in line for line in calls)
-    output, _ = recipe(VERBOSITY="--quiet").communicate()
+    output, _ = (running := recipe(VERBOSITY="--quiet", BREAKS="--config", HOW=told["HOW"])).communicate()
+    assert running.returncode == 0
     assert all(line.endswith(" --quiet") for line in output.splitlines() if line.startswith("$ "))
 
 

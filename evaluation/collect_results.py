@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from core.files import MANIFEST, read_json, write_json, write_text
 from core.fusion.strengths import Strength, mean_strength
 from core.locks import hold, outputs_held
 from core.runs.command_line import RESOLVED, RUN_FILE, Parser, load_experiment
-from core.runs.process import run_command, setup_logging
+from core.runs.process import end_of_stage, run_command, setup_logging
 from core.runs.settings import results_root
 from evaluation.arms.run import RESULTS, training_folders
 from evaluation.benchmarks.registry import EXPERIMENTS
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
         write_text(folder / f"{task}.md", tables[task])
     write_text(folder / "all.md", "\n".join(tables.values()))
     print("\n".join(tables[task] for task in printed))
+    end_of_stage(f"{folder} is written", shlex.join(["python", "evaluation/report.py", str(results)]))
 
 
 def find_runs(results: Path) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ if __package__ in (None, ""):
 from core.errors import UserError
 from core.files import write_json
 from core.locks import hold, outputs_held
-from core.runs.process import run_command, setup_logging
+from core.runs.process import end_of_stage, log_to_file, run_command, setup_logging, show
 from core.runs.settings import Experiment, results_root
 from evaluation.benchmarks.harness import members
 from evaluation.benchmarks.harness_scores import score_tasks
@@ -70,10 +71,13 @@ def main(argv: list[str]) -> None:
         print("\n".join(f"scores of {model} -> {folder}" for model, folder in models.items()))
         dry_run(task, benchmarks, data_dir)
         return
+    log_to_file(None if experiment is None else experiment.run_dir / "log.txt")
     for model, folder in models.items():
         revision = experiment.models.target_revision if experiment and model == experiment.models.target_model else None
         one = {"task": task, "model": model, "revision": revision, "output_dir": folder}
         score_model({**given, **one}, benchmarks, data_dir)
+    following = None if experiment is None else shlex.join(["python", "evaluation/collect_results.py", "--tasks", task])
+    end_of_stage(f"{task} is scored, in {', '.join(map(str, models.values()))}", following)
 
 
 def what_to_score(given: Mapping[str, Any], experiment: Experiment | None) -> tuple[str, dict[str, Path]]:
@@ -112,7 +116,7 @@ def score_model(given: Mapping[str, Any], benchmarks: Mapping[str, Benchmark], d
     names = {name: given[name] for name in ("task", "model")}
     scoring.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(scoring.output_dir / TASK_FILE, {**names, "limit": scoring.limit, "benchmarks": results})
-    print(table(scoring.output_dir, results))
+    show(table(scoring.output_dir, results))
     if not any("file" in result for result in results.values()):
         raise UserError(f"no benchmark of {given['task']} was scored; the reasons are above")
 

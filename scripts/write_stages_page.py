@@ -40,8 +40,8 @@ STAGES = {
     "core/train_hot_residual_sft.py": "3",
     "evaluation/compare_arms.py": "e",
 }
-# It takes the settings of all stages, for scripts/run_train_final.sh.
-RESOLVE = "core/runs/resolve.py"
+# They take the settings of stages for scripts/run_train_final.sh and scripts/run_pipeline.sh.
+RESOLVE, OVERVIEW = "core/runs/resolve.py", "core/runs/overview.py"
 # Columns of a line of prose; tables are as wide as they need.
 WIDTH = 120
 SETTINGS, OTHERS = "settings", "other commands"
@@ -105,7 +105,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 def flags_of(command: str) -> str:
     """The flags of a command but those that all have. Of a stage those that are no settings: its folders, and what else
     it can be asked."""
-    left_out = {"help", "quiet", "verbose", *(all_settings() if command in (*STAGES, RESOLVE) else ())}
+    left_out = {"help", "quiet", "verbose", *(all_settings() if command in (*STAGES, RESOLVE, OVERVIEW) else ())}
     shown = [action for action in parser_of(command)._actions if action.help != argparse.SUPPRESS]
     actions = [action for action in shown if action.dest not in left_out]
     rows = [

@@ -84,13 +84,17 @@ class Screen(logging.StreamHandler):
     What other libraries warn of is for the log file, and shown with `--verbose` alone.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_bars = self.stream.isatty()
+
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a message is shown."""
         return not hasattr(record, "kept") and (is_ours(record) or self.level <= logging.DEBUG)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""
-        if self.stream.isatty():  # elsewhere no bar is drawn
+        if self.has_bars:
             Progress.write(self.format(record), file=self.stream)
         else:
             super().emit(record)

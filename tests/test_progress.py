@@ -1,11 +1,15 @@
 """The one bar: lines where there is no terminal, what is left in the end, and what is never printed twice."""
 
 import logging
+import re
 
 import pytest
+from conftest import ROOT
 
 from core import progress
 from core.progress import Progress, duration
+from core.runs.process import OURS
+from scripts import write_stages_page
 
 
 def test_without_a_terminal_a_step_says_seldom_how_far_it_is(caplog, capfd, monkeypatch):
@@ -45,3 +49,10 @@ def test_bars_that_an_error_leaves_open_are_closed(caplog):
 @pytest.mark.parametrize(("seconds", "words"), [(3.21, "3.2 s"), (200, "3.3 min"), (9000, "2.5 h")])
 def test_a_time_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+def test_every_logger_of_a_command_is_known_as_ours():
+    """Of other loggers the screen shows errors alone."""
+    texts = [(ROOT / command).read_text("utf-8") for command in write_stages_page.commands()]
+    named = {name for text in texts for name in re.findall(r"^log = logging.getLogger\((.*)\)", text, re.MULTILINE)}
+    assert named == {f'"{name}"' for name in OURS} - {'"core"', '"evaluation"'}

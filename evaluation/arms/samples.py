@@ -11,6 +11,7 @@ from typing import Any
 from core.errors import first_line
 from core.files import digest_of, read_json, write_json
 from core.models.checkpoints import Checkpoint, open_checkpoint
+from core.progress import Progress
 from core.texts.rows import Row
 from evaluation.arms.models import UNUSABLE, Arms
 from evaluation.benchmarks.generation import Decoding, answers
@@ -40,7 +41,7 @@ def write_samples(path: Path, arms: Arms, rows: Sequence[Row]) -> None:
     same = all(before.get(key) == value for key, value in asked.items())
     told = before["texts"] if same else {}
     record: dict[str, Any] = {**asked, "texts": {}}
-    for name, (checkpoint, made) in sampled_models(arms).items():
+    for name, (checkpoint, made) in Progress(sampled_models(arms).items(), desc="text samples", unit="models"):
         if told.get(name, {}).get("made") != made:
             gc.collect()  # the model before this one may fill the memory
             try:

@@ -114,6 +114,7 @@ def test_the_log_file_has_everything_with_times(chain, start):
     log = (start.folder / "runs/small/log.txt").read_text()
     for shown in chain:
         assert f"command: {shown.command.removeprefix('python ')}" in log
+        assert "command: " not in shown.err and not (shown.out and shown.out.splitlines()[0] in shown.err)
         messages = re.findall(r"^\d\d:\d\d:\d\d (.*?)\r?$", shown.err, re.MULTILINE)
         early = ("texts", "groups of", "e.g.", "next:")  # of reading the texts, before the log is opened
         assert all(message in log for message in messages if not any(word in message for word in early))

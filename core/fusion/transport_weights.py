@@ -35,12 +35,12 @@ class Transport:
     """
 
     def __init__(self, plans: Plans, source: Weights, settings: FusionSettings, base: Weights | None = None):
-        task_vector = None if base is None else TaskVector(source, base)
-        self.plans, self.source, self.of_task_vector = plans, task_vector or source, base is not None
+        self.plans, self.of_task_vector = plans, base is not None
+        self.source = source if base is None else TaskVector(source, base)
         self.adds = settings.residual_form == "additive"
         kind = FEATURE_MAPS[settings.feature_map]
         self.feature_map = kind(
-            plans, settings.p_topk, settings.q_topk, settings.ridge, settings.row_kinds[0], task_vector
+            plans, self.source, settings.p_topk, settings.q_topk, settings.ridge, settings.row_kinds[0]
         )
 
     def with_rows(self, rows: str) -> Transport:
@@ -52,7 +52,7 @@ class Transport:
     def transported(self, layer: int, indices: Mapping[str, Tensor]) -> Transported:
         """W~ and b~ of projections of one target layer on the selected rows or columns, as the feature map gives them
         (`FeatureMap.transported`)."""
-        return self.feature_map.transported(self.source, layer, indices)
+        return self.feature_map.transported(layer, indices)
 
     def fill(self, residual: Residual, weight: Tensor, bias: Tensor | None) -> Residual:
         """A residual with W~ on its selection, as the settings complete it: added to the target's own weight where a

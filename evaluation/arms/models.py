@@ -129,8 +129,8 @@ class Arms:
         if "random_source" not in arms:
             yield lambda _: usual
             return
-        with random_source_plans(self.run, self.target, self.source, self.experiment) as plans:
-            fresh = Transport(plans, self.source, self.settings)
+        with random_source_plans(self.run, self.target, self.source, self.experiment) as (plans, fresh_source):
+            fresh = Transport(plans, fresh_source, self.settings)
             yield lambda arm: fresh if arm == "random_source" else usual
 
     def _losses_in_memory(

@@ -1,7 +1,7 @@
 """The control `random_source`: the source's architecture with fresh weights reads what the source has read.
 
-Its rows take the place of the source's; texts, positions, layers that correspond (the run's own P) and the regression
-are the run's. Feature maps that read plans of neurons would need new plans, and have no such control.
+Its rows and weights take the place of the source's; texts, positions, layers that correspond (the run's own P) and the
+regression are the run's. Feature maps that read plans of neurons would need new plans, and have no such control.
 """
 
 from __future__ import annotations
@@ -33,13 +33,24 @@ from evaluation.arms.run import Run
 SEED = 0
 
 
+@dataclasses.dataclass(frozen=True)
 class FreshWeights(Checkpoint):
-    """A checkpoint whose model is loaded with new weights, as its class initialises them for training from scratch."""
+    """A checkpoint with new weights, as the class of its model initialises them for training from scratch.
+
+    Attributes:
+        drawn: the model, once it has been loaded. It is kept, because no file has its weights.
+    """
+
+    drawn: list[Any] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> FreshWeights:
         """The same architecture as `checkpoint`."""
         return cls(**{field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)})
+
+    def weight(self, layer: int, projection: str) -> Tensor:
+        """The weight [out, in] of one projection of the loaded model, float32, on `device`."""
+        return self.layout.linear(self.drawn[0], layer, projection).weight.detach().float()
 
     def load_model(
         self, dtype: str, device_map: str | dict[str, Any] | None = None, offload_folder: Path | None = None
@@ -55,7 +66,9 @@ class FreshWeights(Checkpoint):
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             loader = getattr(transformers, self.layout.family.auto)
-            return loader.from_config(config, dtype=getattr(torch, dtype), **code).to(self.device).eval()
+            model = loader.from_config(config, dtype=getattr(torch, dtype), **code).to(self.device).eval()
+        self.drawn[:] = [model]
+        return model
 
 
 class OtherSource(PlanDirectory):
@@ -74,8 +87,8 @@ class OtherSource(PlanDirectory):
 @contextmanager
 def random_source_plans(
     run: Run, target: Checkpoint, source: Checkpoint, experiment: Experiment
-) -> Iterator[PlanDirectory]:
-    """The run's plan directory with the rows of a source with fresh weights, which are in a temporary folder.
+) -> Iterator[tuple[PlanDirectory, Checkpoint]]:
+    """A source with fresh weights, and the run's plan directory with its rows, which are in a temporary folder.
 
     Args:
         experiment: of stage 4, whose data is the run's.
@@ -88,8 +101,9 @@ def random_source_plans(
     aside = read_tensor(activations_file(run.plans.folder, "target"), "kept_aside")
     with tempfile.TemporaryDirectory(prefix=TEMPORARY + "random-source-", dir=run.folder) as folder:
         recorder = RowRecorder(Path(folder), stage1, process_state(experiment.compute.device))
-        recorder.record("source", FreshWeights.of(source), reading, aside)
-        yield OtherSource(run.plans, Path(folder))
+        fresh = FreshWeights.of(source)
+        recorder.record("source", fresh, reading, aside)
+        yield OtherSource(run.plans, Path(folder)), fresh
 
 
 def source_reading(run: Run, tokenizers: tuple[Any, Any], experiment: Experiment, stage1: Experiment) -> Reading:

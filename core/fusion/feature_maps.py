@@ -212,9 +212,9 @@ class Regression(FeatureMap):
     Out [n, m] maps the source's outputs y_s = W_s x_s to the target's, and W~ = Out W_s In, where In maps the target's
     inputs x to the source's, is the same as one regression from x to Z = Out y_s on the same rows. So W~ needs the
     source's outputs alone, and they are recorded, but for those of gate and up, which are W_s x_s. Of a task vector y_s
-    is (W_s - W_base) x_s, where x_s are the inputs that were recorded on the expert. All maps are fitted on centred rows, so that
-    the means of the two models play no part in them; the target's own mean output is kept afterwards, and it takes the
-    place of a transported bias.
+    is (W_s - W_base) x_s, where x_s are the inputs that were recorded on the expert. All maps are fitted on centred
+    rows, so that the means of the two models play no part in them; the target's own mean output is kept afterwards, and
+    it takes the place of a transported bias.
     """
 
     default_p_topk = 1

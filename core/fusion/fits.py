@@ -38,9 +38,9 @@ class Fits:
     def _on(self, model: str, side: str, layer: int) -> Ridge:
         """The regressions on the rows of one side.
 
-        The outputs of the source that are not recorded are W_s x_s, all of them in the columns of W_s. In an orthonormal
-        basis of these they are as few as the inputs x_s, which makes the regressions on a wide side of the MLP several
-        times faster.
+        The outputs of the source that are not recorded are W_s x_s, all of them in the span of the columns of W_s. In
+        an orthonormal basis of it they are as few numbers as the inputs x_s, which makes the regressions on a wide side
+        of the MLP several times faster.
         """
         if model == "target" or side not in PROJECTIONS or PROJECTIONS[side].matches_layers:
             return Ridge(self.plans.rows(model, side, layer, "fit"), self.ridge)

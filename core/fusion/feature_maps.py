@@ -63,9 +63,7 @@ class FeatureMap(ABC):
     fuses_biases = True
     keeps_mean = False
 
-    def __init__(
-        self, plans: Plans, source: Weights, p_topk: int | None, q_topk: int | None, ridge: float, rows: str
-    ):
+    def __init__(self, plans: Plans, source: Weights, p_topk: int | None, q_topk: int | None, ridge: float, rows: str):
         self.plans, self.source, self.p_topk, self.q_topk = plans, source, p_topk, q_topk
         self.fits = Fits(plans, source, ridge, rows)
 

@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.files import TEMPORARY
 from core.models.checkpoints import Checkpoint
 from core.models.reading import Reading, read_aligned, read_texts
+from core.runs.calibration import calibration_again
 from core.runs.command_line import RESOLVED, load_experiment
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import activations_file, read_tensor
@@ -115,14 +116,13 @@ def source_reading(run: Run, tokenizers: tuple[Any, Any], experiment: Experiment
     Raises:
         UserError: the calibration texts are not those of stage 1.
     """
-    division = divide(experiment.data.spec)
-    rows = division.rows("calibration", stage1.reading.calibration_samples)
-    if division.identity(rows)["sha256"] != run.plans.manifest.inputs["data"]["sha256"]:
+    calibration = calibration_again(divide(experiment.data.spec), experiment, run.plans.manifest.inputs["data"])
+    if calibration is None:
         raise UserError(
             f"random_source: the calibration texts are no longer those of {run.plans.folder}; give the data with which "
             "stage 1 was run, or leave out --controls all"
         )
     settings, seed = stage1.reading, stage1.compute.seed
     if settings.pooling == "text":
-        return read_texts(rows, tokenizers[1], settings.max_tokens)
-    return read_aligned(rows, *tokenizers, settings.max_tokens, settings.max_rows, seed)[1]
+        return read_texts(calibration.rows, tokenizers[1], settings.max_tokens)
+    return read_aligned(calibration.rows, *tokenizers, settings.max_tokens, settings.max_rows, seed)[1]

@@ -37,6 +37,7 @@ def data_table(files: RunFiles) -> Table:
     read: dict[str, Mapping[str, Any]] = {}
     if files.plans is not None:
         read["calibration"] = files.plans.manifest.inputs["data"]
+        read["calibration, general"] = read["calibration"].get("general", {})
     if files.trainings:
         read["fine-tuning"] = next(iter(files.trainings.values())).record["data"]
     if files.results is not None:

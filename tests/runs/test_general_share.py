@@ -65,9 +65,8 @@ def test_strengths_are_learned_on_all_of_them(mixed, models, general, tmp_path, 
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(data), "utf-8")
     from core import generate_hot_residual
 
-    error = fails(
-        generate_hot_residual, "--hot-dir", tmp_path / "other", *pair_flags(models), *flags, "--output-dir", tmp_path / "x"
-    )
+    folders = ["--hot-dir", tmp_path / "other", "--output-dir", tmp_path / "again"]
+    error = fails(generate_hot_residual, *folders, *pair_flags(models), *flags)
     assert "the calibration rows are not those that" in error
 
 

@@ -118,7 +118,7 @@ CHANGES = {
 # Stage -> the settings that only name an input. The contents of the model or of the rows are recorded in their place.
 INPUTS = {
     "1": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
-    "data_file max_rows_read group_column split_seed calibration_samples",
+    "data_file max_rows_read group_column split_seed calibration_samples general_share general_file general_subset",
     "2": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
     "data_file max_rows_read group_column split_seed",
     "3": "source_model source_revision data_subset data_file max_rows_read group_column split_seed sft_samples",

@@ -103,7 +103,13 @@ class Transport:
         own = self.plans.rows("target", projection, layer, "fit")
         own = own if outputs is None else own[:, outputs]
         if filtered:
-            own = with_spectrum_of(own, self.feature_map.responses(layer, projection, outputs))
+            responses = self.feature_map.responses(layer, projection, outputs)
+            if residual.axis == ROWS and len(residual.original_weight) > residual.original_weight.shape[1]:
+                # More outputs than inputs lie in the span of the columns of W, whose basis has fewer components.
+                basis = torch.linalg.qr(residual.original_weight).Q  # [k, n']
+                own = with_spectrum_of(own @ basis, responses) @ basis.T
+            else:
+                own = with_spectrum_of(own, responses)
         elif self.of_task_vector:
             own = torch.zeros_like(own)
         weight = self.feature_map.fits.regress(layer, projection, own, outputs)
@@ -111,9 +117,10 @@ class Transport:
 
 
 def with_spectrum_of(Y: Tensor, Z: Tensor) -> Tensor:
-    """Y [T, n] with its singular values replaced by those of Z [T, n], largest for largest; its components stay."""
+    """Y [T, n] with its singular values replaced by the n largest of Z [T, m], m >= n, largest for largest; its
+    components stay."""
     power, V = torch.linalg.eigh(Y.T @ Y)  # ascending
-    wanted = torch.linalg.eigvalsh(Z.T @ Z)
+    wanted = torch.linalg.eigvalsh(Z.T @ Z)[-Y.shape[1] :]
     scale = torch.where(power > 0, wanted.clamp_min(0) / power, 0).sqrt()
     return Y @ (V * scale @ V.T)  # [T, n] @ ([n, n] @ [n, n]) -> [T, n]
 

@@ -176,15 +176,16 @@ class StrengthSearch:
 
     def _on_grid(self, what: str, name: str, residuals: Candidate) -> Iterator[Tried]:
         """One strength after the other for all projections, as long as the loss falls, and one between the best."""
-        tried = [self._target(name)]
+        points = [(0.0, sum(self.base))]
         for alpha in GRID:
-            tried.append(Tried(name, alpha, self._losses(what, residuals(), alpha)))
-            yield tried[-1]
-            if not tried[-1].total < tried[-2].total:
+            found = Tried(name, alpha, self._losses(what, residuals(), alpha))
+            yield found
+            points.append((alpha, found.total))
+            if not points[-1][1] < points[-2][1]:
                 break
-        alpha = lowest([(one.alpha, one.total) for one in tried[-3:]])
-        if alpha is not None:
-            yield Tried(name, alpha, self._losses(what, residuals(), alpha))
+        between = lowest(points[-3:])
+        if between is not None:
+            yield Tried(name, between, self._losses(what, residuals(), between))
 
     def _validate(self, what: str) -> list[float]:
         return text_nll(self.model, self.texts.validation, self.tokens_per_batch, f"{what} on validation rows")

@@ -30,6 +30,13 @@ class EvaluationSettings:
         changes="",
     )
 
+    learned_arm: bool = option(
+        False,
+        "e",
+        "where alpha is auto: also measure the fusion with strengths that are learned, without a checkpoint of it",
+        changes="",
+    )
+
     def general_spec(self, split_seed: int) -> DataSpec | None:
         """Which general text is read, and how it is divided: the held-out part is scored, and calibration texts may be
         of its calibration part. None for no such text."""

@@ -152,15 +152,21 @@ class StrengthSearch:
     def find(self, what: str, candidates: Mapping[str, Candidate], settings: StrengthSettings) -> Choice:
         """The strength of the best candidate, by the loss on the validation rows.
 
+        A single candidate whose strengths are learned needs no grid, which would choose among candidates.
+
         Args:
             what: the name of what is fused, which the progress bars show.
             candidates: name -> residuals; the candidates to choose between.
         """
-        tried = [one for name, residuals in candidates.items() for one in self._on_grid(what, name, residuals)]
-        best = min(tried, key=lambda one: one.total)
-        if not best.total < sum(self.base):  # nothing helps: the target itself, with the rows that harm least
-            first = [one for one in tried if one.alpha == GRID[0]]
-            best = self._target(min(first, key=lambda one: one.total).candidate)
+        tried = []
+        if settings.learned and len(candidates) == 1:
+            best = self._target(*candidates)
+        else:
+            tried = [one for name, residuals in candidates.items() for one in self._on_grid(what, name, residuals)]
+            best = min(tried, key=lambda one: one.total)
+            if not best.total < sum(self.base):  # nothing helps: the target itself, with the rows that harm least
+                first = [one for one in tried if one.alpha == GRID[0]]
+                best = self._target(min(first, key=lambda one: one.total).candidate)
         if settings.learned:
             residuals = list(candidates[best.candidate]())
             learned = list(self._learn(what, best.candidate, residuals, settings))

@@ -25,7 +25,9 @@ from core.runs.plan_directory import PlanDirectory
 from core.runs.settings import Experiment
 from core.runs.strength_search import strength_rows, strength_search
 from core.training import strengths
+from core.training.heldout import text_nll, trained_tokens
 from core.training.hot_linear import fold_in_place, restore_base
+from core.training.sft import sft_example
 from core.training.start import open_start
 from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts, Tried, learnable, lowest
 from evaluation import compare_arms
@@ -293,6 +295,30 @@ def test_controls_find_their_strengths_in_the_same_way(found, plans, models, tex
     run_main(compare_arms, *flags, "--controls", "few", "--dtype", "bfloat16")  # losses are, strengths are as fused
     again = json.loads((run / "results.json").read_text())["strengths"]
     assert again == {control: of_controls[control] for control in again} and again.keys() >= {"permuted", "self"}
+
+
+def test_learned_strengths_can_be_an_arm_beside_a_chosen_one(found, plans, models, texts, capsys, monkeypatch):
+    """Without a checkpoint: what was fused, with strengths that stage 4 learns as stage 2 would."""
+    take_the_largest(monkeypatch)
+    run = found["auto"].parent
+    flags = ["--run-dir", run, "--hot-dir", plans["token"], *pair_flags(models), *data_flags(texts), "--max-tokens", 24]
+    run_main(compare_arms, *flags, "--controls", "few", "--learned-arm")
+    results = json.loads((run / "results.json").read_text())
+    arm = results["strengths"]["fused_learned"]
+    residuals, chosen, form = load_residuals(found["auto"] / "hot_residual.safetensors")
+    assert arm["alpha"].keys() == {one.name for one in residuals} and chosen == 0.2
+    target = open_checkpoint(str(models["target"]))
+    model, tokenizer = target.load_model("float32"), target.load_tokenizer()
+    fold_in_place(model, residuals, target.layout.name, arm["alpha"], form)
+    rows = divide(DataSpec("file", str(texts))).rows("held_out", 64)
+    examples = [one for row in rows if trained_tokens([one := sft_example(row, tokenizer, 24)]) != [0]]
+    assert results["per_text"]["fused_learned"]["held_out"] == pytest.approx(
+        text_nll(model, examples, 64, "x"), rel=1e-4
+    )
+    assert list(results["arms"])[-2:] == ["fused_learned", "fused"]
+    assert "fused_learned has learned strengths (" in capsys.readouterr().out
+    run_main(compare_arms, *flags, "--controls", "few")
+    assert "fused_learned" not in json.loads((run / "results.json").read_text())["arms"]
 
 
 def test_strengths_are_not_found_on_rows_that_the_plans_were_not_made_from(plans, texts, tmp_path, fails):

@@ -130,7 +130,7 @@ WITHOUT_EFFECT = {
     "1": "trust_remote_code activations_budget_mb pairs_budget_mb",
     "2": "trust_remote_code push_to_hub",
     "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
-    "e": "trust_remote_code controls",
+    "e": "trust_remote_code controls learned_arm",
 }
 # Type of a setting -> a value that none of them has by default.
 OTHERS = {str: "another", int: 7, float: 0.77, bool: True, tuple: (0.5,)}

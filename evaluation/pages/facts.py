@@ -61,7 +61,8 @@ def settings_table(files: RunFiles) -> Table:
     rows = [["setting", "value", "default"]]
     for name, setting in all_settings().items():
         if name in used and used[name] != setting.default and name not in ("name", "seed", "training_scenario"):
-            rows.append([name, without_paths(str(used[name])), str(setting.default)])
+            default = "" if setting.default is None else str(setting.default)
+            rows.append([name, without_paths(str(used[name])), default])
     return rows
 
 

@@ -29,7 +29,7 @@ def test_the_forest_has_every_arm_with_its_difference_interval_and_seeds():
     losses = {arm: (10 + rng.normal(size=6)).tolist() for arm in ("base", *CONTROLS, "fused", "no_hot/0", "no_hot/1")}
     losses |= {f"fused_adapted/{seed}": (9 + rng.normal(size=6)).tolist() for seed in (0, 1)}
     arms = statistics(losses, [5] * 6, range(6))
-    lines = {line["arm"]: line for line in lines_of(forest.losses(arms, "losses", "title", "texts"))}
+    lines = {line["arm"]: line for line in lines_of(forest.losses(arms))}
     assert list(lines) == ["base", *CONTROLS, "fused", "no_hot", "fused_adapted"]
     base = np.array(losses["base"])
     by_seed = [(np.array(losses[f"fused_adapted/{seed}"]) - base).sum() / 30 for seed in (0, 1)]

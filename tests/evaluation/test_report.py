@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from browser import LAYOUT, PICK, ask, chromium, needs_browser
+from browser import LAYOUT, PICK, ask, chromium, needs_browser, violations, without_scripts
 from conftest import ROOT
 from report_pages import Page, table
 from safetensors.torch import load_file
@@ -162,7 +162,22 @@ def test_help_waits_for_no_drawing():
 def test_no_text_overlaps_and_nothing_is_wider_than_the_window(reported, width, dark):
     found = ask(reported / "report.html", LAYOUT, width, dark)
     assert found["width"] == width and found["needed"] <= width and not found["overlaps"]
+    assert found["smallest"] > 8 and found["contrast"] > 4.5
     assert (found["ground"] == "rgb(255, 255, 255)") is not dark
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_to_object_to(reported, width, dark):
+    assert violations(reported / "report.html", width, dark) == []
+
+
+@needs_browser
+def test_a_browser_without_javascript_shows_the_default_pair(reported):
+    found = without_scripts(reported / "report.html")
+    picked = found["html"][found["html"].index('id="picked"') : found["html"].index("Strongest matches")]
+    assert picked.count("<svg") == 4 and "<canvas" not in picked and found["picker"] == "none"
 
 
 @needs_browser

@@ -10,6 +10,7 @@ from report_pages import Page, page_of, table
 
 from core.files import digest_of
 from evaluation import report
+from evaluation.pages.facts import facts
 from evaluation.pages.run_files import RunFiles
 from evaluation.pages.siblings import siblings
 
@@ -115,6 +116,7 @@ def test_texts_of_models_and_data_are_escaped(run):
 @needs_browser
 def test_hostile_names_run_nothing_in_a_browser(run):
     """Neither does the name of the run, which is that of its folder."""
+    shutil.rmtree(run / "plans")  # whose figures take long to draw
     evil = run.rename(run.with_name("<img src=x onerror=failed.push(1)>"))
     for name in ("samples.json", "results.json"):
         text = (evil / name).read_text()
@@ -150,9 +152,9 @@ def test_commands_and_warnings_are_shown_without_tokens_and_folders(run):
         "warnings": ["hf_abcdefghijklmnop was refused for /home/ann/models/x"],
     }
     (run / "usage.jsonl").write_text(json.dumps(line) + "\n")
-    text = page_of(run)
-    assert "python core/train_hot_residual_sft.py" in text and "was refused for x" in text
-    assert "/home" not in text and "hf_abc" not in text and str(run.parent) not in text
+    shown = str(facts(RunFiles.read(run)))  # all that the page says of them
+    assert "python core/train_hot_residual_sft.py" in shown and "was refused for x" in shown
+    assert "/home" not in shown and "hf_abc" not in shown and str(run.parent) not in shown
 
 
 def test_a_folder_of_runs_gets_a_page_that_lists_them(run, capsys):

@@ -14,8 +14,9 @@ from report_pages import Page, table
 from safetensors.torch import load_file
 
 from core.models.checkpoints import open_checkpoint
-from evaluation.pages.facts import command_of
+from evaluation.pages.facts import command_of, settings_table
 from evaluation.pages.paths import without_paths
+from evaluation.pages.run_files import RunFiles
 
 
 def test_layer_plans_in_the_file_are_those_of_stage_1(reported):
@@ -126,6 +127,14 @@ def test_nothing_of_the_machine_is_on_the_page(reported, models, texts):
     for path in (reported, reported.parent, models["target"].parent, texts.parent):
         assert str(path) not in text
     assert "/tmp/" not in text and texts.name in text
+
+
+def test_only_settings_that_differ_are_listed(reported):
+    """YAML has lists where the defaults have tuples, and a default may be nothing."""
+    _, *rows = settings_table(RunFiles.read(reported))
+    values = {name: (value, default) for name, value, default in rows}
+    assert values["top_k"] == ("7", "128") and values["data_file"] == ("texts.jsonl", "")
+    assert "alpha_search" not in values and all(value != default for value, default in values.values())
 
 
 def test_paths_and_tokens_are_taken_out_of_texts():

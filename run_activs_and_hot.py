@@ -22,6 +22,7 @@ from core.models.checkpoints import Checkpoint, open_pair, open_source_base
 from core.models.locate import missing_step
 from core.models.reading import Reading, Unaligned, is_aside, read_aligned, read_texts
 from core.runs import preflight as checks
+from core.runs.calibration import Calibration, calibration_texts
 from core.runs.command_line import Command, parse_command, save_resolved
 from core.runs.cost import stage1_cost
 from core.runs.cost_table import estimate
@@ -59,7 +60,7 @@ class Job:
         return self.pair if self.source_base is None else {**self.pair, "source_base": self.source_base}
 
     def inputs(self, data: dict[str, Any]) -> dict[str, Any]:
-        """What the manifest says the plans were made from; `data`: `Division.identity` of the calibration texts."""
+        """What the manifest says the plans were made from; `data`: `Calibration.identity`."""
         identities = {role: model.identity for role, model in self.models.items()}
         return {**identities, "data": data, "settings": self.experiment.deciding("1")}
 
@@ -100,18 +101,18 @@ def main(argv: list[str]) -> None:
     check_output_folder(job.folder, *(model.folder for model in job.models.values()))
     preflight(job, report=dry_run)
     division = divide(experiment.data.spec)
-    rows = calibration_rows(division, experiment)
+    calibration = calibration_rows(division, experiment)
     if dry_run:
         for model in job.pair.values():
             model.check_tokenizer()
-        if emptied := would_be_emptied(job.folder, job.inputs(division.identity(rows))):
+        if emptied := would_be_emptied(job.folder, job.inputs(calibration.identity())):
             print(emptied)
-        print(f"{len(rows)} texts; nothing is missing")
+        print(f"{len(calibration.rows)} texts; nothing is missing")
         return
     # Reading comes before the manifest is begun, so that texts that cannot be read leave no folder behind.
-    readings = read_both(target, source, rows, experiment)
+    readings = read_both(target, source, calibration.rows, experiment)
     state = process_state(experiment.compute.device)
-    manifest = begin(job, job.inputs(division.identity(rows)), state)
+    manifest = begin(job, job.inputs(calibration.identity()), state)
     log_to_file(command.log_file("out_dir", "plans") if state.is_main_process else None)
     finished = f"{job.folder} is finished"
     if manifest.complete:
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
     else:
         if state.is_main_process:
             save_resolved(experiment, "1", job.folder)
-            write_rows_read(job.folder, {"calibration": division.marks(rows)}, recorded(*job.models.values()))
+            write_rows_read(job.folder, {"calibration": calibration.marks()}, recorded(*job.models.values()))
         write_plan_directory(job, manifest, readings, state)
     if state.is_main_process:
         show(summary(manifest.record))
@@ -180,15 +181,15 @@ def preflight(job: Job, report: bool) -> None:
     checks.refuse(problems)
 
 
-def calibration_rows(division: Division, experiment: Experiment) -> list[Row]:
+def calibration_rows(division: Division, experiment: Experiment) -> Calibration:
     """The texts that both models read. Raises UserError when they are too few for plans."""
     # Parts that later stages need are reported now: with another split, this stage would have to run again.
     for part in ("sft", "validation", "held_out"):
         division.warn_if_small(part)
-    rows = division.rows("calibration", experiment.reading.calibration_samples)
-    if len(rows) < MIN_TEXTS:
-        raise UserError(f"{len(rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
-    return rows
+    found = calibration_texts(division, experiment)
+    if len(found.rows) < MIN_TEXTS:
+        raise UserError(f"{len(found.rows)} calibration texts; plans need at least {MIN_TEXTS} texts: give more data")
+    return found
 
 
 def read_both(target: Checkpoint, source: Checkpoint, rows: list[Row], experiment: Experiment) -> Readings:

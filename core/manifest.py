@@ -57,6 +57,16 @@ def _is_ours(folder: Path) -> bool:
     return isinstance(record, dict) and record.get("stage") in COMMANDS
 
 
+def check_finished(folder: Path) -> None:
+    """Refuse a folder that a stage of ours made and that holds no finished model. Any other folder passes.
+
+    Raises:
+        UserError: its stage has not finished, makes no model, or was of another version.
+    """
+    if _is_ours(folder):
+        Manifest.read(folder, "fused", "adapted", "untrained")
+
+
 def check_format(folder: Path, record: Mapping[str, Any]) -> None:
     """Raise UserError for a folder of another format than this version writes, with the command that makes it again."""
     found = record.get("format")

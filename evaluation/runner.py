@@ -31,6 +31,12 @@ def runner_flags(description: str, default_folder: str | None = None, needs_mode
     parser.add_argument(
         "--tokens-per-batch", type=int, default=4096, help="tokens of a batch, padding included (default 4096)"
     )
+    compute_flags(parser)
+    return parser
+
+
+def compute_flags(parser: Parser) -> None:
+    """Add the flags that say where and how precisely a model computes, and whether its own code may run."""
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument(
         "--dtype",
@@ -39,7 +45,6 @@ def runner_flags(description: str, default_folder: str | None = None, needs_mode
         help="auto: float32 on a CPU, else the model's own",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the model")
-    return parser
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def flags_of(command: str) -> str:
     shown = [action for action in parser_of(command)._actions if action.help != argparse.SUPPRESS]
     actions = [action for action in shown if action.dest not in left_out]
     rows = [
-        (flags_text(action.option_strings), action.help % vars(action) if action.help else "") for action in actions
+        (flags_text(action.option_strings or [action.dest.upper()]), action.help % vars(action) if action.help else "")
+        for action in actions
     ]
     return markdown_table(("flag", "what it does"), rows)
 

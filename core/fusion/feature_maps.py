@@ -63,17 +63,9 @@ class FeatureMap(ABC):
     fuses_biases = True
     keeps_mean = False
 
-    def __init__(
-        self,
-        plans: Plans,
-        p_topk: int | None = None,
-        q_topk: int | None = None,
-        ridge: float = 0.01,
-        rows: str = "aligned",
-        task_vector: Weights | None = None,
-    ):
-        self.plans, self.p_topk, self.q_topk, self.task_vector = plans, p_topk, q_topk, task_vector
-        self.fits = Fits(plans, ridge, rows, task_vector is not None)
+    def __init__(self, plans: Plans, source: Weights, p_topk: int | None, q_topk: int | None, ridge: float, rows: str):
+        self.plans, self.source, self.p_topk, self.q_topk = plans, source, p_topk, q_topk
+        self.fits = Fits(plans, source, ridge, rows)
 
     def with_rows(self, rows: str) -> FeatureMap:
         """The same map with W~ regressed on rows of another kind; the regressions that both need are kept once."""
@@ -106,14 +98,13 @@ class FeatureMap(ABC):
         """What the shares of a target layer sum to, when its row of P_eff sums to `total`."""
         return torch.ones_like(total)
 
-    def transported(self, source: Weights, layer: int, indices: Mapping[str, Tensor]) -> Transported:
+    def transported(self, layer: int, indices: Mapping[str, Tensor]) -> Transported:
         """W~ and b~ of projections of one target layer, on the selected rows [k, n'] or columns [n, k].
 
         b~ [k] or [n] is Out applied to the source's bias; it is None where the source has no bias or this map
         transports none. Source layers are the outer loop, so that projections that read the same input share its map.
 
         Args:
-            source: the source's weights, or a task vector.
             indices: projection -> selected rows or columns [k].
         """
         shares = {c: self.shares(layer, c) for c in indices}
@@ -125,7 +116,7 @@ class FeatureMap(ABC):
                 p, projection = shares[c].get(m), PROJECTIONS[c]
                 if p is None:
                     continue
-                W, b = source.weight(m, c), source.bias(m, c) if self.fuses_biases else None
+                W, b = self.source.weight(m, c), self.source.bias(m, c) if self.fuses_biases else None
                 if projection.axis == ROWS:
                     Out, In = self.out_map(c, layer, m, index), whole_in(projection.input_side, m)
                     part = (Out @ W) @ In  # ([k, m] @ [m, m']) @ [m', n'] -> [k, n']
@@ -218,10 +209,10 @@ class Regression(FeatureMap):
 
     Out [n, m] maps the source's outputs y_s = W_s x_s to the target's, and W~ = Out W_s In, where In maps the target's
     inputs x to the source's, is the same as one regression from x to Z = Out y_s on the same rows. So W~ needs the
-    recorded outputs of the source, and neither its weights nor its inputs. Of a task vector y_s is (W_s - W_base) x_s,
-    which needs both: x_s are the inputs that were recorded on the expert. All maps are fitted on centred rows, so that
-    the means of the two models play no part in them; the target's own mean output is kept afterwards, and it takes the
-    place of a transported bias.
+    source's outputs alone, and they are recorded, but for those of gate and up, which are W_s x_s. Of a task vector y_s
+    is (W_s - W_base) x_s, where x_s are the inputs that were recorded on the expert. All maps are fitted on centred
+    rows, so that the means of the two models play no part in them; the target's own mean output is kept afterwards, and
+    it takes the place of a transported bias.
     """
 
     default_p_topk = 1
@@ -229,7 +220,7 @@ class Regression(FeatureMap):
     fuses_biases = False
     keeps_mean = True
 
-    def transported(self, source: Weights, layer: int, indices: Mapping[str, Tensor]) -> Transported:
+    def transported(self, layer: int, indices: Mapping[str, Tensor]) -> Transported:
         """W~ of projections of one target layer; no biases. As `FeatureMap.transported`."""
         return {c: (self.regressed(layer, c, index), None) for c, index in indices.items()}
 
@@ -251,7 +242,7 @@ class Regression(FeatureMap):
         Where Out is the least-squares map and reads the rows that it was fitted on, the regression knows the result
         without a product with Out, which is three times faster for the wide sides of the MLP.
         """
-        if self.task_vector is None and type(self).out_map is Regression.out_map:
+        if not self.fits.of_task_vector and type(self).out_map is Regression.out_map:
             target = self.plans.rows("target", projection, layer, "fit")
             return self.fits.of("source", projection, m).fitted(target if outputs is None else target[:, outputs])
         given = self.given(projection, m)
@@ -259,10 +250,10 @@ class Regression(FeatureMap):
 
     def given(self, projection: str, m: int) -> Tensor:
         """What source layer m gives to the target [T, m]: its outputs, or of a task vector its part in them."""
-        if self.task_vector is None:
-            return self.plans.rows("source", projection, m, "fit")
+        if not self.fits.of_task_vector:
+            return self.fits.source_outputs(projection, m)
         x = self.plans.rows("source", PROJECTIONS[projection].input_side, m, "fit")
-        return x @ self.task_vector.weight(m, projection).T  # [T, m'] @ [m', m] -> [T, m]
+        return x @ self.source.weight(m, projection).T  # [T, m'] @ [m', m] -> [T, m]
 
     def out_map(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
         """The least-squares map from the source's outputs to the target's."""
@@ -281,7 +272,7 @@ class Procrustes(Regression):
 
     def out_map(self, side: str, layer: int, m: int, rows: Tensor | None) -> Tensor:
         """The orthogonal map from the source's outputs to the target's."""
-        source, target = self.plans.rows("source", side, m, "fit"), self.plans.rows("target", side, layer, "fit")
+        source, target = self.fits.source_outputs(side, m), self.plans.rows("target", side, layer, "fit")
         # Outputs span no more directions than there are inputs. The narrow input of the MLP stands for that of down,
         # which is wider than its outputs.
         inputs = PROJECTIONS[side].layer_sides[0]

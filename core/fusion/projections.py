@@ -47,6 +47,12 @@ class Projection:
         return self.name if self.axis == ROWS else self.input_side
 
     @property
+    def matches_layers(self) -> bool:
+        """Whether layers are matched by the output, so that it is recorded of the source as well. The other outputs are
+        those of gate and up, which are several times as wide as what they read."""
+        return self.name in self.layer_sides
+
+    @property
     def whole_side(self) -> str:
         """The other side, of which all neurons take part."""
         return self.input_side if self.axis == ROWS else self.name
@@ -111,11 +117,17 @@ def planned_sides(projections: Iterable[str]) -> tuple[str, ...]:
     return tuple(side for side in recorded_sides(projections) if side in needed)
 
 
-def source_sides(projections: Iterable[str]) -> tuple[str, ...]:
-    """What is recorded of the source: its outputs, and the inputs from which layers are matched. The input of down is
-    as wide as the outputs of gate and up, and nothing but a task vector reads the source's."""
+def source_sides(projections: Iterable[str], all_inputs: bool) -> tuple[str, ...]:
+    """What is recorded of the source: the sides from which layers are matched. The wide sides of the MLP are not among
+    them: the outputs of gate and up follow from what they read, and nothing but a task vector reads the input of down.
+
+    Args:
+        all_inputs: whether the inputs of all projections are recorded, as a task vector needs.
+    """
     projections = tuple(projections)
-    needed = {*projections, *planned_sides(projections)}
+    needed = set(planned_sides(projections))
+    if all_inputs:
+        needed |= {PROJECTIONS[name].input_side for name in projections}
     return tuple(side for side in recorded_sides(projections) if side in needed)
 
 

@@ -21,17 +21,25 @@ class Ridge:
     Args:
         R: centred predictors. If all of them are constant, every map is zero.
         ridge: lambda, relative to d.
+        basis: [w, r] with orthonormal columns, where the predictors are R basis^T [T, w] and R [T, r] says all of them
+            in fewer numbers. Regressions on the two are the same.
     Raises:
         ValueError: lambda is too small for the system to be positive definite even in float64.
     """
 
-    def __init__(self, R: Tensor, ridge: float):
-        self.R = R
+    def __init__(self, R: Tensor, ridge: float, basis: Tensor | None = None):
+        self.R, self.basis = R, basis
         self.by_rows = R.shape[0] < R.shape[1]
-        self.factor, self.shift = _factor(R, ridge, self.by_rows)
+        width = R.shape[1] if basis is None else len(basis)
+        self.factor, self.shift = _factor(R, ridge, width, self.by_rows)
 
     def map(self, S: Tensor) -> Tensor:
-        """The map [s, r] to the responses S [T, s], so that S is about R @ map^T."""
+        """The map [s, w] to the responses S [T, s], so that S is about the predictors times map^T."""
+        found = self._map(S)
+        return found if self.basis is None else found @ self.basis.T  # [s, r] @ [r, w] -> [s, w]
+
+    def _map(self, S: Tensor) -> Tensor:
+        """The map [s, r] that reads R."""
         R, S = self.R.to(self.factor.dtype), S.to(self.factor.dtype)
         if self.by_rows:
             found = torch.cholesky_solve(S, self.factor).T @ R  # [s, T] @ [T, r] -> [s, r]
@@ -40,21 +48,25 @@ class Ridge:
         return found.to(self.R.dtype)
 
     def fitted(self, S: Tensor) -> Tensor:
-        """What the map makes of R itself, [T, s].
+        """What the map makes of the predictors themselves, [T, s].
 
         By rows this is S - lambda d (R R^T + lambda d I)^-1 S, which needs no product with R.
         """
         if not self.by_rows:
-            return self.R @ self.map(S).T  # [T, r] @ [r, s] -> [T, s]
+            return self.R @ self._map(S).T  # [T, r] @ [r, s] -> [T, s]
         S = S.to(self.factor.dtype)
         return (S - self.shift * torch.cholesky_solve(S, self.factor)).to(self.R.dtype)
 
 
-def _factor(R: Tensor, ridge: float, by_rows: bool) -> tuple[Tensor, Tensor]:
+def _factor(R: Tensor, ridge: float, width: int, by_rows: bool) -> tuple[Tensor, Tensor]:
     """(Cholesky factor [r, r] or [T, T] of the system, lambda d), in float64 only where float32 finds the system not
-    positive definite."""
+    positive definite.
+
+    Args:
+        width: over how many predictors d is the mean.
+    """
     gram = R @ R.T if by_rows else R.T @ R
-    scale = gram.diagonal().sum() / R.shape[1]
+    scale = gram.diagonal().sum() / width
     shift = torch.where(scale > 0, ridge * scale, torch.ones_like(scale))
     gram.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -62,7 +74,7 @@ def _factor(R: Tensor, ridge: float, by_rows: bool) -> tuple[Tensor, Tensor]:
         return factor, shift
     if R.dtype == torch.float64:
         raise ValueError(f"ridge {ridge} is too small for {len(R)} rows of {R.shape[1]} neurons; raise --ridge")
-    return _factor(R.double(), ridge, by_rows)
+    return _factor(R.double(), ridge, width, by_rows)
 
 
 def orthogonal_map(R: Tensor, S: Tensor, rank: int) -> Tensor:

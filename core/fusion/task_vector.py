@@ -13,7 +13,11 @@ from core.fusion.inputs import Weights
 
 
 class TaskVector:
-    """The weights of an expert less those of its base. Implements `core.fusion.inputs.Weights`."""
+    """The weights of an expert less those of its base. Implements `core.fusion.inputs.Weights`.
+
+    Attributes:
+        expert, base: the weights of the two models.
+    """
 
     def __init__(self, expert: Weights, base: Weights):
         self.expert, self.base = expert, base

@@ -35,12 +35,12 @@ class Transport:
     """
 
     def __init__(self, plans: Plans, source: Weights, settings: FusionSettings, base: Weights | None = None):
-        task_vector = None if base is None else TaskVector(source, base)
-        self.plans, self.source, self.of_task_vector = plans, task_vector or source, base is not None
+        self.plans, self.of_task_vector = plans, base is not None
+        self.source = source if base is None else TaskVector(source, base)
         self.adds = settings.residual_form == "additive"
         kind = FEATURE_MAPS[settings.feature_map]
         self.feature_map = kind(
-            plans, settings.p_topk, settings.q_topk, settings.ridge, settings.row_kinds[0], task_vector
+            plans, self.source, settings.p_topk, settings.q_topk, settings.ridge, settings.row_kinds[0]
         )
 
     def with_rows(self, rows: str) -> Transport:
@@ -52,7 +52,7 @@ class Transport:
     def transported(self, layer: int, indices: Mapping[str, Tensor]) -> Transported:
         """W~ and b~ of projections of one target layer on the selected rows or columns, as the feature map gives them
         (`FeatureMap.transported`)."""
-        return self.feature_map.transported(self.source, layer, indices)
+        return self.feature_map.transported(layer, indices)
 
     def fill(self, residual: Residual, weight: Tensor, bias: Tensor | None) -> Residual:
         """A residual with W~ on its selection, as the settings complete it: added to the target's own weight where a
@@ -103,7 +103,13 @@ class Transport:
         own = self.plans.rows("target", projection, layer, "fit")
         own = own if outputs is None else own[:, outputs]
         if filtered:
-            own = with_spectrum_of(own, self.feature_map.responses(layer, projection, outputs))
+            responses = self.feature_map.responses(layer, projection, outputs)
+            if residual.axis == ROWS and len(residual.original_weight) > residual.original_weight.shape[1]:
+                # More outputs than inputs lie in the span of the columns of W, whose basis has fewer components.
+                basis, _ = torch.linalg.qr(residual.original_weight)  # [k, n']
+                own = with_spectrum_of(own @ basis, responses) @ basis.T
+            else:
+                own = with_spectrum_of(own, responses)
         elif self.of_task_vector:
             own = torch.zeros_like(own)
         weight = self.feature_map.fits.regress(layer, projection, own, outputs)
@@ -111,9 +117,10 @@ class Transport:
 
 
 def with_spectrum_of(Y: Tensor, Z: Tensor) -> Tensor:
-    """Y [T, n] with its singular values replaced by those of Z [T, n], largest for largest; its components stay."""
+    """Y [T, n] with its singular values replaced by the n largest of Z [T, m], m >= n, largest for largest; its
+    components stay."""
     power, V = torch.linalg.eigh(Y.T @ Y)  # ascending
-    wanted = torch.linalg.eigvalsh(Z.T @ Z)
+    wanted = torch.linalg.eigvalsh(Z.T @ Z)[-Y.shape[1] :]
     scale = torch.where(power > 0, wanted.clamp_min(0) / power, 0).sqrt()
     return Y @ (V * scale @ V.T)  # [T, n] @ ([n, n] @ [n, n]) -> [T, n]
 

@@ -172,7 +172,8 @@ def _front_matter(
 def _data_text(data: Mapping[str, Any]) -> str:
     """The rows that were read, in words. Of a file only the name is given."""
     name = Path(data["file"]).name if data["file"] else data["subset"]
-    return f"{data['rows']} texts of `{name}` (split seed {data['split_seed']}, SHA-256 {data['sha256'][:12]})"
+    found = f"{data['rows']} texts of `{name}` (split seed {data['split_seed']}, SHA-256 {data['sha256'][:12]})"
+    return f"{found} and {_data_text(data['general'])}" if "general" in data else found
 
 
 def _models_section(models: Mapping[str, Mapping[str, Any]]) -> str:

@@ -101,7 +101,7 @@ def stage1_cost(target: ModelSize, source: ModelSize, experiment: Experiment, ti
     passes = [2.0 * model.layer_parameters * tokens for model in readers]
     seconds = sum(token_seconds(model, experiment.compute) * tokens for model in readers) if timed else None
     whole = recorded_sides(experiment.fusion.fused)
-    of_source = source_sides(experiment.fusion.fused) if experiment.models.source_base is None else whole
+    of_source = source_sides(experiment.fusion.fused, experiment.models.source_base is not None)
     recorded = ((target, rows, whole), (source, rows, of_source), (target, alone, whole))
     written = [row_bytes(model.layout, count, sides) for model, count, sides in recorded]
     potentials = sum(8.0 * side.problems * (side.n + side.m) for side in sides)

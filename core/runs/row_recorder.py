@@ -136,8 +136,9 @@ class RowRecorder:
     def sides(self, model: str) -> tuple[str, ...]:
         """What is recorded of a model in every layer."""
         projections = self.experiment.fusion.fused
-        outputs_alone = model == "source" and self.experiment.models.source_base is None
-        return source_sides(projections) if outputs_alone else recorded_sides(projections)
+        if model != "source":
+            return recorded_sides(projections)
+        return source_sides(projections, all_inputs=self.experiment.models.source_base is not None)
 
     def _memory(self, model: str, checkpoint: Checkpoint, n_rows: int) -> AbstractContextManager[Allocate]:
         budget = self.experiment.reading.activations_budget_mb * 2**20

@@ -15,12 +15,12 @@ class EvaluationSettings:
     held_out_samples: int = option(64, "e", "at most so many held-out texts", range=AT_LEAST_ONE, changes="")
     general_subset: str | None = option(
         None,
-        "e",
+        "1e",
         "general text, whose loss is reported beside the gain: what fusion costs there",
         DATA_SUBSETS,
         changes="",
     )
-    general_file: str | None = option(None, "e", "local general text, in place of general_subset", changes="")
+    general_file: str | None = option(None, "1e", "local general text, in place of general_subset", changes="")
     controls: str = option(
         "usual",
         "e",
@@ -30,8 +30,16 @@ class EvaluationSettings:
         changes="",
     )
 
+    learned_arm: bool = option(
+        False,
+        "e",
+        "where alpha is auto: also measure the fusion with strengths that are learned, without a checkpoint of it",
+        changes="",
+    )
+
     def general_spec(self, split_seed: int) -> DataSpec | None:
-        """Which general text is read, and the split of which the held-out part is scored; None for no such text."""
+        """Which general text is read, and how it is divided: the held-out part is scored, and calibration texts may be
+        of its calibration part. None for no such text."""
         if self.general_file is None and self.general_subset is None:
             return None
         return DataSpec("file" if self.general_file else str(self.general_subset), self.general_file, split_seed)

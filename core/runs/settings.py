@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.fusion.settings import FusionSettings
 from core.hub import check_repo_id
 from core.models.settings import ComputeSettings, ModelSettings, check_device
-from core.options import AT_LEAST_ONE, NOT_NEGATIVE, Range, Setting, option, settings_of
+from core.options import AT_LEAST_ONE, NOT_NEGATIVE, SHARE, Range, Setting, option, settings_of
 from core.runs.scoring_settings import BenchmarkSettings, EvaluationSettings
 from core.training.settings import AdapterSettings, DistillSettings, TrainingSettings
 from core.transport.settings import TransportSettings
@@ -102,6 +102,14 @@ class ReadingSettings:
         "1",
         "at most so many texts are read by both models (in scripts/run_train_final.sh: --max-samples)",
         range=Range(MIN_TEXTS, f"plans need at least {MIN_TEXTS} texts"),
+        changes="",
+    )
+    general_share: float = option(
+        0.0,
+        "1",
+        "share of the calibration texts that is general text (--general-subset or --general-file), so that fusion may "
+        "cost less there",
+        range=SHARE,
         changes="",
     )
     max_tokens: int = option(512, "1e", "calibration and held-out texts are cut at so many tokens", range=AT_LEAST_ONE)

@@ -11,6 +11,7 @@ from core.data import Division, Row, divide
 from core.errors import UserError
 from core.fusion.settings import LEARNED
 from core.models.checkpoints import Checkpoint
+from core.runs.calibration import Calibration, calibration_again
 from core.runs.plan_directory import PlanDirectory
 from core.runs.rows_read import check_same_split, rows_read, with_data_of
 from core.runs.settings import Experiment
@@ -28,28 +29,29 @@ class StrengthRows:
 
     Attributes:
         division: the data set of the plans, divided as it was for them.
-        calibration: the rows that the plans were made from; empty where no strength is learned.
+        calibration: the rows that the plans were made from; None where no strength is learned.
         validation: rows of groups from which nothing was made.
         max_tokens: rows are cut at so many tokens.
     """
 
     division: Division
-    calibration: list[Row]
+    calibration: Calibration | None
     validation: list[Row]
     max_tokens: int
 
     def identity(self) -> dict[str, Any]:
         """What the manifest says of them."""
+        calibration = self.division.identity([]) if self.calibration is None else self.calibration.identity()
         return {
-            "calibration": self.division.identity(self.calibration),
+            "calibration": calibration,
             "validation": self.division.identity(self.validation),
             "max_tokens": self.max_tokens,
         }
 
     def marks(self) -> dict[str, set[str]]:
         """What later stages must not hold out, as `core.runs.rows_read.write_rows_read` takes it."""
-        found = {"calibration": self.calibration, "validation": self.validation}
-        return {part: self.division.marks(rows) for part, rows in found.items() if rows}
+        found = {"validation": self.division.marks(self.validation)}
+        return found if self.calibration is None else {"calibration": self.calibration.marks(), **found}
 
 
 def strength_rows(experiment: Experiment, plans: PlanDirectory) -> StrengthRows:
@@ -64,8 +66,8 @@ def strength_rows(experiment: Experiment, plans: PlanDirectory) -> StrengthRows:
         raise UserError("alpha auto and learned are chosen on validation rows; give --validation-samples")
     division = divide(with_data_of(experiment, made_from).data.spec)
     check_same_split(made_from, division.spec, division.revision)
-    calibration = division.rows("calibration", made_from["rows"])
-    if division.identity(calibration)["sha256"] != made_from["sha256"]:
+    calibration = calibration_again(division, experiment, made_from)
+    if calibration is None:
         raise UserError(
             f"{division.name}: the calibration rows are not those that {plans.folder} was made from, so that strengths "
             "could be chosen on rows of the plans; run stage 1 again with this data, or give the data of the plans"
@@ -78,7 +80,7 @@ def strength_rows(experiment: Experiment, plans: PlanDirectory) -> StrengthRows:
         )
     learned = experiment.fusion.alpha == LEARNED
     max_tokens = plans.manifest.inputs["settings"]["max_tokens"]
-    return StrengthRows(division, calibration if learned else [], validation, max_tokens)
+    return StrengthRows(division, calibration if learned else None, validation, max_tokens)
 
 
 def strength_search(
@@ -96,8 +98,9 @@ def strength_search(
         found = [(sft_example(row, tokenizer, rows.max_tokens), row.group) for row in texts]
         return [one for one in found if trained_tokens([one[0]]) != [0]]
 
-    calibration, validation = examples_of(rows.calibration), examples_of(rows.validation)
-    if not validation or (rows.calibration and not calibration):
+    calibration = [] if rows.calibration is None else examples_of(rows.calibration.rows)
+    validation = examples_of(rows.validation)
+    if not validation or (rows.calibration is not None and not calibration):
         raise UserError(f"no text has a token with loss within {rows.max_tokens} tokens; run stage 1 with --max-tokens")
     examples, groups = zip(*validation, strict=True)
     tokens = trained_tokens(examples)

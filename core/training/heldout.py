@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.batching import token_batches
@@ -55,7 +54,8 @@ def token_losses(
     batches = token_batches([len(example["input_ids"]) for example in examples], tokens_per_batch)
     for batch in Progress(batches, desc=f"evaluating {desc}", unit="batches", disable=not show):
         inputs = padded_batch([examples[n] for n in batch], model.device)
-        labels = inputs.pop("labels")
+        labels = inputs.pop("labels")[:, 1:]
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # [B, S-1, V]
-        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-        yield batch, losses
+        # This is `cross_entropy`, which takes four times as long where the vocabulary is not the last dimension.
+        chosen = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        yield batch, (logits.logsumexp(-1) - chosen).masked_fill(labels == IGNORED, 0.0)

@@ -30,7 +30,8 @@ from core.training.heldout import text_nll, trained_tokens
 from core.training.hot_linear import fold_in_place, restore_base
 from core.training.sft import IGNORED, Example, padded_batch
 
-# What `auto` tries, in ascending order. A candidate whose loss has risen is not tried with a larger strength.
+# What `auto` tries, in ascending order. A candidate whose loss has risen is not tried with a larger strength, but once
+# more where the parabola through its best strength and the two beside it is lowest.
 GRID = (0.02, 0.05, 0.1, 0.2)
 # `learned`: texts per step, the step size of Adam, and after how many steps the validation loss is measured.
 TEXTS_PER_STEP, STEP_SIZE, STEPS_PER_CHECK = 8, 0.02, 7
@@ -151,15 +152,21 @@ class StrengthSearch:
     def find(self, what: str, candidates: Mapping[str, Candidate], settings: StrengthSettings) -> Choice:
         """The strength of the best candidate, by the loss on the validation rows.
 
+        A single candidate whose strengths are learned needs no grid, which would choose among candidates.
+
         Args:
             what: the name of what is fused, which the progress bars show.
             candidates: name -> residuals; the candidates to choose between.
         """
-        tried = [one for name, residuals in candidates.items() for one in self._on_grid(what, name, residuals)]
-        best = min(tried, key=lambda one: one.total)
-        if not best.total < sum(self.base):  # nothing helps: the target itself, with the rows that harm least
-            first = [one for one in tried if one.alpha == GRID[0]]
-            best = self._target(min(first, key=lambda one: one.total).candidate)
+        tried = []
+        if settings.learned and len(candidates) == 1:
+            best = self._target(*candidates)
+        else:
+            tried = [one for name, residuals in candidates.items() for one in self._on_grid(what, name, residuals)]
+            best = min(tried, key=lambda one: one.total)
+            if not best.total < sum(self.base):  # nothing helps: the target itself, with the rows that harm least
+                first = [one for one in tried if one.alpha == GRID[0]]
+                best = self._target(min(first, key=lambda one: one.total).candidate)
         if settings.learned:
             residuals = list(candidates[best.candidate]())
             learned = list(self._learn(what, best.candidate, residuals, settings))
@@ -174,14 +181,17 @@ class StrengthSearch:
         return Tried(candidate, 0.0, self.base)
 
     def _on_grid(self, what: str, name: str, residuals: Candidate) -> Iterator[Tried]:
-        """One strength after the other for all projections, as long as the loss falls."""
-        before = sum(self.base)
+        """One strength after the other for all projections, as long as the loss falls, and one between the best."""
+        points = [(0.0, sum(self.base))]
         for alpha in GRID:
             found = Tried(name, alpha, self._losses(what, residuals(), alpha))
             yield found
-            if not found.total < before:
-                return
-            before = found.total
+            points.append((alpha, found.total))
+            if not points[-1][1] < points[-2][1]:
+                break
+        between = lowest(points[-3:])
+        if between is not None:
+            yield Tried(name, between, self._losses(what, residuals(), between))
 
     def _validate(self, what: str) -> list[float]:
         return text_nll(self.model, self.texts.validation, self.tokens_per_batch, f"{what} on validation rows")
@@ -226,6 +236,22 @@ class StrengthSearch:
             logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
             (loss / total).backward()
+
+
+def lowest(points: Sequence[tuple[float, float]]) -> float | None:
+    """Where the parabola through three points (strength, loss) is lowest, to four digits after the point.
+
+    Returns:
+        None where it is not between the outer points with a loss that is lowest in the middle: where there are fewer
+        points, where the loss has risen from the first on or has fallen to the last, or where it is not finite.
+    """
+    if len(points) < 3:
+        return None
+    (x_before, y_before), (x, y), (x_after, y_after) = points
+    if not y < min(y_before, y_after) or not math.isfinite(y_before + y_after):
+        return None
+    before, after = (x - x_before) * (y - y_after), (x - x_after) * (y - y_before)
+    return round(x - ((x - x_before) * before - (x - x_after) * after) / (2 * (before - after)), 4)
 
 
 def helps(gain: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.fusion.controls import CONTROLS, SHUFFLED
 from core.fusion.residual import Residual
 from core.fusion.residual_file import RESIDUAL_FILE, load_residuals
-from core.fusion.settings import FusionSettings
+from core.fusion.settings import LEARNED, FusionSettings
 from core.fusion.strengths import Strength
 from core.fusion.transport_weights import Transport, fuse_layer
 from core.models.checkpoints import Checkpoint
@@ -27,6 +27,8 @@ from core.training.strengths import StrengthSearch
 from evaluation.arms.run import Run
 from evaluation.significance import record_of_difference
 
+# The arm of what was fused, with strengths that are learned in place of the one that stage 2 chose.
+FUSED_LEARNED = "fused_learned"
 # The settings beside those of fusion on which a search for strengths depends.
 SEARCHING = ("validation_samples", "seed", "tokens_per_batch", "dtype")
 
@@ -51,7 +53,7 @@ class ControlResiduals:
         model: Any,
         experiment: Experiment,
     ):
-        self.target, self.seed = target, experiment.compute.seed
+        self.run, self.target, self.seed = run, target, experiment.compute.seed
         residuals, self.alpha, _ = load_residuals(run.fused.folder / RESIDUAL_FILE)
         self.fused = [residual.to(target.device) for residual in residuals]
         self.settings = FusionSettings(**run.fused.inputs["settings"])
@@ -62,9 +64,9 @@ class ControlResiduals:
         self.search: StrengthSearch | None = None
         if self.settings.finds_alpha:
             self.experiment = as_fused(experiment, run)
-            if self.experiment.compute.dtype != experiment.compute.dtype:
-                model = target.load_model(self.experiment.compute.dtype)
-            self.search = strength_search_of(run, target, model, self.experiment)
+            same = self.experiment.compute.dtype == experiment.compute.dtype
+            self.model = model if same else target.load_model(self.experiment.compute.dtype)
+            self.search = strength_search_of(run, target, self.model, self.experiment)
 
     def of(self, control: str) -> tuple[Iterable[Residual], Strength]:
         """(the residuals of a control, its strength)."""
@@ -76,6 +78,16 @@ class ControlResiduals:
         choice = self.search.find(control, candidates, search_settings(self.experiment))
         self.found[control] = choice.record()
         return of_rows(choice.candidate), choice.alpha
+
+    def learned(self) -> tuple[Iterable[Residual], Strength]:
+        """(what was fused with one strength for all projections, a strength for each of them that is learned)."""
+        experiment = self.experiment.changed(alpha=LEARNED)
+        search = strength_search(
+            strength_rows(experiment, self.run.plans), self.target, self.model, experiment, record_of_difference
+        )
+        choice = search.find(FUSED_LEARNED, {self.rows: lambda: self.fused}, search_settings(experiment))
+        self.found[FUSED_LEARNED] = choice.record()
+        return self.fused, choice.alpha
 
     def _made(self, control: str, rows: str) -> Iterator[Residual]:
         """The residuals of a control, with W~ regressed on a kind of rows.

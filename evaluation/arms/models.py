@@ -15,14 +15,14 @@ from core.errors import UserError
 from core.files import digest_of
 from core.fusion.controls import CONTROLS, FEW
 from core.fusion.feature_maps import FEATURE_MAPS
-from core.fusion.settings import FusionSettings
+from core.fusion.settings import AUTO, FusionSettings
 from core.fusion.transport_weights import Transport
 from core.models.checkpoints import Checkpoint, open_checkpoint, open_source_base
 from core.runs.settings import Experiment
 from core.training.heldout import text_nll, token_losses
 from core.training.hot_linear import fold_in_place, restore_base
 from evaluation.arms.bits import SOURCE
-from evaluation.arms.control_residuals import ControlResiduals
+from evaluation.arms.control_residuals import FUSED_LEARNED, ControlResiduals
 from evaluation.arms.random_source import random_source_plans
 from evaluation.arms.run import Run
 from evaluation.arms.texts import TextSet
@@ -94,6 +94,11 @@ class Arms:
         return FusionSettings(**self.run.fused.inputs["settings"])
 
     @property
+    def learns(self) -> bool:
+        """Whether there is an arm with learned strengths beside a fusion whose one strength was chosen."""
+        return self.experiment.evaluation.learned_arm and self.settings.alpha == AUTO
+
+    @property
     def made_from(self) -> dict[str, str]:
         """Arm, or `ARM/SEED` for a training -> digest of what decides what its model is, in the order of the table:
         a manifest, and the contents of the source."""
@@ -101,7 +106,8 @@ class Arms:
         fused = digest_of(self.run.fused.record)
         trained = {arm: digest_of(found.record) for arm, found in self.run.checkpoints.items()}
         source = {key: found for key, found in self.source.identity.items() if key not in ("id", "revision")}
-        return {**dict.fromkeys(("base", *controls), fused), **trained, SOURCE: digest_of(source)}
+        learned = (FUSED_LEARNED,) if self.learns else ()
+        return {**dict.fromkeys(("base", *controls, *learned), fused), **trained, SOURCE: digest_of(source)}
 
     def losses(self, arms: Sequence[str], sets: Mapping[str, TextSet]) -> Iterator[tuple[str, Losses]]:
         """(arm, its losses) of each of `arms`, those without a checkpoint first and the source last.
@@ -129,8 +135,8 @@ class Arms:
         if "random_source" not in arms:
             yield lambda _: usual
             return
-        with random_source_plans(self.run, self.target, self.source, self.experiment) as plans:
-            fresh = Transport(plans, self.source, self.settings)
+        with random_source_plans(self.run, self.target, self.source, self.experiment) as (plans, fresh_source):
+            fresh = Transport(plans, fresh_source, self.settings)
             yield lambda arm: fresh if arm == "random_source" else usual
 
     def _losses_in_memory(
@@ -141,7 +147,10 @@ class Arms:
         name_of = self.target.layout.name
         controls = ControlResiduals(self.run, self.target, transport_of, model, self.experiment)
         for arm in arms:
-            changed, alpha = ([], 0.0) if arm == "base" else controls.of(arm)
+            if arm == FUSED_LEARNED:
+                changed, alpha = controls.learned()
+            else:
+                changed, alpha = ([], 0.0) if arm == "base" else controls.of(arm)
             fold_in_place(model, changed, name_of, alpha, self.settings.residual_form)
             yield arm, self._losses_of(model, arm, sets)._replace(strength=controls.found.get(arm))
             restore_base(model, controls.fused, name_of)  # all residuals of a run have the same selection

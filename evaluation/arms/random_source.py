@@ -1,7 +1,7 @@
 """The control `random_source`: the source's architecture with fresh weights reads what the source has read.
 
-Its rows take the place of the source's; texts, positions, layers that correspond (the run's own P) and the regression
-are the run's. Feature maps that read plans of neurons would need new plans, and have no such control.
+Its rows and weights take the place of the source's; texts, positions, layers that correspond (the run's own P) and the
+regression are the run's. Feature maps that read plans of neurons would need new plans, and have no such control.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.files import TEMPORARY
 from core.models.checkpoints import Checkpoint
 from core.models.reading import Reading, read_aligned, read_texts
+from core.runs.calibration import calibration_again
 from core.runs.command_line import RESOLVED, load_experiment
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import activations_file, read_tensor
@@ -33,13 +34,24 @@ from evaluation.arms.run import Run
 SEED = 0
 
 
+@dataclasses.dataclass(frozen=True)
 class FreshWeights(Checkpoint):
-    """A checkpoint whose model is loaded with new weights, as its class initialises them for training from scratch."""
+    """A checkpoint with new weights, as the class of its model initialises them for training from scratch.
+
+    Attributes:
+        drawn: the model, once it has been loaded. It is kept, because no file has its weights.
+    """
+
+    drawn: list[Any] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> FreshWeights:
         """The same architecture as `checkpoint`."""
         return cls(**{field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)})
+
+    def weight(self, layer: int, projection: str) -> Tensor:
+        """The weight [out, in] of one projection of the loaded model, float32, on `device`."""
+        return self.layout.linear(self.drawn[0], layer, projection).weight.detach().float()
 
     def load_model(
         self, dtype: str, device_map: str | dict[str, Any] | None = None, offload_folder: Path | None = None
@@ -55,7 +67,9 @@ class FreshWeights(Checkpoint):
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             loader = getattr(transformers, self.layout.family.auto)
-            return loader.from_config(config, dtype=getattr(torch, dtype), **code).to(self.device).eval()
+            model = loader.from_config(config, dtype=getattr(torch, dtype), **code).to(self.device).eval()
+        self.drawn[:] = [model]
+        return model
 
 
 class OtherSource(PlanDirectory):
@@ -74,8 +88,8 @@ class OtherSource(PlanDirectory):
 @contextmanager
 def random_source_plans(
     run: Run, target: Checkpoint, source: Checkpoint, experiment: Experiment
-) -> Iterator[PlanDirectory]:
-    """The run's plan directory with the rows of a source with fresh weights, which are in a temporary folder.
+) -> Iterator[tuple[PlanDirectory, Checkpoint]]:
+    """A source with fresh weights, and the run's plan directory with its rows, which are in a temporary folder.
 
     Args:
         experiment: of stage 4, whose data is the run's.
@@ -88,8 +102,9 @@ def random_source_plans(
     aside = read_tensor(activations_file(run.plans.folder, "target"), "kept_aside")
     with tempfile.TemporaryDirectory(prefix=TEMPORARY + "random-source-", dir=run.folder) as folder:
         recorder = RowRecorder(Path(folder), stage1, process_state(experiment.compute.device))
-        recorder.record("source", FreshWeights.of(source), reading, aside)
-        yield OtherSource(run.plans, Path(folder))
+        fresh = FreshWeights.of(source)
+        recorder.record("source", fresh, reading, aside)
+        yield OtherSource(run.plans, Path(folder)), fresh
 
 
 def source_reading(run: Run, tokenizers: tuple[Any, Any], experiment: Experiment, stage1: Experiment) -> Reading:
@@ -101,14 +116,13 @@ def source_reading(run: Run, tokenizers: tuple[Any, Any], experiment: Experiment
     Raises:
         UserError: the calibration texts are not those of stage 1.
     """
-    division = divide(experiment.data.spec)
-    rows = division.rows("calibration", stage1.reading.calibration_samples)
-    if division.identity(rows)["sha256"] != run.plans.manifest.inputs["data"]["sha256"]:
+    calibration = calibration_again(divide(experiment.data.spec), experiment, run.plans.manifest.inputs["data"])
+    if calibration is None:
         raise UserError(
             f"random_source: the calibration texts are no longer those of {run.plans.folder}; give the data with which "
             "stage 1 was run, or leave out --controls all"
         )
     settings, seed = stage1.reading, stage1.compute.seed
     if settings.pooling == "text":
-        return read_texts(rows, tokenizers[1], settings.max_tokens)
-    return read_aligned(rows, *tokenizers, settings.max_tokens, settings.max_rows, seed)[1]
+        return read_texts(calibration.rows, tokenizers[1], settings.max_tokens)
+    return read_aligned(calibration.rows, *tokenizers, settings.max_tokens, settings.max_rows, seed)[1]

@@ -131,16 +131,23 @@ def notes(counts: Mapping[str, Any]) -> list[str]:
 
 
 def strength_notes(strengths: Mapping[str, Any]) -> list[str]:
-    """A sentence on the strengths of the controls, where that of the fusion was chosen or learned.
+    """Sentences on the strengths that stage 4 found: those of the controls, and of `fused_learned`.
 
     Args:
-        strengths: control -> `core.training.strengths.Choice.record`.
+        strengths: arm -> `core.training.strengths.Choice.record`.
     """
-    if not strengths:
-        return []
-    found = ", ".join(f"{control} {mean_strength(one['alpha']):.3f}" for control, one in strengths.items())
-    how = "in the same way, on the validation rows (means over projections)"
-    return [f"Strengths of the controls were found {how}: {found}."]
+    lines = []
+    controls = {arm: one for arm, one in strengths.items() if arm in CONTROLS}
+    if controls:
+        found = ", ".join(f"{control} {mean_strength(one['alpha']):.3f}" for control, one in controls.items())
+        how = "in the same way, on the validation rows (means over projections)"
+        lines.append(f"Strengths of the controls were found {how}: {found}.")
+    for arm in strengths.keys() - controls.keys():
+        lines.append(
+            f"{arm} has learned strengths ({mean_strength(strengths[arm]['alpha']):.3f} on average), and no control "
+            "here has: run stages 2 and 4 with --alpha learned to see whether its gain is transfer."
+        )
+    return lines
 
 
 def seed_notes(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:

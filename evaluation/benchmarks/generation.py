@@ -98,18 +98,19 @@ def answers(
     return out
 
 
-def prompt_ids(tokenizer: Any, prompt: str, policy: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str, policy: str, earlier: Sequence[tuple[str, str]] = ()) -> list[int]:
     """Token ids of a prompt.
 
     A chat template writes the special tokens itself; to a plain prompt the tokenizer adds them.
 
     Args:
         policy: `chat` or `plain`.
+        earlier: (role, text) of the turns before it, which only `chat` repeats.
     Raises:
         UserError: as `rendered` does.
     """
     if policy == CHAT:
-        return tokenized(tokenizer, rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+        return tokenized(tokenizer, rendered(tokenizer, prompt, earlier), add_special_tokens=False)["input_ids"]
     return tokenized(tokenizer, prompt)["input_ids"]
 
 

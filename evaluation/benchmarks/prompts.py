@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +58,26 @@ def chat_template(model: EvaluatedModel) -> str:
     return template if isinstance(template, str) else template["default"]
 
 
-def rendered(tokenizer: Any, prompt: str) -> str:
+def rendered(tokenizer: Any, prompt: str, earlier: Sequence[tuple[str, str]] = ()) -> str:
     """A prompt as one turn of a user in the chat template, up to where the answer begins; always at the same date.
 
     The templates of vision-language models take a message as a list of parts and silently drop plain text, so the
     prompt is rendered in either form until it shows.
 
+    Args:
+        earlier: (role, text) of the turns before it.
     Raises:
         UserError: the template refuses the prompt, or shows it in neither form.
     """
     refused: UserError | None = None
-    for content in (prompt, [{"type": "text", "text": prompt}]):
-        turn = [{"role": "user", "content": content}]
+    said = [*earlier, ("user", prompt)]
+    for as_parts in (False, True):
+        turns = [
+            {"role": role, "content": [{"type": "text", "text": content}] if as_parts else content}
+            for role, content in said
+        ]
         try:
-            text = templated(tokenizer, turn, prompt, tokenize=False, add_generation_prompt=True)
+            text = templated(tokenizer, turns, prompt, tokenize=False, add_generation_prompt=True)
         except UserError as error:  # the template may still take the other form
             refused = error
             continue

@@ -13,7 +13,7 @@ from evaluation.figures.theme import colour, series_of
 from evaluation.tables.rows import ARMS, MEAN
 
 COLUMNS = ("benchmark", "metric", "n", "arm", "value", "diff", "low", "high", "p_holm")
-WIDTH, LINE, MARGIN = 4.8, 0.17, 0.9
+WIDTH, LINE, MARGIN = 4.2, 0.17, 0.9
 
 
 def scores(kind: str, found: Mapping[str, Any]) -> Figure:

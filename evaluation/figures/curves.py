@@ -52,4 +52,5 @@ def draw(axes: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set(xlabel="update", ylabel="nats per token")
     whole_numbers(axes.xaxis)
     axes.grid(axis="y")
-    axes.legend()
+    # Above the axes, because thin lines may be anywhere inside.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)

@@ -23,7 +23,7 @@ KINDS = {
     "other": ("muted", "x"),
 }
 # In inches: the width of a plot, the height of one of its lines, and what the axis below takes.
-WIDTH, LINE, MARGIN = 4.2, 0.26, 0.7
+WIDTH, LINE, MARGIN = 3.8, 0.26, 0.7
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,31 @@ def lines_of(arms: Mapping[str, Mapping[str, Any]]) -> list[Line]:
     ]
 
 
-def losses(arms: Mapping[str, Mapping[str, Any]], name: str, title: str, texts: str) -> Figure:
-    """The loss of every arm minus that of the base, in nats per token.
+def losses(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The loss of every arm minus that of the base on held-out texts, in nats per token.
 
     Args:
         arms: `evaluation.arms.verdict.statistics`.
-        texts: which texts these are, in words.
     """
     caption = (
-        f"Loss of every arm minus that of the base on {texts}; left of the line is better. Bars are 95 % intervals, "
-        "small dots are single seeds. Transfer shows as a blue diamond left of the base and of all grey "
+        "Loss of every arm minus that of the base on held-out texts; left of the line is better. Bars are 95 % "
+        "intervals, small dots are single seeds. Transfer shows as a blue diamond left of the base and of all grey "
         "circles, the controls; where a grey circle lies as far left, the gain needs no knowledge of the source."
     )
-    return _forest(arms, "nll", "nats per token", name, title, caption)
+    return _forest(arms, "nll", "nats per token", "losses", "Loss on held-out texts", caption)
+
+
+def general_losses(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The same on general text.
+
+    Args:
+        arms: `evaluation.arms.verdict.statistics`.
+    """
+    caption = (
+        "The same on general text. An arm whose interval lies right of the line is worse there than the base, which is "
+        "the price of what it gained on the held-out texts; an interval that reaches the line shows no such price."
+    )
+    return _forest(arms, "nll", "nats per token", "losses_general", "Cost on general text", caption)
 
 
 def bits(arms: Mapping[str, Mapping[str, Any]]) -> Figure:

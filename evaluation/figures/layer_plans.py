@@ -11,7 +11,7 @@ from torch import Tensor
 from core.runs.plan_directory import PlanDirectory
 from core.runs.plan_files import plans_file, read_tensor
 from evaluation.figures.figure import Figure, Panel, whole_numbers
-from evaluation.figures.theme import colour
+from evaluation.figures.theme import MARK, MARK_EDGE
 
 # A few layers can be in order by chance, so that one shuffle alone may look like a sound plan.
 SHUFFLES = 20
@@ -97,7 +97,7 @@ def draw(axes: Axes, values: Tensor, title: str, path: Sequence[int]) -> None:
     low, high = values.double().quantile(torch.tensor(SHOWN, dtype=torch.double)).tolist()
     axes.imshow(values.numpy(), origin="lower", vmin=low, vmax=high)
     if path:
-        axes.plot(path, range(len(path)), "o", color=colour("orange"), markersize=3, markeredgecolor="white", mew=0.4)
+        axes.plot(path, range(len(path)), "o", color=MARK, markersize=3, markeredgecolor=MARK_EDGE, mew=0.4)
     axes.set(title=title, xlabel="source layer", ylabel="target layer")
     axes.set_xlim(-0.5, values.shape[1] - 0.5)
     axes.set_ylim(-0.5, values.shape[0] - 0.5)

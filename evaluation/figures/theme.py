@@ -32,7 +32,10 @@ ARMS = ("fused", "no_hot", "fused_adapted", "distill", "base")
 SEQUENTIAL = "cividis"
 # The sizes of one panel in inches. On the page panels flow into one, two or three columns.
 PANEL = (3.5, 2.8)
-WIDE = (4.8, 3.2)
+WIDE = (3.8, 2.7)
+# Fill and edge of marks on a heat map, whose own colours are the same on a light and on a dark page: none of `COLOURS`,
+# so that the marks do not change either.
+MARK, MARK_EDGE = "#cf4600", "#fdfdfd"
 
 
 def colour(name: str) -> str:

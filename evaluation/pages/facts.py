@@ -37,6 +37,7 @@ def data_table(files: RunFiles) -> Table:
     read: dict[str, Mapping[str, Any]] = {}
     if files.plans is not None:
         read["calibration"] = files.plans.manifest.inputs["data"]
+        read["calibration, general"] = read["calibration"].get("general", {})
     if files.trainings:
         read["fine-tuning"] = next(iter(files.trainings.values())).record["data"]
     if files.results is not None:
@@ -60,9 +61,18 @@ def settings_table(files: RunFiles) -> Table:
             used = {**yaml.safe_load(path.read_text("utf-8")), **used}
     rows = [["setting", "value", "default"]]
     for name, setting in all_settings().items():
-        if name in used and used[name] != setting.default and name not in ("name", "seed", "training_scenario"):
-            rows.append([name, without_paths(str(used[name])), str(setting.default)])
+        if name in used and name not in ("name", "seed", "training_scenario"):
+            value, default = (shown(one) for one in (used[name], setting.default))
+            if value != default:
+                rows.append([name, without_paths(value), default])
     return rows
+
+
+def shown(value: Any) -> str:
+    """A setting as it is shown; lists, as YAML reads them, like the tuples of the defaults, and nothing for None."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def versions(files: RunFiles) -> str:

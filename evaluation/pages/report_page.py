@@ -101,11 +101,11 @@ def loss_figures(files: RunFiles) -> Iterator[Figure]:
     if files.results is None:
         return
     found = files.results
-    yield forest.losses(found["arms"], "losses", "Loss on held-out texts", "held-out texts")
+    yield forest.losses(found["arms"])
     if bits := found["held_out"].get("bits_per_byte", {}).get("arms"):
         yield forest.bits(bits)
     if general := found.get("arms_general"):
-        yield forest.losses(general, "losses_general", "Cost on general text", "general text")
+        yield forest.general_losses(general)
 
 
 def fusion_figures(files: RunFiles) -> Iterator[Figure]:

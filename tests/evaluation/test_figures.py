@@ -14,7 +14,7 @@ from core.fusion.controls import CONTROLS
 from evaluation.arms.run import TRAINED
 from evaluation.arms.verdict import statistics
 from evaluation.figures import benchmarks, forest, layer_plans, mass, pairs, sensitivity, theme, transported
-from evaluation.figures.figure import Figure, Panel
+from evaluation.figures.figure import Figure, Panel, inline_svg
 from evaluation.significance import normalised
 from evaluation.tables import rows
 
@@ -29,7 +29,7 @@ def test_the_forest_has_every_arm_with_its_difference_interval_and_seeds():
     losses = {arm: (10 + rng.normal(size=6)).tolist() for arm in ("base", *CONTROLS, "fused", "no_hot/0", "no_hot/1")}
     losses |= {f"fused_adapted/{seed}": (9 + rng.normal(size=6)).tolist() for seed in (0, 1)}
     arms = statistics(losses, [5] * 6, range(6))
-    lines = {line["arm"]: line for line in lines_of(forest.losses(arms, "losses", "title", "texts"))}
+    lines = {line["arm"]: line for line in lines_of(forest.losses(arms))}
     assert list(lines) == ["base", *CONTROLS, "fused", "no_hot", "fused_adapted"]
     base = np.array(losses["base"])
     by_seed = [(np.array(losses[f"fused_adapted/{seed}"]) - base).sum() / 30 for seed in (0, 1)]
@@ -72,6 +72,12 @@ def test_a_bad_plan_is_bad_and_the_rank_correlation_is_that_of_the_path():
     bad = layer_plans.bad_plan(P)
     assert abs(layer_plans.depth_correlation(bad)) < 0.2
     torch.testing.assert_close(bad.sort(1).values, P.sort(1).values)
+
+
+def test_marks_on_a_heat_map_have_the_same_colours_on_a_dark_page():
+    """As the map itself; every other colour of a drawing is a variable of the page."""
+    text = inline_svg(Panel(lambda axes: layer_plans.draw(axes, torch.eye(3), "P", [0, 1, 2]), "a plan"), "x")
+    assert f"fill: {theme.MARK}; stroke: {theme.MARK_EDGE}" in text and "fill: var(--ink)" in text
 
 
 def test_the_table_of_a_layer_plan_has_every_cell():

@@ -52,7 +52,9 @@ def rows_of_fresh_model(models, texts, pooling) -> torch.Tensor:
 def test_its_rows_are_those_of_a_fresh_model_on_the_texts_of_stage_1(models, plans, texts, tmp_path, pooling):
     real = PlanDirectory(plans[pooling])
     before = torch.get_rng_state()
-    with open_random(models, plans[pooling], texts, tmp_path) as fresh:
+    with open_random(models, plans[pooling], texts, tmp_path) as (fresh, source):
+        x, W = (fresh.rows("source", "attn_in", 2, "fit"), source.weight(2, "v"))
+        assert_close(x @ W.T, fresh.rows("source", "v", 2, "fit"), atol=2e-3, rtol=2e-3)  # its weights, too
         assert torch.equal(torch.get_rng_state(), before)
         found = torch.cat([fresh.rows("source", "v", 2, part) for part in ("fit", "aside")])
         assert torch.equal(fresh.layer_plan("v"), real.layer_plan("v"))
@@ -69,8 +71,8 @@ def test_its_weight_is_regressed_on_its_rows_alone(models, plans, texts, fused, 
     residual = next(one for one in load_residuals(fused / "hot_residual.safetensors")[0] if one.projection == "v")
     settings = FusionSettings("regression")
     control = CONTROLS["random_source"]
-    with open_random(models, plans["token"], texts, tmp_path) as fresh:
-        made = control(residual, Transport(fresh, None, settings), torch.Generator())
+    with open_random(models, plans["token"], texts, tmp_path) as (fresh, source):
+        made = control(residual, Transport(fresh, source, settings), torch.Generator())
         m = int(fresh.layer_plan("v")[residual.layer].argmax())
         Y, y = (fresh.rows("source", "v", m, "fit"), fresh.rows("target", "v", residual.layer, "fit"))
         x = fresh.rows("target", "attn_in", residual.layer, "fit")

@@ -8,14 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from browser import LAYOUT, PICK, ask, chromium, needs_browser
+from browser import LAYOUT, PICK, ask, chromium, needs_browser, violations, without_scripts
 from conftest import ROOT
 from report_pages import Page, table
 from safetensors.torch import load_file
 
 from core.models.checkpoints import open_checkpoint
-from evaluation.pages.facts import command_of
+from evaluation.pages.facts import command_of, settings_table
 from evaluation.pages.paths import without_paths
+from evaluation.pages.run_files import RunFiles
 
 
 def test_layer_plans_in_the_file_are_those_of_stage_1(reported):
@@ -128,6 +129,14 @@ def test_nothing_of_the_machine_is_on_the_page(reported, models, texts):
     assert "/tmp/" not in text and texts.name in text
 
 
+def test_only_settings_that_differ_are_listed(reported):
+    """YAML has lists where the defaults have tuples, and a default may be nothing."""
+    _, *rows = settings_table(RunFiles.read(reported))
+    values = {name: (value, default) for name, value, default in rows}
+    assert values["top_k"] == ("7", "128") and values["data_file"] == ("texts.jsonl", "")
+    assert "alpha_search" not in values and all(value != default for value, default in values.values())
+
+
 def test_paths_and_tokens_are_taken_out_of_texts():
     assert without_paths("no /home/a/b/plans; see ~/x/y and someone/big") == "no plans; see y and someone/big"
     assert without_paths("https://a.b/c/d hf_abcdefghijk 3/4/5") == "https://a.b/c/d hf_(token) 3/4/5"
@@ -162,7 +171,22 @@ def test_help_waits_for_no_drawing():
 def test_no_text_overlaps_and_nothing_is_wider_than_the_window(reported, width, dark):
     found = ask(reported / "report.html", LAYOUT, width, dark)
     assert found["width"] == width and found["needed"] <= width and not found["overlaps"]
+    assert found["smallest"] > 8 and found["contrast"] > 4.5
     assert (found["ground"] == "rgb(255, 255, 255)") is not dark
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_to_object_to(reported, width, dark):
+    assert violations(reported / "report.html", width, dark) == []
+
+
+@needs_browser
+def test_a_browser_without_javascript_shows_the_default_pair(reported):
+    found = without_scripts(reported / "report.html")
+    picked = found["html"][found["html"].index('id="picked"') : found["html"].index("Strongest matches")]
+    assert picked.count("<svg") == 4 and "<canvas" not in picked and found["picker"] == "none"
 
 
 @needs_browser

@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+from browser import LAYOUT, ask, needs_browser, violations
 from conftest import run_main
 from report_pages import Page, page_of, table
 
 from core.files import digest_of
 from evaluation import report
+from evaluation.pages.facts import facts
 from evaluation.pages.run_files import RunFiles
 from evaluation.pages.siblings import siblings
 
@@ -109,6 +111,50 @@ def test_texts_of_models_and_data_are_escaped(run):
     assert any(evil in words for words in page.words)
     assert "<script>alert" not in text and "alert(1)" in text
     assert sum(tag == "script" for tag, _ in page.tags) == 2  # the picker and its data
+
+
+@needs_browser
+def test_hostile_names_run_nothing_in_a_browser(run):
+    """Neither does the name of the run, which is that of its folder."""
+    shutil.rmtree(run / "plans")  # whose figures take long to draw
+    evil = run.rename(run.with_name("<img src=x onerror=failed.push(1)>"))
+    for name in ("samples.json", "results.json"):
+        text = (evil / name).read_text()
+        (evil / name).write_text(text.replace('"self"', '"</script><img src=x onerror=failed.push(2)>"'))
+    record = json.loads((evil / "samples.json").read_text())
+    record["prompts"][0] = "</pre><script>failed.push(3)</script>"
+    (evil / "samples.json").write_text(json.dumps(record))
+    page_of(evil)
+    assert ask(evil / "report.html", "return document.querySelectorAll('img').length;") == 0  # and nothing failed
+    run_main(report, evil.parent)
+    assert ask(evil.parent / "report.html", "return document.querySelectorAll('img').length;") == 0
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_runs_in_a_browser(run, width):
+    shutil.copytree(run, run.with_name("other"))
+    run_main(report, run.parent)
+    page = run.parent / "report.html"
+    found = ask(
+        page, LAYOUT.replace("Math.min(...sizes)", "0").replace("Math.min(...contrasts)", "0"), width, dark=True
+    )
+    assert found["needed"] <= width and not found["overlaps"]
+    assert violations(page, width, dark=True) == []
+
+
+def test_commands_and_warnings_are_shown_without_tokens_and_folders(run):
+    line = {
+        "command": ["/home/ann/repo/core/train_hot_residual_sft.py", "--hub-token", "hf_abcdefghijklmnop"],
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+        "outcome": "error: /home/ann/models/x is not there",
+        "warnings": ["hf_abcdefghijklmnop was refused for /home/ann/models/x"],
+    }
+    (run / "usage.jsonl").write_text(json.dumps(line) + "\n")
+    shown = str(facts(RunFiles.read(run)))  # all that the page says of them
+    assert "python core/train_hot_residual_sft.py" in shown and "was refused for x" in shown
+    assert "/home" not in shown and "hf_abc" not in shown and str(run.parent) not in shown
 
 
 def test_a_folder_of_runs_gets_a_page_that_lists_them(run, capsys):

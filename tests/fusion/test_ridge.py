@@ -35,3 +35,13 @@ def test_maps_equal_the_normal_equations_from_either_side(rows, neurons):
     expected = torch.linalg.solve(scaled, R.double().T @ S.double()).T
     assert_close(Ridge(R, 0.05).map(S).double(), expected, atol=1e-5, rtol=1e-4)
     assert_close(Ridge(R, 0.05).fitted(S).double(), R.double() @ expected.T, atol=1e-4, rtol=1e-4)
+
+
+def test_predictors_that_span_few_directions_are_said_in_a_basis():
+    """Outputs y = x W^T with more neurons than inputs: the regression on x R^T, W = basis R, is that on y."""
+    x, W = draw(40, 5, seed=1), draw(12, 5, seed=2)
+    S = draw(40, 3, seed=3)
+    basis, triangle = torch.linalg.qr(W)
+    short, whole = Ridge(x @ triangle.T, 0.05, basis), Ridge((x @ W.T).double(), 0.05)
+    assert_close(short.map(S).double(), whole.map(S), atol=1e-5, rtol=1e-4)
+    assert_close(short.fitted(S).double(), whole.fitted(S), atol=1e-5, rtol=1e-4)

@@ -5,10 +5,10 @@ import shutil
 import subprocess
 import sys
 
-import gguf
 import pytest
 import torch
 from conftest import ROOT, llama, make_tokenizer
+from gguf_files import write_gguf
 from safetensors.torch import load_file
 
 from core.errors import UserError
@@ -17,54 +17,6 @@ from core.models import convert
 from core.models.checkpoints import open_checkpoint
 from core.models.families import gguf_config, stated_layout
 from core.models.gguf_header import read_gguf_header
-
-# Name in transformers -> name in GGUF files.
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def write_gguf(path, model, tokenizer):
-    """A pico LLaMA with tied embeddings, as the gguf package writes it."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    config = model.config
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(64)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(8)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(300)
-    writer.add_tokenizer_model("gpt2")
-    tokens = tokenizer.convert_ids_to_tokens(range(300))
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 300)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in merges])
-    writer.add_eos_token_id(0)
-    for name, value in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        if module.startswith("model.layers"):
-            _, _, layer, part = module.split(".", 3)
-            writer.add_tensor(f"blk.{layer}.{GGUF_NAMES[part]}.weight", value.numpy())
-        elif module in GGUF_NAMES:  # the embeddings are tied
-            writer.add_tensor(f"{GGUF_NAMES[module]}.weight", value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_is_converted_once_to_a_plain_folder(tmp_path, monkeypatch):

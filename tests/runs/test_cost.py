@@ -95,8 +95,10 @@ def test_the_cost_of_reading_has_what_each_model_records(sizes):
     assert token.reading_flops - text.reading_flops == 2 * 1000 * target.layer_parameters
     assert expert.disk - text.disk == row_bytes(source.layout, 20, ("down_in",))
     whole, plans = recorded_sides(PROJECTIONS), text.disk - row_bytes(target.layout, 20, recorded_sides(PROJECTIONS))
-    plans -= row_bytes(source.layout, 20, source_sides(PROJECTIONS))
-    rows = 2 * row_bytes(target.layout, 100, whole) + row_bytes(source.layout, 100, source_sides(PROJECTIONS))
+    of_source = source_sides(PROJECTIONS, all_inputs=False)
+    assert not {"gate", "up", "down_in"} & set(of_source)
+    plans -= row_bytes(source.layout, 20, of_source)
+    rows = 2 * row_bytes(target.layout, 100, whole) + row_bytes(source.layout, 100, of_source)
     assert token.disk == rows / 2 + plans
 
 

@@ -20,7 +20,7 @@ def values(experiment, *names):
 def test_demo_is_the_setting_that_was_measured():
     demo = Experiment.of(**load_experiment(EXPERIMENTS / "demo.yaml"))
     fusion = ("feature_map", "residual_form", "projections", "rows", "alpha", "top_k")
-    assert values(demo, *fusion) == ("regression", "interpolate", "q,k,v,o", "auto", 0.07, 0)
+    assert values(demo, *fusion) == ("regression", "interpolate", "all", "auto", "auto", 0)
     reading = ("pooling", "max_rows", "calibration_samples", "max_tokens")
     assert values(demo, *reading) == ("token", 4096, 160, 110)
     training = ("sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "learning_rate", "epochs")
@@ -118,7 +118,7 @@ CHANGES = {
 # Stage -> the settings that only name an input. The contents of the model or of the rows are recorded in their place.
 INPUTS = {
     "1": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
-    "data_file max_rows_read group_column split_seed calibration_samples",
+    "data_file max_rows_read group_column split_seed calibration_samples general_share general_file general_subset",
     "2": "target_model target_revision source_model source_revision source_base source_base_revision data_subset "
     "data_file max_rows_read group_column split_seed",
     "3": "source_model source_revision data_subset data_file max_rows_read group_column split_seed sft_samples",
@@ -130,7 +130,7 @@ WITHOUT_EFFECT = {
     "1": "trust_remote_code activations_budget_mb pairs_budget_mb",
     "2": "trust_remote_code push_to_hub",
     "3": "trust_remote_code push_to_hub model_type report_to save_untrained_folded",
-    "e": "trust_remote_code controls",
+    "e": "trust_remote_code controls learned_arm",
 }
 # Type of a setting -> a value that none of them has by default.
 OTHERS = {str: "another", int: 7, float: 0.77, bool: True, tuple: (0.5,)}

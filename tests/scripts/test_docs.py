@@ -28,8 +28,8 @@ PATH = re.compile(
     r"((?:core|datasets|docs|evaluation|scripts|tests)/[\w./-]+\.\w+|run_activs_and_hot\.py)(?:::([\w.]+))?"
 )
 COMMAND = re.compile(r"(?:python|bash) (\S+\.(?:py|sh))( .*)")
-# Flags of llama.cpp's converter and of torchrun, and what every switch begins with when it is turned off.
-OTHER_FLAGS = {"--outfile", "--nproc-per-node", "--no-"}
+# Flags of llama.cpp's converter, the harness and torchrun, and what every switch begins with when it is turned off.
+OTHER_FLAGS = {"--outfile", "--model_args", "--include_path", "--nproc-per-node", "--no-"}
 # Files that a reader is told to make.
 TO_BE_MADE = {"scripts/experiments/yours.yaml"}
 

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import llama, run_main
@@ -24,9 +25,11 @@ from core.runs.plan_directory import PlanDirectory
 from core.runs.settings import Experiment
 from core.runs.strength_search import strength_rows, strength_search
 from core.training import strengths
+from core.training.heldout import text_nll, trained_tokens
 from core.training.hot_linear import fold_in_place, restore_base
+from core.training.sft import sft_example
 from core.training.start import open_start
-from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts, Tried, learnable
+from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts, Tried, learnable, lowest
 from evaluation import compare_arms
 from evaluation.arms.control_residuals import ControlResiduals
 from evaluation.significance import record_of_difference
@@ -294,6 +297,30 @@ def test_controls_find_their_strengths_in_the_same_way(found, plans, models, tex
     assert again == {control: of_controls[control] for control in again} and again.keys() >= {"permuted", "self"}
 
 
+def test_learned_strengths_can_be_an_arm_beside_a_chosen_one(found, plans, models, texts, capsys, monkeypatch):
+    """Without a checkpoint: what was fused, with strengths that stage 4 learns as stage 2 would."""
+    take_the_largest(monkeypatch)
+    run = found["auto"].parent
+    flags = ["--run-dir", run, "--hot-dir", plans["token"], *pair_flags(models), *data_flags(texts), "--max-tokens", 24]
+    run_main(compare_arms, *flags, "--controls", "few", "--learned-arm")
+    results = json.loads((run / "results.json").read_text())
+    arm = results["strengths"]["fused_learned"]
+    residuals, chosen, form = load_residuals(found["auto"] / "hot_residual.safetensors")
+    assert arm["alpha"].keys() == {one.name for one in residuals} and chosen == 0.2
+    target = open_checkpoint(str(models["target"]))
+    model, tokenizer = target.load_model("float32"), target.load_tokenizer()
+    fold_in_place(model, residuals, target.layout.name, arm["alpha"], form)
+    rows = divide(DataSpec("file", str(texts))).rows("held_out", 64)
+    examples = [one for row in rows if trained_tokens([one := sft_example(row, tokenizer, 24)]) != [0]]
+    assert results["per_text"]["fused_learned"]["held_out"] == pytest.approx(
+        text_nll(model, examples, 64, "x"), rel=1e-4
+    )
+    assert list(results["arms"])[-2:] == ["fused_learned", "fused"]
+    assert "fused_learned has learned strengths (" in capsys.readouterr().out
+    run_main(compare_arms, *flags, "--controls", "few")
+    assert "fused_learned" not in json.loads((run / "results.json").read_text())["arms"]
+
+
 def test_strengths_are_not_found_on_rows_that_the_plans_were_not_made_from(plans, texts, tmp_path, fails):
     """Calibration rows that are others by now could be validation rows of before, and the other way round."""
     flags = ["--output-dir", tmp_path / "f", "--feature-map", "regression", "--alpha", "auto"]
@@ -317,3 +344,31 @@ def test_validation_rows_are_needed(plans, models, tmp_path, fails):
     assert "rows difference adds" in fails(stage2, *flags, "--rows", "difference", "--residual-form", "additive")
     assert "expected a number from 0 to 1, or auto, or learned" in fails(stage2, *flags, "--alpha", "2")
     assert "expected float or auto or learned" in fails(stage2, *flags, "--alpha", "most")
+
+
+def test_the_strength_between_the_best_ones_is_tried(improved, monkeypatch):
+    """Losses that are a parabola in the strength, lowest at 0.07: it is found, though the grid has no 0.07."""
+    model, better = improved
+    search = search_with(model)
+    falls = sum(search.base)
+
+    def losses(what, residuals, alpha):
+        return [loss * (1 + ((alpha - 0.07) ** 2 - 0.07**2)) for loss in search.base]
+
+    monkeypatch.setattr(search, "_losses", losses)
+    choice = search.find("fused", {"one": lambda: better}, AUTO)
+    assert choice.alpha == 0.07 and [one["alpha"] for one in choice.tried] == [0.02, 0.05, 0.1, 0.07]
+    assert choice.tried[-1]["validation"] * search.tokens < falls
+
+
+@pytest.mark.parametrize("xs", [(0.0, 0.02, 0.05), (0.05, 0.1, 0.2)])
+def test_the_lowest_point_of_a_parabola(xs):
+    ys = [3.0, 1.0, 1.5]
+    a, b, _ = np.polyfit(xs, ys, 2)
+    assert lowest(list(zip(xs, ys, strict=True))) == pytest.approx(-b / (2 * a), abs=1e-4)
+    assert xs[0] < lowest(list(zip(xs, ys, strict=True))) < xs[2]
+
+
+@pytest.mark.parametrize("ys", [(1, 2, 3), (3, 2, 1), (1, 1, 1), (2, 1, math.inf), (2, math.nan, 3), (1, 2)])
+def test_a_parabola_without_a_lowest_point_between_has_none(ys):
+    assert lowest([(0.1 * n, float(y)) for n, y in enumerate(ys)]) is None

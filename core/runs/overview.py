@@ -17,6 +17,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from core.errors import UserError
+from core.fusion.settings import LEARNED
 from core.progress import Progress, duration
 from core.runs.command_line import Command, parse_command, unfinished
 from core.runs.cost import stage1_cost
@@ -25,6 +26,7 @@ from core.runs.model_size import ModelSize, read_model_size
 from core.runs.next_commands import SCRIPTS
 from core.runs.process import run_command, setup_logging
 from core.runs.settings import Experiment
+from core.training.strengths import TEXTS_PER_STEP
 
 MODES = {
     "dry_run": "the stages will only check their inputs",
@@ -34,8 +36,10 @@ MODES = {
 SCENARIOS = ("no_hot", "distill", "hot")
 # A backward pass takes twice as long as the forward pass before it.
 TRAINING_PASSES = 3
-# Base, fused and the controls that every run has.
-ARMS_WITHOUT_TRAINING = 8
+# How many controls there are for each value of `controls`.
+CONTROLS = {"few": 3, "usual": 6, "all": 7}
+# How many strengths a search usually tries for each kind of rows.
+STRENGTHS_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,13 @@ def steps(experiment: Experiment, seeds: Sequence[int]) -> list[Step]:
     run, plans, fused = experiment.run_dir, experiment.folder("plans"), experiment.folder("fused")
     trainings = [(run / "adapted" / scenario / f"seed{seed}", scenario) for seed in seeds for scenario in SCENARIOS]
     results, page = run / "results.json", run / "report.html"
-    arms = ARMS_WITHOUT_TRAINING + len(trainings)
     return [
         Step("read the texts with both models and match them", plans, _is(plans, "plans"), planning(experiment)),
-        Step("fuse the transported weights into the target", fused, _is(fused, "fused")),
+        Step("fuse the transported weights into the target", fused, _is(fused, "fused"), searching(experiment)),
         *(Step(f"train {name}", to, _is(to, "adapted"), training(experiment, name)) for to, name in trainings),
-        Step("measure all losses on held-out texts", results, results.is_file(), comparison(experiment, arms)),
+        Step(
+            "measure all losses on held-out texts", results, results.is_file(), comparison(experiment, len(trainings))
+        ),
         Step("draw the figures", page, page.is_file()),
     ]
 
@@ -140,14 +145,28 @@ def training(experiment: Experiment, scenario: str) -> Callable[[ModelSize, Mode
     return seconds
 
 
-def comparison(experiment: Experiment, arms: int) -> Callable[[ModelSize, ModelSize], float]:
-    """The time of the losses of all arms: as if all texts were cut, and without making the controls."""
+def searching(experiment: Experiment) -> Callable[[ModelSize, ModelSize], float] | None:
+    """The time of finding the strength of one fusion, as if all texts were cut; None where the strength is given."""
+    fusion = experiment.fusion
+    if not fusion.finds_alpha:
+        return None
+    read = len(fusion.row_kinds) * STRENGTHS_TRIED * experiment.training.validation_samples
+    if fusion.alpha == LEARNED:
+        read += TRAINING_PASSES * TEXTS_PER_STEP * fusion.alpha_steps
+    return lambda target, source: read * experiment.reading.max_tokens * whole_token(target, experiment)
+
+
+def comparison(experiment: Experiment, trainings: int) -> Callable[[ModelSize, ModelSize], float]:
+    """The time of the losses of all arms and of finding the strengths of controls: as if all texts were cut, and
+    without making the controls."""
 
     def seconds(target: ModelSize, source: ModelSize) -> float:
-        settings = experiment.evaluation
+        settings, controls = experiment.evaluation, CONTROLS[experiment.evaluation.controls]
         sets = 1 if settings.general_spec(experiment.data.split_seed) is None else 2
         tokens = sets * settings.held_out_samples * experiment.reading.max_tokens
-        return tokens * (arms * whole_token(target, experiment) + whole_token(source, experiment))
+        arms, search = 2 + controls + trainings, searching(experiment)  # 2 are base and fused
+        losses = tokens * (arms * whole_token(target, experiment) + whole_token(source, experiment))
+        return losses + (0.0 if search is None else controls * search(target, source))
 
     return seconds
 

@@ -17,6 +17,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from core.errors import UserError
+from core.fusion.controls import CONTROLS, FEW
 from core.fusion.settings import LEARNED
 from core.progress import Progress, duration
 from core.runs.command_line import Command, parse_command, unfinished
@@ -37,7 +38,7 @@ SCENARIOS = ("no_hot", "distill", "hot")
 # A backward pass takes twice as long as the forward pass before it.
 TRAINING_PASSES = 3
 # How many controls there are for each value of `controls`.
-CONTROLS = {"few": 3, "usual": 6, "all": 7}
+CONTROL_COUNTS = {"few": len(FEW), "usual": len(CONTROLS) - 1, "all": len(CONTROLS)}
 # How many strengths a search usually tries for each kind of rows.
 STRENGTHS_TRIED = 4
 
@@ -112,13 +113,12 @@ def steps(experiment: Experiment, seeds: Sequence[int]) -> list[Step]:
     run, plans, fused = experiment.run_dir, experiment.folder("plans"), experiment.folder("fused")
     trainings = [(run / "adapted" / scenario / f"seed{seed}", scenario) for seed in seeds for scenario in SCENARIOS]
     results, page = run / "results.json", run / "report.html"
+    measured = comparison(experiment, len(trainings))
     return [
         Step("read the texts with both models and match them", plans, _is(plans, "plans"), planning(experiment)),
         Step("fuse the transported weights into the target", fused, _is(fused, "fused"), searching(experiment)),
         *(Step(f"train {name}", to, _is(to, "adapted"), training(experiment, name)) for to, name in trainings),
-        Step(
-            "measure all losses on held-out texts", results, results.is_file(), comparison(experiment, len(trainings))
-        ),
+        Step("measure all losses on held-out texts", results, results.is_file(), measured),
         Step("draw the figures", page, page.is_file()),
     ]
 
@@ -161,7 +161,7 @@ def comparison(experiment: Experiment, trainings: int) -> Callable[[ModelSize, M
     without making the controls."""
 
     def seconds(target: ModelSize, source: ModelSize) -> float:
-        settings, controls = experiment.evaluation, CONTROLS[experiment.evaluation.controls]
+        settings, controls = experiment.evaluation, CONTROL_COUNTS[experiment.evaluation.controls]
         sets = 1 if settings.general_spec(experiment.data.split_seed) is None else 2
         tokens = sets * settings.held_out_samples * experiment.reading.max_tokens
         arms, search = 2 + controls + trainings, searching(experiment)  # 2 are base and fused

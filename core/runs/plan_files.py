@@ -94,7 +94,7 @@ def write_activations(
             if largest < HALF_MAX and (std[std > 0] > HALF_MIN_STD).all():
                 X = _half_in_place(X)
             else:
-                log.info("%s %s: float16 does not hold its range, stored as float32", model, key)
+                log.debug("%s %s: float16 does not hold its range, stored as float32", model, key)
         tensors |= {key: X, f"{key}.mean": mean, f"{key}.std": std}
     path = activations_file(folder, model)
     path.parent.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ def values(experiment, *names):
 def test_demo_is_the_setting_that_was_measured():
     demo = Experiment.of(**load_experiment(EXPERIMENTS / "demo.yaml"))
     fusion = ("feature_map", "residual_form", "projections", "rows", "alpha", "top_k")
-    assert values(demo, *fusion) == ("regression", "interpolate", "all", "auto", "auto", 0)
+    assert values(demo, *fusion) == ("regression", "interpolate", "all", "aligned", "auto", 0)
     reading = ("pooling", "max_rows", "calibration_samples", "max_tokens")
     assert values(demo, *reading) == ("token", 4096, 160, 110)
     training = ("sft_samples", "block_size", "train_batch_size", "gradient_accumulation", "learning_rate", "epochs")

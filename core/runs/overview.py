@@ -10,23 +10,34 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from core.errors import UserError
+from core.files import read_json
 from core.fusion.controls import CONTROLS, FEW
 from core.fusion.settings import LEARNED
+from core.manifest import COMMANDS, OF_THE_MACHINE
 from core.progress import Progress, duration
-from core.runs.command_line import Command, parse_command, unfinished
+from core.runs.command_line import (
+    REPOSITORY,
+    RESOLVED,
+    Command,
+    load_experiment,
+    make_absolute,
+    parse_command,
+    unfinished,
+)
 from core.runs.cost import stage1_cost
 from core.runs.cost_timing import token_seconds
 from core.runs.model_size import ModelSize, read_model_size
 from core.runs.next_commands import SCRIPTS
 from core.runs.process import run_command, setup_logging
-from core.runs.settings import Experiment
+from core.runs.settings import Experiment, all_settings
 from core.training.strengths import TEXTS_PER_STEP
 
 MODES = {
@@ -35,6 +46,15 @@ MODES = {
 }
 # What run_pipeline.sh trains, in its order.
 SCENARIOS = ("no_hot", "distill", "hot")
+# Stage, as manifests name it -> its letter in the `stages` of a setting.
+LETTERS = {stage: letter for stage, script in COMMANDS.items() for letter, own in SCRIPTS.items() if script == own}
+# The settings that name what a stage reads. Fingerprints have the contents in their place, which take long to read.
+INPUTS = (
+    *("target_model", "source_model", "source_base", "data_subset", "data_file", "split_seed", "max_rows_read"),
+    *("group_column", "calibration_samples", "sft_samples", "general_share", "general_subset", "general_file"),
+)
+# What the estimates leave out.
+NOT_ESTIMATED = "loading and saving models, fusing, making controls and drawing, some minutes for models below 1B"
 # A backward pass takes twice as long as the forward pass before it.
 TRAINING_PASSES = 3
 # How many controls there are for each value of `controls`.
@@ -50,14 +70,30 @@ class Step:
     Attributes:
         what: it does.
         output: where the result goes.
-        finished: whether an earlier run has finished it.
         seconds: a function that estimates how long it takes; None where nothing estimates that.
+        finished: whether an earlier run has finished it with the same settings.
+        anew: why what an earlier run has made will be made again; empty where it is kept, or nothing is there.
+        begun: whether an earlier run has done a part that is kept.
     """
 
     what: str
     output: Path
-    finished: bool
     seconds: Callable[[ModelSize, ModelSize], float] | None = None
+    finished: bool = False
+    anew: str = ""
+    begun: bool = False
+
+    def note(self, pair: tuple[ModelSize, ModelSize] | None) -> tuple[str, float]:
+        """(what is said of it, the seconds that it takes); 0 seconds where they are not known."""
+        if self.finished:
+            return "finished already", 0.0
+        if pair is None:
+            return self.anew, 0.0
+        known = 0.0 if self.seconds is None else self.seconds(*pair)
+        time = f"about {duration(known)}" if known else "not estimated"
+        if self.begun:
+            time = f"begun already, and goes on; at most {time}"
+        return f"{self.anew}, {time}" if self.anew else time, known
 
 
 def main(argv: list[str]) -> None:
@@ -97,35 +133,86 @@ def overview(command: Command, seeds: Sequence[int]) -> str:
         lines.append(f"How long it takes cannot be said: {error}")
     total, width = 0.0, max(len(step.what) for step in todo)
     for step in todo:
-        note = "finished already, and kept unless what it is made from has changed" if step.finished else ""
-        if step.seconds is not None and pair is not None and not step.finished:
-            seconds = step.seconds(*pair)
-            total += seconds
-            note = f"about {duration(seconds)}"
+        note, seconds = step.note(pair)
+        total += seconds
         lines.append(f"  {step.what:{width}} -> {step.output}{note and ': '}{note}")
+    if any(step.finished for step in todo):
+        lines.append("What is finished is kept, unless the models or the texts that it is made from have changed")
     if total:
-        lines.append(f"In all about {duration(total)} on this machine; what has no time usually takes minutes")
+        lines.append(f"In all about {duration(total)} on this machine, and on top of that {NOT_ESTIMATED}")
     return "\n".join([*lines, f"Log: {experiment.run_dir / 'log.txt'}"])
 
 
 def steps(experiment: Experiment, seeds: Sequence[int]) -> list[Step]:
     """All steps, in order."""
-    run, plans, fused = experiment.run_dir, experiment.folder("plans"), experiment.folder("fused")
-    trainings = [(run / "adapted" / scenario / f"seed{seed}", scenario) for seed in seeds for scenario in SCENARIOS]
-    results, page = run / "results.json", run / "report.html"
-    measured = comparison(experiment, len(trainings))
-    return [
-        Step("read the texts with both models and match them", plans, _is(plans, "plans"), planning(experiment)),
-        Step("fuse the transported weights into the target", fused, _is(fused, "fused"), searching(experiment)),
-        *(Step(f"train {name}", to, _is(to, "adapted"), training(experiment, name)) for to, name in trainings),
-        Step("measure all losses on held-out texts", results, results.is_file(), measured),
-        Step("draw the figures", page, page.is_file()),
-    ]
+    folder, page = experiment.folder("plans"), experiment.run_dir / "report.html"
+    what = "read the texts with both models and match them"
+    plans = made_by_stage("plans", Step(what, folder, planning(experiment)), experiment)
+    what, folder = "fuse the transported weights into the target", experiment.folder("fused")
+    fused = made_by_stage("fused", Step(what, folder, searching(experiment)), experiment, plans)
+    trainings = []
+    for seed in seeds:
+        for name in SCENARIOS:
+            folder = experiment.folder(f"adapted/{name}/seed{seed}")
+            step = Step(f"train {name}", folder, training(experiment, name))
+            one = experiment.changed(training_scenario=name, seed=seed)
+            trainings.append(made_by_stage("adapted", step, one, fused))
+    losses = measuring(experiment, [plans, fused, *trainings])
+    return [plans, fused, *trainings, losses, Step("draw the figures", page)]
 
 
-def _is(folder: Path, stage: str) -> bool:
-    """Whether a stage has finished its folder."""
-    return unfinished(folder, stage) is None
+def made_by_stage(stage: str, step: Step, experiment: Experiment, before: Step | None = None) -> Step:
+    """A step with what an earlier run has left of it.
+
+    Args:
+        stage: as manifests name it.
+        step: without that.
+        before: the step that makes what this one is made from.
+    """
+    if unfinished(step.output, stage) is not None:
+        return step
+    if before is not None and before.anew:
+        return replace(step, anew=f"made anew, as {before.output.name} is")
+    if names := other_settings(step.output, LETTERS[stage], experiment):
+        return replace(step, anew=f"made anew for another {', '.join(names)}")
+    return replace(step, finished=True)
+
+
+def other_settings(folder: Path, stage: str, experiment: Experiment) -> list[str]:
+    """The settings with which a finished folder was made and that are others now; none where they cannot be read.
+
+    Args:
+        stage: its letter.
+    """
+    try:
+        before = Experiment.of(**load_experiment(folder / RESOLVED))
+    except UserError:
+        return []
+    made_with, wanted = (settings_of_output(one, stage) for one in (before, experiment))
+    chosen = {("rows", "auto")}  # stage 2 writes down which rows the plans have, in place of auto
+    return [name for name, value in wanted.items() if value != made_with[name] and (name, value) not in chosen]
+
+
+def settings_of_output(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """The settings that decide what a stage writes, and those that name its inputs."""
+    named = {name: all_settings()[name] for name in INPUTS}
+    inputs = {name: experiment.value(setting) for name, setting in named.items() if stage in setting.stages}
+    make_absolute(inputs, REPOSITORY)
+    deciding = experiment.changed(epsilon=experiment.epsilon).deciding(stage)
+    return {name: value for name, value in (deciding | inputs).items() if name not in OF_THE_MACHINE}
+
+
+def measuring(experiment: Experiment, before: Sequence[Step]) -> Step:
+    """The step that measures losses, which has its figures only when all arms are measured."""
+    path, trainings = experiment.run_dir / "results.json", len(before) - 2
+    step = Step("measure all losses on held-out texts", path, comparison(experiment, trainings))
+    record = read_json(path) if path.is_file() else {}
+    if not record:
+        return step
+    if before[1].anew or record.get("inputs", {}).get("settings") != experiment.deciding("e"):
+        return replace(step, anew="measured anew")
+    finished = "arms" in record and all(one.finished for one in before)
+    return replace(step, finished=finished, begun=not finished)
 
 
 def planning(experiment: Experiment) -> Callable[[ModelSize, ModelSize], float]:

@@ -1,6 +1,7 @@
 """What a user sees of a whole run and finds in its log: each stage names the next command, and the script its plan."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_main
+
+from core.runs import overview
 
 # Of other libraries or of the Trainer, and no word for the user.
 NOISE = ("Loading weights", "{'", "Deprecat", "it/s", "[transformers]", "Generating train split", "Traceback")
@@ -137,14 +140,78 @@ def test_quiet_shows_results_and_warnings_and_verbose_all_that_the_log_has(chain
     assert f"{start.folder / 'runs/small/plans'} is finished already, after" in verbose.err
 
 
+@pytest.fixture
+def told(chain, start, monkeypatch, capsys):
+    """A function of settings: (path below the run -> what the overview says of it, all that the overview says)."""
+    monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(start.folder / "runs"))
+    run, config = start.folder / "runs/small", start.folder / "other.yaml"
+
+    def tell(**settings):
+        before = yaml.safe_load((start.folder / "small.yaml").read_text())
+        config.write_text(yaml.safe_dump(before | {"name": "small", "tokens_per_batch": 512} | settings))
+        run_main(overview, "--config", config)
+        shown = capsys.readouterr().out
+        notes = re.findall(r"^  .*? -> (\S+?)(?:: (.*))?$", shown, re.MULTILINE)
+        return {str(Path(path).relative_to(run)): note for path, note in notes}, shown
+
+    return tell
+
+
+TRAININGS = [f"adapted/{scenario}/seed0" for scenario in ("no_hot", "distill", "hot")]
+OUTPUTS = ["plans", "fused", *TRAININGS, "results.json", "report.html"]
+DONE, TIME = "finished already", re.compile(r"about [\d.]+ s")
+
+
 def test_the_script_says_what_it_will_do_and_what_is_finished(chain, start):
     config, run = start.folder / "small.yaml", start.folder / "runs/small"
     shown = start(f"bash scripts/run_pipeline.sh --config {config} --tokens-per-batch 512 --dry-run").out
-    told = dict(re.findall(r"^  .*? -> (\S+?)(?:: (.*))?$", shown, re.MULTILINE))
-    trainings = [run / "adapted" / scenario / "seed0" for scenario in ("no_hot", "distill", "hot")]
-    assert [*map(Path, told)] == [run / "plans", run / "fused", *trainings, run / "results.json", run / "report.html"]
-    finished = [path for path, note in told.items() if note.startswith("finished already")]
-    assert [*map(Path, finished)] == [run / "plans", run / "fused", trainings[0], trainings[2], run / "results.json"]
-    assert re.fullmatch(r"about [\d.]+ s", told[str(trainings[1])]) and told[str(run / "report.html")] == ""
-    assert re.search(r"^In all about [\d.]+ s on this machine", shown, re.MULTILINE)
+    paths = re.findall(r"^  .*? -> (\S+?)(?:: .*)?$", shown, re.MULTILINE)
+    assert [Path(path) for path in paths] == [run / output for output in OUTPUTS]
     assert f"Log: {run / 'log.txt'}" in shown and "A dry run" in shown
+
+
+def test_what_is_finished_is_named_and_the_rest_estimated(told, start):
+    notes, shown = told()
+    assert [path for path, note in notes.items() if note == DONE] == ["plans", "fused", TRAININGS[0], TRAININGS[2]]
+    assert TIME.fullmatch(notes[TRAININGS[1]])
+    # The distillation is an arm that the losses lack.
+    assert notes["results.json"].startswith("begun already, and goes on; at most about ")
+    (start.folder / "runs/small/report.html").touch()
+    assert told()[0]["report.html"] == notes["report.html"] == "not estimated"  # it is drawn in any case
+    assert re.search(r"^In all about [\d.]+ s on this machine, and on top of that ", shown, re.MULTILINE)
+    assert "is kept, unless" in shown
+
+
+def test_half_measured_losses_are_not_finished(told, start, monkeypatch):
+    monkeypatch.setattr(overview, "SCENARIOS", ("no_hot", "hot"))
+    assert told()[0]["results.json"] == DONE
+    path = start.folder / "runs/small/results.json"
+    whole = path.read_text()
+    try:
+        record = json.loads(whole)
+        path.write_text(json.dumps({key: value for key, value in record.items() if key != "arms"}))
+        assert told()[0]["results.json"].startswith("begun already")
+        path.write_text(json.dumps(record | {"inputs": record["inputs"] | {"settings": {}}}))
+        assert told()[0]["results.json"].startswith("measured anew, about ")
+    finally:
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "why"),
+    [
+        ({"max_tokens": 20}, [], "made anew for another max_tokens, about "),
+        ({"calibration_samples": 20}, [], "made anew for another calibration_samples, about "),
+        ({"alpha": 0.3}, ["plans"], "made anew for another alpha, not estimated"),
+        ({"rows": "anchored", "feature_map": "regression"}, ["plans"], "made anew for another feature_map, rows, "),
+        ({"learning_rate": 0.3}, ["plans", "fused"], "made anew for another learning_rate, about "),
+    ],
+)
+def test_what_other_settings_make_anew_is_not_called_finished(told, settings, kept, why):
+    notes, shown = told(**settings)
+    assert [path for path, note in notes.items() if note == DONE] == kept
+    assert notes[OUTPUTS[len(kept)]].startswith(why) and "In all about" in shown
+    # What is made from it is made anew as well.
+    if "fused" not in kept:
+        assert notes[TRAININGS[0]].startswith("made anew, as fused is, about ")
+        assert notes["results.json"].startswith("measured anew, about ")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 _started = [time.monotonic()]
 # The handlers that the current command added to the root logger; the first one is that of the screen.
 _handlers: list[logging.Handler] = []
+# What a command says before its input is checked, and so before there is a log file. It is never full.
+_early: list[MemoryHandler] = []
 # The folder of the log that the current command writes, if it writes one.
 _log_folder: list[Path] = []
 
@@ -103,11 +106,10 @@ class Screen(logging.StreamHandler):
 def setup_logging() -> None:
     """Log messages from INFO on to stderr. An earlier command of the same process no longer logs to its file."""
     _log_folder.clear()
+    _early.clear()
     _started[:] = [time.monotonic()]
     while _handlers:
-        old = _handlers.pop()
-        logging.getLogger().removeHandler(old)
-        old.close()
+        _remove_handler(_handlers[-1])
     # Of other libraries only warnings are worth keeping, such as those of deprecated functions.
     logging.getLogger().setLevel(logging.WARNING)
     logging.captureWarnings(True)
@@ -117,6 +119,9 @@ def setup_logging() -> None:
     screen.setLevel(logging.INFO)
     _add_handler(screen, "%H:%M:%S")
     Progress.quiet = False
+    _early.append(MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False))
+    _add_handler(_early[0])
+    log.info("command: %s", shlex.join(sys.argv), **KEPT)
 
 
 def set_verbosity(quiet: bool, verbose: bool) -> None:
@@ -128,17 +133,23 @@ def set_verbosity(quiet: bool, verbose: bool) -> None:
 
 
 def log_to_file(path: Path | None) -> None:
-    """Append the log to `path` as well, from now on, and at the end what the command took to `usage.jsonl` beside it.
-    Does nothing when `path` is None.
+    """Append the log to `path` as well, and at the end what the command took to `usage.jsonl` beside it. Does nothing
+    when `path` is None.
 
-    The file has all messages, also those that the screen does not show. Commands call this after they have checked
-    their input, so that bad input leaves no file behind.
+    The file has all messages since `setup_logging`, also those that the screen does not show. Commands call this after
+    they have checked their input, so that bad input leaves no file behind.
     """
+    early = _early.pop() if _early else None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _add_handler(logging.FileHandler(path, encoding="utf-8"))
+        file = logging.FileHandler(path, encoding="utf-8")
+        _add_handler(file)
         _log_folder[:] = [path.parent]
-        log.info("command: %s", shlex.join(sys.argv), **KEPT)
+        if early is not None:
+            early.setTarget(file)
+            early.flush()
+    if early is not None:
+        _remove_handler(early)
 
 
 def show(table: str) -> None:
@@ -162,6 +173,12 @@ def _add_handler(handler: logging.Handler, times: str | None = None) -> None:
     handler.setFormatter(logging.Formatter(LOG_FORMAT, times))
     logging.getLogger().addHandler(handler)
     _handlers.append(handler)
+
+
+def _remove_handler(handler: logging.Handler) -> None:
+    logging.getLogger().removeHandler(handler)
+    _handlers.remove(handler)
+    handler.close()
 
 
 def process_state(device: str) -> Any:

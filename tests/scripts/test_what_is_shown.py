@@ -119,9 +119,12 @@ def test_the_log_file_has_everything_with_times(chain, start):
         assert f"command: {shown.command.removeprefix('python ')}" in log
         assert "command: " not in shown.err and not (shown.out and shown.out.splitlines()[0] in shown.err)
         messages = re.findall(r"^\d\d:\d\d:\d\d (.*?)\r?$", shown.err, re.MULTILINE)
-        early = ("texts", "groups of", "e.g.", "next:")  # of reading the texts, before the log is opened
-        assert all(message in log for message in messages if not any(word in message for word in early))
+        assert messages and all(message in log for message in messages)
         assert shown.out.strip() in log
+    # Of reading the texts, before it is known that a file may be written; and nothing is said twice.
+    stage1 = log[: log.index("command: core/generate_hot_residual.py")]
+    assert stage1.count("command: ") == stage1.count("finding groups: 120 of 120 texts in") == 1
+    assert stage1.index("command: ") < stage1.index("finding groups: ") < stage1.index("plans: 72 of 72 pairs in")
     assert "training hot: 2 of 2 updates" in log and "update 1: {'loss'" in log and "plans: 72 of 72 pairs in" in log
     dated = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
     assert all(dated.match(line) for line in log.splitlines() if " of 72 pairs" in line or "update" in line)

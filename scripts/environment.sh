@@ -26,7 +26,8 @@ if ! suitable python; then
       echo "error: Python 3.11 or newer is needed (python3 is $(python3 --version 2>&1 || true))" >&2
       exit 2
     fi
-    echo "making .venv with the packages of requirements.txt" >&2
+    echo "making .venv with the packages of requirements.txt: some minutes, in which pip says nothing, and 2 GB of disk" \
+      "(several GB more where torch comes with CUDA, as it does on Linux)" >&2
     "$base" -m venv .venv
     .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
   fi

@@ -16,6 +16,7 @@ from core.files import write_text
 from core.fusion.projections import PROJECTIONS
 from core.fusion.residual_file import read_selection
 from core.manifest import COMMANDS
+from core.progress import Progress
 from evaluation.figures import benchmarks, forest
 from evaluation.figures.curves import loss_curves
 from evaluation.figures.figure import Figure
@@ -132,12 +133,10 @@ def write_report(folder: Path) -> Path:
         UserError: the folder is no run, or something in it cannot be read.
     """
     files = RunFiles.read(folder)
-    shown = []
-    for section in sections(files):
-        for figure in section.figures:
-            figure.save(folder / FIGURES)
-        if section.figures:
-            shown.append(section)
+    shown = [section for section in sections(files) if section.figures]
+    figures = [figure for section in shown for figure in section.figures]
+    for figure in Progress(figures, desc=f"figures of {folder.resolve().name}", unit="figures"):
+        figure.save(folder / FIGURES)
     write_text(folder / REPORT, page(files, shown))
     return folder / REPORT
 
@@ -160,7 +159,7 @@ def page(files: RunFiles, shown: list[Section]) -> str:
             rests_on=verdict.rests_on(found["held_out"]) if found else None,
             sentences=verdict.further_sentences(found, files.trials) if found else [],
             arms=verdict.arm_rows(found) if found else [],
-            sections=[described(section) for section in shown],
+            sections=[described(section) for section in Progress(shown, desc="the page", unit="sections")],
             picker=script_json(picker_data(pairs)) if pairs else None,
             default=default_pair(pairs) if pairs else None,
             samples=files.samples,

@@ -40,11 +40,17 @@ def test_what_is_missing_is_named_with_its_command(run, gone, named, command):
     assert len(found) == depends.get(gone, 2 if gone.startswith("adapted") else 1)
 
 
-def test_an_unfinished_run_is_shown_from_its_first_stage_on(run):
+def test_an_unfinished_run_is_shown_from_its_first_stage_on(run, caplog):
     for part in ("fused", "adapted"):
         shutil.rmtree(run / part)
     (run / "results.json").unlink()
-    text = page_of(run)
+    with caplog.at_level("DEBUG"):
+        text = page_of(run)
+    # How far the drawing is: three figures of the plans, in as many sections.
+    assert [line.partition(" in ")[0] for line in caplog.messages if "of 3 " in line] == [
+        f"figures of {run.name}: 3 of 3 figures",
+        "the page: 3 of 3 sections",
+    ]
     assert "No verdict yet" in text and "Which layers correspond?" in text and "What was transported?" not in text
     listed = " ".join(Page(text).words).partition("This run is not complete.")[2]
     assert "python core/generate_hot_residual.py --config YOURS.yaml" in listed and "/tmp/" not in listed

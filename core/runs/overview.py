@@ -22,6 +22,7 @@ from core.files import read_json
 from core.fusion.controls import CONTROLS, FEW
 from core.fusion.settings import LEARNED
 from core.manifest import COMMANDS, OF_THE_MACHINE
+from core.models.locate import missing_step
 from core.progress import Progress, duration
 from core.runs.command_line import (
     REPOSITORY,
@@ -42,7 +43,8 @@ from core.training.strengths import TEXTS_PER_STEP
 
 MODES = {
     "dry_run": "the stages will only check their inputs",
-    "flags_only": "check the flags, and say nothing",
+    "before_fetch": "models that are not here are fetched after this: leave the times to a later call, and say nothing "
+    "where all are here",
 }
 # What run_pipeline.sh trains, in its order.
 SCENARIOS = ("no_hot", "distill", "hot")
@@ -103,8 +105,17 @@ def main(argv: list[str]) -> None:
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise UserError(f"SEEDS has {wrong[0]!r}; expected whole numbers, as in SEEDS='0 1 2'")
     commands = [parse(argv, stage) for stage in SCRIPTS]
-    if not (Progress.quiet or "flags_only" in commands[0].modes):
-        print(overview(commands[0], [int(seed) for seed in seeds]))
+    command = commands[0]
+    said_later = "before_fetch" in command.modes and not models_not_here(command.experiment)
+    if not (Progress.quiet or said_later):
+        print(overview(command, [int(seed) for seed in seeds]))
+
+
+def models_not_here(experiment: Experiment) -> list[str]:
+    """The models of the pair that have to be fetched or converted first."""
+    models = experiment.models
+    pair = {models.target_model: models.target_revision, models.source_model: models.source_revision}
+    return [name for name, revision in pair.items() if missing_step(name, revision) is not None]
 
 
 def parse(argv: Sequence[str], stage: str) -> Command:
@@ -122,15 +133,19 @@ def overview(command: Command, seeds: Sequence[int]) -> str:
     models, todo = experiment.models, steps(experiment, seeds or [experiment.compute.seed])
     lines = [f"{experiment.name}: {models.target_model} is improved with {models.source_model}"]
     if "dry_run" in command.modes:
-        lines.append("A dry run: the stages check their inputs, and none of this is made")
-    try:
-        pair = (
-            read_model_size(models.target_model, models.target_revision, experiment.compute),
-            read_model_size(models.source_model, models.source_revision, experiment.compute),
-        )
-    except UserError as error:
-        pair = None
-        lines.append(f"How long it takes cannot be said: {error}")
+        lines.append("A dry run: the stages check their inputs, no model is fetched, and none of this is made")
+    pair = None
+    if "before_fetch" in command.modes:
+        lines.append(f"First, {' and '.join(models_not_here(experiment))} will be fetched; the demo pair takes 3 GB")
+        lines.append("How long the rest takes is said after that")
+    else:
+        try:
+            pair = (
+                read_model_size(models.target_model, models.target_revision, experiment.compute),
+                read_model_size(models.source_model, models.source_revision, experiment.compute),
+            )
+        except UserError as error:
+            lines.append(f"How long it takes cannot be said: {error}")
     total, width = 0.0, max(len(step.what) for step in todo)
     for step in todo:
         note, seconds = step.note(pair)

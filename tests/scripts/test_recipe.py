@@ -126,9 +126,35 @@ def test_a_wrong_flag_is_found_before_anything_is_fetched(recipe, tmp_path):
     running = recipe("--bogus", name="run_pipeline", CALLS=str(tmp_path / "calls"), BREAKS="overview", HOW="exit 2")
     assert running.wait() == 2
     (call,) = (tmp_path / "calls").read_text().splitlines()
-    assert call == "core/runs/overview.py --config scripts/experiments/demo.yaml --bogus --flags-only"
+    assert call == "core/runs/overview.py --config scripts/experiments/demo.yaml --bogus --before-fetch"
     with pytest.raises(UserError, match="unrecognized arguments: --bogus"):
         run_main(overview, *call.split()[1:])
+
+
+DEMO = ("--config", "scripts/experiments/demo.yaml")
+
+
+def test_the_demo_is_described_before_its_models_are_fetched(recipe, tmp_path, capsys, monkeypatch):
+    assert recipe(name="run_pipeline", CALLS=str(tmp_path / "calls")).wait() == 0
+    before, fetched, after = [line.split() for line in (tmp_path / "calls").read_text().splitlines()[:3]]
+    assert before == [*after, "--before-fetch"] and fetched == ["scripts/fetch_demo_models.py"]
+    assert after == ["core/runs/overview.py", *DEMO]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(overview, "missing_step", lambda name, revision: "a download")
+    run_main(overview, *before[1:])
+    shown = capsys.readouterr().out
+    assert "First, HuggingFaceTB/SmolLM2-135M-Instruct and Qwen/Qwen2.5-Coder-0.5B-Instruct will be fetched" in shown
+    assert "-> runs/demo/plans\n" in shown and "about" not in shown  # without times, which need the models
+    monkeypatch.setattr(overview, "missing_step", lambda name, revision: None)
+    run_main(overview, *before[1:])
+    assert not capsys.readouterr().out
+
+
+def test_a_dry_run_of_the_demo_fetches_nothing(recipe, tmp_path):
+    assert recipe("--dry-run", name="run_pipeline", CALLS=str(tmp_path / "calls")).wait() == 0
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len(calls) == 8 and "scripts/fetch_demo_models.py" not in {call[0] for call in calls}
+    assert calls[0] == ["core/runs/overview.py", *DEMO, "--dry-run"]
 
 
 def test_what_the_screen_shows_is_said_to_every_command(recipe, tmp_path):

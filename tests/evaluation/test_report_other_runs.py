@@ -1,6 +1,7 @@
 """Reports of runs that are unfinished, damaged or hold hostile texts, and of several runs beside each other."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -238,8 +239,8 @@ def test_sources_are_compared_at_any_strength_where_the_plans_have_the_same_sett
 
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
     (run / "report.html").unlink()
-    for flags in ([run], ["--run-dir", run]):
-        run_main(report, *flags, "--dry-run")
+    for flags in (["--dry-run", run], ["-q", run, "--dry-run"], ["--dry_run", "--run-dir", run, "--max-tokens", 9]):
+        run_main(report, *flags)
         assert f"would write {run}/report.html" in capsys.readouterr().out and not (run / "report.html").exists()
     run_main(report, "--run-dir", tmp_path / "none", "--dry-run")  # no stage has run yet
     assert f"{tmp_path}/none does not exist yet" in capsys.readouterr().out
@@ -248,3 +249,17 @@ def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
 def test_what_is_no_run_is_refused(fails, tmp_path):
     assert "does not exist" in fails(report, tmp_path / "none")
     assert "is no run: it has none of plans" in fails(report, tmp_path)
+    assert "no run is given" in fails(report, "--device", "cpu")
+    assert "--quick needs --config" in fails(report, tmp_path, "--quick")
+    for twice in (["--run-dir", tmp_path], ["--config", tmp_path]):
+        assert "more than one run is given" in fails(report, tmp_path, *twice)
+    assert "unrecognized arguments: --bogus" in fails(report, tmp_path, "--bogus")
+
+
+def test_the_help_says_how_a_run_is_named_and_nothing_of_stage_4(capsys):
+    with pytest.raises(SystemExit):
+        run_main(report, "--help")
+    told = capsys.readouterr().out
+    assert set(re.findall(r"^  (?:-\w, )?(--[a-z-]+|[a-z]+)[ ,]", told, re.MULTILINE)) == {
+        *("run", "--help", "--quiet", "--verbose", "--config", "--quick", "--run-dir", "--dry-run")
+    }

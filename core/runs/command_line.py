@@ -118,6 +118,8 @@ class Parser(argparse.ArgumentParser):
         tokens = [_with_dashes(token) for token in argv]
         for before, token in zip(["", *tokens], tokens, strict=False):
             if not token or re.fullmatch("--[a-z-]+=", token, re.IGNORECASE):
+                if not token and not before.startswith("-"):
+                    self.error(f"the argument after {before} is empty" if before else "the first argument is empty")
                 self.error(f"argument {token.rstrip('=') or before}: it is empty")
         found = vars(self.parse_args(tokens))
         if chosen := [flag for flag in VERBOSITY if found.pop(flag.strip("-"))]:

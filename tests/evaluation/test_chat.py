@@ -55,6 +55,35 @@ def test_an_answer_is_that_of_transformers_in_the_chat_template(ask, models):
     assert ask(models["target"], "cost matrix").strip() == expected(models["target"], "cost matrix").strip()
 
 
+def test_an_answer_appears_while_it_is_made(models, capsys, monkeypatch):
+    """Every token goes to the streamer of transformers when it is made, and its words are printed then."""
+    from transformers import AutoTokenizer, TextStreamer
+
+    ids, printed = [], []
+
+    class Recorder(TextStreamer):
+        def put(self, value):
+            super().put(value)
+            ids.append(value.flatten())
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr("transformers.TextStreamer", Recorder)
+    chat.main([str(models["target"]), "cost matrix", "--max-new-tokens", "8"])
+    prompt, *answer = ids
+    told = expected(models["target"], "cost matrix")
+    assert len(prompt) > 1 and len(answer) == 8 and not printed[0]
+    assert AutoTokenizer.from_pretrained(models["target"]).decode(torch.cat(answer)) == told
+    before_the_end = "".join(printed)
+    assert before_the_end and told.startswith(before_the_end)
+    assert told.removeprefix(before_the_end).strip() == capsys.readouterr().out.strip()
+
+
+def test_answers_beside_each_other_are_not_streamed(models, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.TextStreamer.put", lambda *_: pytest.fail("an answer is streamed"))
+    chat.main([str(models["target"]), "cost", "--compare", str(models["source"]), "--max-new-tokens", "8"])
+    assert "│" in capsys.readouterr().out
+
+
 def test_a_model_without_a_template_continues_plain_text(ask, plain):
     told = expected(plain, "the plan of a model")
     assert ask(plain, "the plan of a model").strip() == told.strip()
@@ -104,7 +133,9 @@ def test_bad_input_is_refused(fails, models, fused, plans, tmp_path):
     assert "does not exist" in ask(models["target"], "--compare", tmp_path / "none")
     assert "max_new_tokens 0" in ask(models["target"], "--max-new-tokens", 0)
     assert "is not available here" in ask(models["target"], "--device", "cuda:99")
-    assert "it is empty" in fails(chat, models["target"], "")
+    assert f"the argument after {models['target']} is empty" in fails(chat, models["target"], "")
+    assert "the first argument is empty" in fails(chat, "", "cost")
+    assert "argument --device: it is empty" in fails(chat, models["target"], "--device", "")
     unfinished = shutil.copytree(fused, tmp_path / "fused")
     record = json.loads((unfinished / "manifest.json").read_text())
     (unfinished / "manifest.json").write_text(json.dumps({**record, "status": "incomplete"}))

@@ -56,7 +56,7 @@ INPUTS = (
     *("group_column", "calibration_samples", "sft_samples", "general_share", "general_subset", "general_file"),
 )
 # What the estimates leave out.
-NOT_ESTIMATED = "loading and saving models, fusing, making controls and drawing, some minutes for models below 1B"
+NOT_ESTIMATED = "  loading and saving models, fusing, making controls, drawing (some minutes for models below 1B)"
 # A backward pass takes twice as long as the forward pass before it.
 TRAINING_PASSES = 3
 # How many controls there are for each value of `controls`.
@@ -136,8 +136,8 @@ def overview(command: Command, seeds: Sequence[int]) -> str:
         lines.append("A dry run: the stages check their inputs, no model is fetched, and none of this is made")
     pair = None
     if "before_fetch" in command.modes:
-        lines.append(f"First, {' and '.join(models_not_here(experiment))} will be fetched; the demo pair takes 3 GB")
-        lines.append("How long the rest takes is said after that")
+        lines.append(f"First, {' and '.join(models_not_here(experiment))} will be fetched")
+        lines.append("The demo pair takes 3 GB; how long the rest takes is said after that")
     else:
         try:
             pair = (
@@ -154,7 +154,7 @@ def overview(command: Command, seeds: Sequence[int]) -> str:
     if any(step.finished for step in todo):
         lines.append("What is finished is kept, unless the models or the texts that it is made from have changed")
     if total:
-        lines.append(f"In all about {duration(total)} on this machine, and on top of that {NOT_ESTIMATED}")
+        lines += [f"In all about {duration(total)} on this machine. Not estimated, and on top of that:", NOT_ESTIMATED]
     return "\n".join([*lines, f"Log: {experiment.run_dir / 'log.txt'}"])
 
 

@@ -121,7 +121,8 @@ def setup_logging() -> None:
     Progress.quiet = False
     _early.append(MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False))
     _add_handler(_early[0])
-    log.info("command: %s", shlex.join(sys.argv), **KEPT)
+    first = {"name": log.name, "levelno": logging.INFO, "msg": f"command: {shlex.join(sys.argv)}"}
+    _early[0].handle(logging.makeLogRecord(first))  # for the file alone
 
 
 def set_verbosity(quiet: bool, verbose: bool) -> None:

@@ -181,7 +181,7 @@ def test_what_is_finished_is_named_and_the_rest_estimated(told, start):
     assert notes["results.json"].startswith("begun already, and goes on; at most about ")
     (start.folder / "runs/small/report.html").touch()
     assert told()[0]["report.html"] == notes["report.html"] == "not estimated"  # it is drawn in any case
-    assert re.search(r"^In all about [\d.]+ s on this machine, and on top of that ", shown, re.MULTILINE)
+    assert re.search(r"^In all about [\d.]+ s on this machine\. .*\n  loading and saving", shown, re.MULTILINE)
     assert "is kept, unless" in shown
 
 

@@ -14,6 +14,8 @@ from scripts import write_stages_page
 
 def test_without_a_terminal_a_step_says_seldom_how_far_it_is(caplog, capfd, monkeypatch):
     caplog.set_level(logging.INFO)
+    # The screen of a command that an earlier test has called is closed by now.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
     clock = iter(range(0, 10_000, 7))
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
     list(Progress(range(40), desc="plans", unit="pairs"))

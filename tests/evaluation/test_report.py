@@ -17,6 +17,7 @@ from core.models.checkpoints import open_checkpoint
 from evaluation.pages.facts import command_of, settings_table
 from evaluation.pages.paths import without_paths
 from evaluation.pages.run_files import RunFiles
+from evaluation.pages.verdict import further_sentences, headline
 
 
 def test_layer_plans_in_the_file_are_those_of_stage_1(reported):
@@ -113,6 +114,15 @@ def test_the_page_is_one_file_that_a_parser_accepts(reported):
     assert len(drawings) > 20 and all(one["role"] == "img" and one["aria-label"] for one in drawings)
     assert len(text) < 3e6
     assert {path.suffix for path in (reported / "report").iterdir()} == {".png", ".svg", ".csv"}
+
+
+def test_the_tables_sentences_stand_below_the_figure_and_above_the_arms(reported):
+    files = RunFiles.read(reported)
+    words = Page((reported / "report.html").read_text("utf-8")).words
+    told = [words.index(sentence) for sentence in further_sentences(files.results, files.trials)]
+    figure = next(number for number, text in enumerate(words) if text.startswith("Loss of every arm minus"))
+    assert told and told == sorted(told) and figure < told[0] and told[-1] < words.index("All arms")
+    assert words.index(headline(files.results)) < figure
 
 
 def test_the_default_pair_is_there_without_scripts(reported):

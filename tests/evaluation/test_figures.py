@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 
 from core.fusion.controls import CONTROLS
+from evaluation.arms.control_residuals import FUSED_LEARNED
 from evaluation.arms.run import TRAINED
 from evaluation.arms.verdict import statistics
 from evaluation.figures import benchmarks, forest, layer_plans, mass, pairs, sensitivity, theme, transported
@@ -57,11 +58,19 @@ def test_bits_per_byte_have_the_source_as_a_line():
 
 def test_the_source_and_every_training_have_a_look_of_their_own():
     """As in the figures that tell arms apart by colour (`theme.series_of`)."""
-    looks = {arm: forest.look_of(arm, forest.kind_of(arm)) for arm in ("base", "fused", *TRAINED, "source", "self")}
+    arms = ("base", "fused", FUSED_LEARNED, *TRAINED, "source", "self")
+    looks = {arm: forest.look_of(arm, forest.kind_of(arm)) for arm in arms}
     assert len(set(looks.values())) == len(looks) and looks["source"] == (theme.colour("gold"), "v")
     for arm in TRAINED:
         series = theme.series_of(arm)
         assert looks[arm] == (series["color"], series["marker"])
+
+
+def test_learned_strengths_are_no_arm_of_another_kind_and_the_caption_says_what_they_are():
+    found = {"nll": 3.0, "diff": -0.1, "ci95": [-0.2, -0.05]}
+    without, with_it = (forest.losses(dict.fromkeys(arms, found)) for arms in (("base",), ("base", FUSED_LEARNED)))
+    assert lines_of(with_it)[1]["kind"] == "learned"
+    assert FUSED_LEARNED in with_it.caption and FUSED_LEARNED not in without.caption
 
 
 def test_a_bad_plan_is_bad_and_the_rank_correlation_is_that_of_the_path():

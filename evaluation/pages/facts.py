@@ -51,10 +51,12 @@ def data_table(files: RunFiles) -> Table:
 
 
 def settings_table(files: RunFiles) -> Table:
-    """The settings that differ from the defaults, as the stages resolved them."""
+    """The settings that differ from the defaults, as the stages resolved them. Where stages had another value of the
+    same setting, that of the earliest stage is shown."""
     used: dict[str, Any] = {}
     folders = [files.plans.folder] if files.plans else []
     folders += [files.folder / "fused", *(found.folder for found in files.trainings.values())]
+    folders += [files.folder] if files.results else []
     for folder in folders:
         path = folder / RESOLVED
         if path.is_file():

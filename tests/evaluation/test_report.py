@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from core.models.checkpoints import open_checkpoint
 from evaluation.pages.facts import command_of, settings_table
 from evaluation.pages.paths import without_paths
-from evaluation.pages.run_files import RunFiles
+from evaluation.pages.run_files import RunFiles, config_of
 from evaluation.pages.verdict import further_sentences, headline
 
 
@@ -165,7 +166,29 @@ def test_the_home_folder_and_its_owner_are_taken_out_even_with_spaces(monkeypatc
     told = without_paths("at:/home/Ann Lee/x y; /big disk/m/org/name is by annlee in /r s/demo/z, not annlees")
     assert told == "at:x y; name is by (user) in z, not annlees"
     line = {"command": ["/a b/evaluation/report.py", "/other disk/my run/demo", "--run-dir=/o d/r"]}
-    assert command_of(line) == "python evaluation/report.py demo --run-dir=r"
+    assert command_of(line, Path("demo")) == "python evaluation/report.py demo --run-dir=r"
+
+
+def test_commands_are_shown_as_the_repository_takes_them_again(monkeypatch, tmp_path):
+    """Of the scripts' ones, run_pipeline.sh makes paths absolute, and run_train_final.sh hands over a file that it
+    removes; the copy in the run is told where it lies."""
+    run = tmp_path / "results/two words"
+    run.mkdir(parents=True)
+
+    def told(*arguments):
+        return command_of({"command": ["run_activs_and_hot.py", *map(str, arguments)]}, run)
+
+    yours = "scripts/experiments/yours.yaml"
+    assert told("--config", ROOT / yours, "--quick") == f"python run_activs_and_hot.py --config {yours} --quick"
+    assert told(f"--hot-dir={ROOT}/runs/a b/plans") == "python run_activs_and_hot.py --hot-dir='runs/a b/plans'"
+    gone = f"{tmp_path}/work/two words/experiment.yaml"
+    assert told("--config", gone) == "python run_activs_and_hot.py --config experiment.yaml"
+    (run / "experiment.yaml").write_text("task: malay\n")
+    for config in (told("--config", gone).partition(".py ")[2], config_of(run)):
+        assert config == "--config RUN/experiment.yaml"
+    monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(run.parent))
+    for config in (told("--config", gone).partition(".py ")[2], config_of(run)):
+        assert config == "--config \"$TRANSPORT_RESULTS_ROOT\"/'two words/experiment.yaml'"
 
 
 def test_help_waits_for_no_drawing():

@@ -13,6 +13,7 @@ from core.runs.usage import USAGE
 from evaluation.arms.run import RESULTS
 from evaluation.arms.samples import SAMPLES
 from evaluation.figures import benchmarks
+from evaluation.figures.figure import remove_others
 from evaluation.pages.benchmark_scores import benchmark_sets
 from evaluation.pages.report_page import FIGURES, REPORT, Section, described, environment, write_report
 from evaluation.pages.run_files import UNREADABLE, RunFiles, is_run
@@ -58,6 +59,7 @@ def write_index(folder: Path) -> Path:
     template = environment().get_template("index.html.jinja")
     text = template.render(rows=rows, arms=INDEX_ARMS, report=REPORT, section=section, figures_folder=FIGURES)
     write_text(folder / REPORT, text)
+    remove_others(folder / FIGURES, [scale.name] if scale else [])
     return folder / REPORT
 
 

@@ -18,7 +18,7 @@ from core.fusion.residual_file import read_selection
 from core.manifest import COMMANDS
 from evaluation.figures import benchmarks, forest
 from evaluation.figures.curves import loss_curves
-from evaluation.figures.figure import Figure
+from evaluation.figures.figure import Figure, remove_others
 from evaluation.figures.layer_plans import layer_plans
 from evaluation.figures.mass import top_k_mass
 from evaluation.figures.neuron_plans import default_pair, neuron_plan, picker_data
@@ -124,7 +124,7 @@ def fusion_figures(files: RunFiles) -> Iterator[Figure]:
 
 
 def write_report(folder: Path) -> Path:
-    """Write a run's report, and its figures as files beside it.
+    """Write a run's report, and its figures as files beside it, in place of those of an earlier report.
 
     Returns:
         The path of the page.
@@ -139,6 +139,7 @@ def write_report(folder: Path) -> Path:
         if section.figures:
             shown.append(section)
     write_text(folder / REPORT, page(files, shown))
+    remove_others(folder / FIGURES, [figure.name for section in shown for figure in section.figures])
     return folder / REPORT
 
 

@@ -181,6 +181,11 @@ def test_runs_that_differ_in_strength_alone_are_compared(run):
     rows = table(run, "by_strength")
     assert {(row["run"], row["alpha"]) for row in rows} == {("small", "0.1"), ("stronger", "0.2")}
     assert not (run / "report/by_source.csv").exists()
+    notes = run / "report/notes.csv"
+    notes.write_text("not of the report")
+    shutil.rmtree(other)
+    assert "Compared with other runs" not in page_of(run)
+    assert not list((run / "report").glob("by_strength.*")) and notes.is_file() and table(run, "losses")
 
 
 def changed(run, name, file, old, new):

@@ -85,15 +85,20 @@ def fusion_sections(files: RunFiles) -> Iterator[Section]:
 
 def other_sections(files: RunFiles) -> Iterator[Section]:
     """Other runs, benchmarks and trainings."""
-    strengths, sources = siblings(files)
-    compared = [by_strength(strengths)] if strengths else []
-    compared += [by_source(sources)] if sources else []
+    compared = comparisons(files)
     sets = {kind: found for kind, found in benchmark_sets(files.folder).items() if found["rows"]}
     scored = [benchmarks.scores(kind, found) for kind, found in sets.items()]
     scale = benchmarks.common_scale(sets)
     yield Section("runs", "Compared with other runs", compared)
     yield Section("benchmarks", "Benchmarks", [*scored, *([scale] if scale else [])])
     yield Section("training", "How the trainings went", [loss_curves(files.curves)] if files.curves else [])
+
+
+def comparisons(files: RunFiles) -> list[Figure]:
+    """The figures that compare a run with the runs beside it, as far as there are any to compare."""
+    strengths, sources = siblings(files)
+    compared = [by_strength(strengths)] if strengths else []
+    return [*compared, *([by_source(sources)] if sources else [])]
 
 
 def loss_figures(files: RunFiles) -> Iterator[Figure]:

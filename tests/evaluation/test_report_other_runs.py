@@ -11,6 +11,7 @@ from report_pages import Page, page_of, table
 from core.files import digest_of
 from evaluation import report
 from evaluation.pages.facts import facts
+from evaluation.pages.index_page import is_current
 from evaluation.pages.run_files import RunFiles
 from evaluation.pages.siblings import siblings
 
@@ -103,7 +104,6 @@ def test_texts_of_models_and_data_are_escaped(run):
         if "prompts" in record:
             record["prompts"][0] = record["texts"]["fused"]["continuations"][0] = evil
         if "arms" in record:
-            record["arms"] = {("no_hot" if arm == evil else arm): found for arm, found in record["arms"].items()}
             record["arms"][evil] = record["arms"]["self"]
         (run / name).write_text(json.dumps(record))
     text = page_of(run)
@@ -174,6 +174,7 @@ def test_a_folder_of_runs_gets_a_page_that_lists_them(run, capsys):
 
 
 def test_runs_that_differ_in_strength_alone_are_compared(run):
+    shutil.rmtree(run / "plans")  # whose figures take long to draw
     other = shutil.copytree(run, run.with_name("stronger"))
     path = other / "fused/manifest.json"
     path.write_text(path.read_text().replace('"alpha": 0.1', '"alpha": 0.2'))
@@ -186,6 +187,18 @@ def test_runs_that_differ_in_strength_alone_are_compared(run):
     shutil.rmtree(other)
     assert "Compared with other runs" not in page_of(run)
     assert not list((run / "report").glob("by_strength.*")) and notes.is_file() and table(run, "losses")
+
+
+def test_a_report_is_drawn_again_where_the_runs_beside_it_are_others_now(run):
+    shutil.rmtree(run / "plans")  # whose figures take long to draw
+    other = shutil.copytree(run, run.with_name("stronger"))
+    assert is_current(run)  # the other run differs in nothing
+    changed(run, "stronger", "fused/manifest.json", '"alpha": 0.1', '"alpha": 0.2')
+    run_main(report, run.parent)
+    for one in (run, other):
+        assert {row["run"] for row in table(one, "by_strength")} == {"small", "stronger"} and is_current(one)
+    shutil.rmtree(other)
+    assert not is_current(run)
 
 
 def changed(run, name, file, old, new):

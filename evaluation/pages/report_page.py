@@ -21,7 +21,7 @@ from evaluation.figures.curves import loss_curves
 from evaluation.figures.figure import Figure, remove_others
 from evaluation.figures.layer_plans import layer_plans
 from evaluation.figures.mass import top_k_mass
-from evaluation.figures.neuron_plans import default_pair, neuron_plan, picker_data
+from evaluation.figures.neuron_plans import default_pair, left_out, neuron_plan, picker_data
 from evaluation.figures.pairs import Pair, matched_pairs
 from evaluation.figures.sensitivity import by_source, by_strength
 from evaluation.figures.theme import PANEL, css_variables
@@ -73,7 +73,8 @@ def plan_sections(files: RunFiles) -> Iterator[Section]:
     if files.plans is not None:
         yield Section("layers", "Which layers correspond?", [layer_plans(files.plans)])
         pairs = list(matched_pairs(files.plans))
-        yield Section("neurons", "Which neurons correspond?", [neuron_plan(default_pair(pairs))], pairs)
+        shown = neuron_plan(default_pair(pairs), left_out(pairs, files.plans.shape[0]))
+        yield Section("neurons", "Which neurons correspond?", [shown], pairs)
         yield Section("mass", "How concentrated are the plans?", [top_k_mass(pairs)])
 
 

@@ -234,6 +234,12 @@ def test_a_reader_can_pick_side_and_layer(reported):
 
 
 @needs_browser
-def test_the_page_can_be_printed(reported, tmp_path):
+def test_the_print_has_every_heading_table_and_drawing_of_the_page(reported, tmp_path):
+    """The PDF that Chromium prints says of each element what it is, for readers who do not see it."""
     chromium(f"--print-to-pdf={tmp_path}/report.pdf", (reported / "report.html").as_uri())
-    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    printed = re.findall(rb"/S /(\w+)", (tmp_path / "report.pdf").read_bytes())
+    tags = [tag for tag, _ in Page((reported / "report.html").read_text("utf-8")).tags]
+    for kind, tag in {b"H1": "h1", b"H2": "h2", b"H3": "h3", b"H4": "h4", b"Table": "table"}.items():
+        assert printed.count(kind) == tags.count(tag) > 0, tag
+    assert printed.count(b"Figure") == tags.count("figure") + tags.count("svg") > 20
+    assert b"Form" not in printed  # the picker, which paper cannot have

@@ -10,6 +10,7 @@ from report_pages import Page, page_of, table
 
 from core.files import digest_of
 from evaluation import report
+from evaluation.arms.verdict import table as arm_table
 from evaluation.pages.facts import facts
 from evaluation.pages.index_page import is_current
 from evaluation.pages.run_files import RunFiles
@@ -166,6 +167,13 @@ def test_a_folder_of_runs_gets_a_page_that_lists_them(run, capsys):
     page = Page((run.parent / "report.html").read_text("utf-8"))
     assert {"small", "other <b>"} <= set(page.words) and "other%20%3Cb%3E/report.html" in page.addresses
     assert any("No verdict yet" in words for words in page.words)
+    found = json.loads((run / "results.json").read_text())
+    told = arm_table(found["arms"], found["held_out"]).splitlines()  # as stage 4 prints it
+    place = page.words.index("small")
+    verdict, *diffs = page.words[place + 1 : place + 5]
+    assert verdict in told and verdict.startswith(("Transfer: ", "No transfer shown"))
+    for arm, diff in zip(("fused", "no_hot", "fused_adapted"), diffs, strict=True):
+        assert diff in next(line for line in told if line.startswith(f"{arm} "))
     assert (other / "report.html").is_file() and str(run.parent / "report.html") in capsys.readouterr().out
     assert (run / "report.html").stat().st_mtime_ns == before  # it was current
     (run / "results.json").touch()

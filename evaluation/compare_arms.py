@@ -17,7 +17,7 @@ from core.errors import UserError, first_line
 from core.locks import hold, outputs_held
 from core.models.checkpoints import open_pair
 from core.runs.card import add_results, results_section
-from core.runs.command_line import Command, parse_command, unfinished
+from core.runs.command_line import Command, parse_command, save_resolved, unfinished
 from core.runs.plan_directory import PlanDirectory
 from core.runs.process import end_of_stage, log_to_file, run_command, setup_logging, show
 from core.runs.settings import Experiment
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
     log_to_file(command.log_file("run_dir", "."))
     results = Results(folder / RESULTS, inputs_of(run, sets, experiment), arms.made_from, sets)
     record = measured(arms, results, sets)
+    save_resolved(experiment, "e", folder)
     text = table(record["arms"], record["held_out"], record.get("arms_general"), record.get("general"))
     text = "\n".join([text, *strength_notes(record["strengths"]), *trial_notes(run.trials)])
     show(text)

@@ -80,9 +80,8 @@ class Arms:
         elif self.experiment.evaluation.controls != "all":
             found["random_source"] = "it takes minutes, with --controls all"
         if self.experiment.evaluation.controls == "few":
-            found |= dict.fromkeys(
-                [control for control in CONTROLS if control not in FEW], "few controls were asked for"
-            )
+            # What a run cannot have in any case, or lacks with the usual controls as well, keeps its own reason.
+            found = dict.fromkeys([one for one in CONTROLS if one not in FEW], "few controls were asked for") | found
         if self.source_base is not None:
             found["self"] = "the target has learned nothing over itself, so that this is base"
             found["random_source"] = "a model with fresh weights has learned nothing over the source's base"

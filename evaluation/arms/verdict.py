@@ -117,7 +117,7 @@ def sentences(
 
 def notes(counts: Mapping[str, Any]) -> list[str]:
     """Sentences on a set of texts: what was left out, what losses include, and how many groups intervals rest on."""
-    lines = [f"{arm} is left out: {why}." for arm, why in counts.get("absent", {}).items()]
+    lines = absent_notes(counts.get("absent", {}))
     if counts.get("left_out"):
         lines.append(f"{counts['left_out']} more texts have no token to score and are left out.")
     if counts.get("end_of_turn"):
@@ -127,6 +127,23 @@ def notes(counts: Mapping[str, Any]) -> list[str]:
         lines.append("All texts belong to one group: no interval can be given, and nothing can be shown.")
     elif groups < FEW_GROUPS:
         lines.append(f"The intervals rest on only {groups} groups and are rough.")
+    return lines
+
+
+def absent_notes(absent: Mapping[str, str]) -> list[str]:
+    """One sentence per reason why arms are left out, which names all arms that have it.
+
+    Args:
+        absent: arm -> why it could not be measured.
+    """
+    arms_of: dict[str, list[str]] = {}
+    for arm, why in absent.items():
+        arms_of.setdefault(why, []).append(arm)
+    lines = []
+    for why, arms in arms_of.items():
+        *others, last = arms
+        named = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+        lines.append(f"{named} left out: {why}.")
     return lines
 
 

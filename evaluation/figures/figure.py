@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ FILE_WIDTH = 12.0
 PNG_DPI = 90
 # Space around the axes of a small panel in inches: left, bottom, right, top.
 MARGINS = (0.5, 0.42, 0.1, 0.28)
+# The endings of a figure's files.
+ENDINGS = ("png", "svg", "csv")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,19 @@ class Figure:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([self.columns, *self.rows])
         return text.getvalue()
+
+
+def remove_others(folder: Path, kept: Collection[str]) -> None:
+    """Remove the files of figures that an earlier report left in `folder`; files that are no figure's stay.
+
+    Args:
+        kept: names of the figures that the report has now.
+    """
+    for path in folder.glob("*.csv"):
+        files = [path.with_name(f"{path.stem}.{ending}") for ending in ENDINGS]
+        if path.stem not in kept and all(file.is_file() for file in files):
+            for file in files:
+                file.unlink()
 
 
 def drawing(panels: Sequence[Panel]) -> Canvas:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from core.fusion.controls import CONTROLS
 from evaluation.arms.bits import SOURCE
+from evaluation.arms.control_residuals import FUSED_LEARNED
 from evaluation.arms.run import TRAINED
 from evaluation.figures.figure import Figure, Panel
 from evaluation.figures.theme import colour, series_of
@@ -18,6 +19,7 @@ from evaluation.figures.theme import colour, series_of
 KINDS = {
     "base": ("ink", "o"),
     "fused": ("blue", "D"),
+    "learned": ("sky", "P"),
     "control": ("grey", "o"),
     "source": ("gold", "v"),
     "other": ("muted", "x"),
@@ -38,9 +40,12 @@ class Line:
 
 
 def kind_of(arm: str) -> str:
-    """Whether an arm is the base, the fused model, the source, a training, a control, or something else."""
+    """Whether an arm is the base, the fused model (with learned strengths or not), the source, a training, a control,
+    or something else."""
     if arm in CONTROLS:
         return "control"
+    if arm == FUSED_LEARNED:
+        return "learned"
     return arm if arm in ("base", "fused", SOURCE) else "trained" if arm in TRAINED else "other"
 
 
@@ -82,6 +87,11 @@ def losses(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
         "intervals, small dots are single seeds. Transfer shows as a blue diamond left of the base and of all grey "
         "circles, the controls; where a grey circle lies as far left, the gain needs no knowledge of the source."
     )
+    if FUSED_LEARNED in arms:
+        caption += (
+            f" The light blue plus, {FUSED_LEARNED}, is the fused model with strengths that are learned, one per layer "
+            "and projection; no control here learns its own, so its lead over them is not shown to be transfer."
+        )
     return _forest(arms, "nll", "nats per token", "losses", "Loss on held-out texts", caption)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,20 @@ def default_pair(pairs: Sequence[Pair]) -> Pair:
     return first[len(first) // 2]
 
 
-def neuron_plan(pair: Pair) -> Figure:
-    """One plan with the scatter plots of its strongest matches."""
+def left_out(pairs: Sequence[Pair], layers: int) -> str:
+    """A sentence on the sides of which not all plans were read; empty where all were.
+
+    Args:
+        layers: number of the target's layers.
+    """
+    read = Counter(pair.side for pair in pairs)
+    told = [f"{side} {count} of {layers}" for side, count in read.items() if count < layers]
+    why = "Of large layers not all plans are read, because that would take long; those that are lie at equal distances"
+    return f" {why}: {', '.join(told)} target layers." if told else ""
+
+
+def neuron_plan(pair: Pair, note: str = "") -> Figure:
+    """One plan with the scatter plots of its strongest matches; `note` ends the caption."""
     where = f"{pair.side}, target layer {pair.target_layer}, source layer {pair.source_layer}"
     n, m = pair.shape
     panels = [
@@ -51,7 +64,7 @@ def neuron_plan(pair: Pair) -> Figure:
         for one in pair.matches
     ]
     columns = ("side", "target_layer", "source_layer", "target_neuron", "source_neuron", "correlation", "share")
-    return Figure("neuron_plan", "Which neurons correspond", CAPTION, panels, columns, rows)
+    return Figure("neuron_plan", "Which neurons correspond", CAPTION + note, panels, columns, rows)
 
 
 def draw_blocks(axes: Axes, blocks: Tensor, title: str) -> None:

@@ -21,8 +21,9 @@ MATCHES = 8
 SCATTERS = 3
 POINTS = 120
 # Multiply-adds of all correlations together, T n m per pair. Where all matched pairs cost more, layers are left out at
-# equal distances, so that the report of large models takes minutes and not hours.
-WORK = 4e11
+# equal distances, so that the report of large models takes minutes and not hours. It is enough for all layers of the
+# demo pair with all seven projections.
+WORK = 6e11
 # At how many k the mass is told.
 MASS_STEPS = 48
 

@@ -12,6 +12,9 @@ from evaluation.figures.figure import Figure, Panel
 from evaluation.figures.forest import Line, ends, panel_of
 from evaluation.figures.theme import WIDE, colour, series_of
 
+# Names of the figures that depend on other runs.
+BY_STRENGTH, BY_SOURCE = "by_strength", "by_source"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -45,7 +48,7 @@ def by_strength(points: Sequence[Point]) -> Figure:
         "the intervals; a curve that only rises means that more of the source only does more damage."
     )
     title = "How the gain depends on the strength"
-    return Figure("by_strength", title, caption, panels, _columns("alpha"), _rows(points, "alpha"))
+    return Figure(BY_STRENGTH, title, caption, panels, _columns("alpha"), _rows(points, "alpha"))
 
 
 def _losses(axes: Axes, points: Sequence[Point], arms: Sequence[str]) -> None:
@@ -81,7 +84,7 @@ def by_source(points: Sequence[Point]) -> Figure:
     )
     alt = "; ".join(f"{line.name} {line.diff:+.4f}" for line in lines)
     panel, title = panel_of(lines, "nats per token", alt), "How the gain depends on the source"
-    return Figure("by_source", title, caption, [panel], _columns("source"), _rows(points, "source"))
+    return Figure(BY_SOURCE, title, caption, [panel], _columns("source"), _rows(points, "source"))
 
 
 def _columns(varied: str) -> tuple[str, ...]:

@@ -65,6 +65,7 @@ def style() -> dict[str, Any]:
     return {
         "svg.fonttype": "none",  # text stays text, so that it can be read aloud, searched and selected
         "svg.hashsalt": "transport-and-merge",  # the same figure has the same bytes
+        "text.parse_math": False,  # names of models and runs are no formulas, whatever dollar signs they have
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 8,

@@ -51,7 +51,9 @@ def transported(lines: Sequence[Mapping[str, Any]], alpha: Strength) -> Figure:
         for line in lines
     ]
     columns = ("layer", "projection", "selected", *FIGURES)
-    panels = [_panel(title, rows, columns.index(name)) for name, title in FIGURES.items()]
+    projections = list(dict.fromkeys(line["projection"] for line in lines))
+    panels = [_panel(title, rows, columns.index(name), projections) for name, title in FIGURES.items()]
+    panels.append(_legend(projections))
     caption = (
         "One line per projection, from the first target layer to the last. With the map regression, |W~| / |W| "
         "should be of the order of 1 and the explained variance clearly above 0: the source then predicts what the "
@@ -61,29 +63,39 @@ def transported(lines: Sequence[Mapping[str, Any]], alpha: Strength) -> Figure:
     return Figure("transported_weights", "What was transported into each layer", caption, panels, columns, rows)
 
 
-def _panel(title: str, rows: Sequence[Sequence[Any]], column: int) -> Panel:
+def _panel(title: str, rows: Sequence[Sequence[Any]], column: int, projections: Sequence[str]) -> Panel:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row[column] is not None:
             lines.setdefault(row[1], []).append((row[0], row[column]))
     means = "; ".join(f"{name} {np.mean([value for _, value in line]):.3g}" for name, line in lines.items())
     alt = f"{title}, mean over layers: {means}" if lines else f"{title}: not measured"
-    return Panel(lambda axes: draw(axes, title, lines), alt, PANEL, measured=True)
+    return Panel(lambda axes: draw(axes, title, lines, projections), alt, PANEL, measured=True)
 
 
-def draw(axes: Axes, title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """One figure: projection -> (layer, value)."""
-    for number, (projection, line) in enumerate(lines.items()):
-        axes.plot(*zip(*line, strict=True), label=projection, **series(number))
+def draw(axes: Axes, title: str, lines: Mapping[str, Sequence[tuple[int, float]]], projections: Sequence[str]) -> None:
+    """One figure: projection -> (layer, value). The place of a projection in `projections` decides its look."""
+    for projection, line in lines.items():
+        axes.plot(*zip(*line, strict=True), label=projection, **series(projections.index(projection)))
     axes.set(title=title, xlabel="target layer")
     whole_numbers(axes.xaxis)
     axes.grid(axis="y")
     if title == FIGURES["strength"] and axes.get_ylim()[0] > 0:
         axes.set_ylim(bottom=0)
-    if lines:
-        axes.legend(ncols=4, loc="best", handlelength=1.4, columnspacing=0.9)
-    else:
+    if not lines:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+
+
+def _legend(projections: Sequence[str]) -> Panel:
+    """The legend of all figures as a panel of its own, so that it lies on no curve, however many projections."""
+
+    def draw_legend(axes: Axes) -> None:
+        for number, projection in enumerate(projections):
+            axes.plot([], [], label=projection, **series(number))
+        axes.set_axis_off()
+        axes.legend(loc="upper left", title="projection", alignment="left")
+
+    return Panel(draw_legend, f"Legend: {', '.join(projections)}", PANEL, measured=True)
 
 
 def selected(index: Mapping[tuple[int, str], Tensor], sizes: Mapping[str, int]) -> Figure:

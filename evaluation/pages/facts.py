@@ -10,16 +10,16 @@ from typing import Any
 
 import yaml
 
-from core.runs.command_line import RESOLVED
+from core.runs.command_line import RESOLVED, RUN_FILE
 from core.runs.licences import licence_text
 from core.runs.settings import all_settings
 from core.runs.usage import read_usage
-from evaluation.pages.paths import without_paths
-from evaluation.pages.run_files import RunFiles
+from evaluation.pages.paths import place_of, without_paths
+from evaluation.pages.run_files import RunFiles, own_config
 
 Table = list[list[str]]
-# The folders of an argument that is a path, after its flag.
-_PATH = re.compile(r"^((?:--[\w-]+=)?)~?/.*/")
+# The flag that an argument may begin with, and the folders of a path.
+_FLAG, _PATH = re.compile(r"--[\w-]+="), re.compile(r"^~?/.*/")
 
 
 def models_table(files: RunFiles) -> Table:
@@ -51,10 +51,12 @@ def data_table(files: RunFiles) -> Table:
 
 
 def settings_table(files: RunFiles) -> Table:
-    """The settings that differ from the defaults, as the stages resolved them."""
+    """The settings that differ from the defaults, as the stages resolved them. Where stages had another value of the
+    same setting, that of the earliest stage is shown."""
     used: dict[str, Any] = {}
     folders = [files.plans.folder] if files.plans else []
     folders += [files.folder / "fused", *(found.folder for found in files.trainings.values())]
+    folders += [files.folder] if files.results else []
     for folder in folders:
         path = folder / RESOLVED
         if path.is_file():
@@ -87,12 +89,12 @@ def versions(files: RunFiles) -> str:
     return f"{libraries}; commit {record['commit'] or 'not recorded'}"
 
 
-def usage_table(usage: Sequence[Mapping[str, Any]]) -> Table:
+def usage_table(usage: Sequence[Mapping[str, Any]], run: Path) -> Table:
     """What every command took; several starts of one command are one line."""
     rows = [["command", "starts", "time, all starts", "peak memory", "last outcome"]]
     by_command: dict[str, list[Mapping[str, Any]]] = {}
     for line in usage:
-        by_command.setdefault(command_of(line), []).append(line)
+        by_command.setdefault(command_of(line, run), []).append(line)
     for command, lines in by_command.items():
         seconds = sum(line["seconds"] for line in lines)
         memory = max(line["peak_memory_bytes"] for line in lines) / 2**30
@@ -101,15 +103,30 @@ def usage_table(usage: Sequence[Mapping[str, Any]]) -> Table:
     return rows
 
 
-def command_of(line: Mapping[str, Any]) -> str:
-    """A command as it can be typed again, without the folders of this machine."""
+def command_of(line: Mapping[str, Any], run: Path) -> str:
+    """A command as it can be typed again in the repository, without the folders of this machine."""
     script, *arguments = line["command"]
     parts = Path(script).parts
     # core/... and evaluation/... keep their folder, run_activs_and_hot.py has none.
     start = max((number for number, part in enumerate(parts) if part in ("core", "evaluation")), default=-1)
+    name = shlex.quote("/".join(parts[start:]))
+    return " ".join(["python", name, *(shown_argument(argument, run) for argument in arguments)])
+
+
+def shown_argument(argument: str, run: Path) -> str:
+    """An argument of a command, quoted for the shell.
+
+    A path in the repository or in the folder of results is shown from there, any other path by its last part. The
+    experiment file that scripts/run_train_final.sh hands to the stages is gone after it; the run has a copy.
+    """
+    found = _FLAG.match(argument)
+    flag = found[0] if found else ""
+    path = argument.removeprefix(flag)
+    place = place_of(Path(path)) if path.startswith("/") else None
+    if place is None and Path(path).name == RUN_FILE and (run / RUN_FILE).is_file():
+        place = own_config(run)
     # A whole argument may be a path with spaces.
-    shown = [without_paths(_PATH.sub(r"\1", argument)) for argument in arguments]
-    return "python " + shlex.join(["/".join(parts[start:]), *shown])
+    return flag + (place or shlex.quote(without_paths(_PATH.sub("", path))))
 
 
 def duration(seconds: float) -> str:
@@ -133,7 +150,7 @@ def facts(files: RunFiles) -> dict[str, Any]:
                 ("Models", models_table(files)),
                 ("Data", data_table(files)),
                 ("Settings that differ from the defaults", settings_table(files)),
-                ("Commands, time and memory", usage_table(usage)),
+                ("Commands, time and memory", usage_table(usage, files.folder)),
             )
             if len(rows) > 1
         ],

@@ -13,16 +13,26 @@ from core.runs.usage import USAGE
 from evaluation.arms.run import RESULTS
 from evaluation.arms.samples import SAMPLES
 from evaluation.figures import benchmarks
+from evaluation.figures.figure import remove_others
+from evaluation.figures.sensitivity import BY_SOURCE, BY_STRENGTH
 from evaluation.pages.benchmark_scores import benchmark_sets
-from evaluation.pages.report_page import FIGURES, REPORT, Section, described, environment, write_report
+from evaluation.pages.report_page import FIGURES, REPORT, Section, comparisons, described, environment, write_report
 from evaluation.pages.run_files import UNREADABLE, RunFiles, is_run
 from evaluation.pages.verdict import headline
 from evaluation.significance import interval
 
 log = logging.getLogger(__name__)
 INDEX_ARMS = ("fused", "no_hot", "fused_adapted")
-# The files that say when a run has changed.
-CHANGING = (RESULTS, SAMPLES, USAGE, f"*/{MANIFEST}", f"adapted/*/*/{MANIFEST}", "benchmarks/*/*/*.json")
+# The files that say when a run has changed, and those of its figures, which are written before the page.
+CHANGING = (
+    RESULTS,
+    SAMPLES,
+    USAGE,
+    f"*/{MANIFEST}",
+    f"adapted/*/*/{MANIFEST}",
+    "benchmarks/*/*/*.json",
+    f"{FIGURES}/*.csv",
+)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -58,14 +68,33 @@ def write_index(folder: Path) -> Path:
     template = environment().get_template("index.html.jinja")
     text = template.render(rows=rows, arms=INDEX_ARMS, report=REPORT, section=section, figures_folder=FIGURES)
     write_text(folder / REPORT, text)
+    remove_others(folder / FIGURES, [scale.name] if scale else [])
     return folder / REPORT
 
 
 def is_current(run: Path) -> bool:
-    """Whether a run has a report that is newer than all that it shows."""
+    """Whether a run has a report that is newer than all that it shows of the run, and shows the runs beside it as they
+    are now."""
     report = run / REPORT
     changed = [path.stat().st_mtime_ns for pattern in CHANGING for path in run.glob(pattern)]
-    return report.is_file() and report.stat().st_mtime_ns >= max(changed, default=0)
+    if not report.is_file() or report.stat().st_mtime_ns < max(changed, default=0):
+        return False
+    return compared_now(run) == compared_before(run)
+
+
+def compared_now(run: Path) -> dict[str, str] | None:
+    """The comparisons with other runs that a report would have now, figure -> its numbers; None where one cannot be
+    made, which the report says in its own words."""
+    try:
+        return {figure.name: figure.csv() for figure in comparisons(RunFiles.read(run))}
+    except UNREADABLE:
+        return None
+
+
+def compared_before(run: Path) -> dict[str, str]:
+    """The same of the report that is there."""
+    files = {name: run / FIGURES / f"{name}.csv" for name in (BY_STRENGTH, BY_SOURCE)}
+    return {name: path.read_text("utf-8") for name, path in files.items() if path.is_file()}
 
 
 def diffs_of(files: RunFiles) -> list[str]:

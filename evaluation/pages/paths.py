@@ -1,11 +1,14 @@
-"""What a page may not show: where things lie on the machine that made it, and tokens."""
+"""What a page may not show: where things lie on the machine that made it, and tokens. How it shows paths instead."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from getpass import getuser
 from pathlib import Path
+
+from core.runs.command_line import REPOSITORY
 
 # The folders of an absolute path, or of one below the home folder, or of a file: address; a slash after a letter, a
 # colon or another slash belongs to an id of the hub or to an address. In quotes a path may have spaces.
@@ -21,6 +24,19 @@ def without_paths(text: str) -> str:
         text = re.sub(re.escape(root) + r"(?![\w-])", "~", text)
     text = re.sub(rf"\b{re.escape(user())}\b", "(user)", _FOLDERS.sub("", _QUOTED.sub("", text)))
     return _TOKEN.sub("hf_(token)", text.replace(":~/", ":"))
+
+
+def place_of(path: Path) -> str | None:
+    """An absolute path as a command that is started in the repository takes it on any machine, quoted for the shell:
+    from the repository on, or from $TRANSPORT_RESULTS_ROOT on; None for a path elsewhere."""
+    results = os.environ.get("TRANSPORT_RESULTS_ROOT")
+    for found in (path, path.resolve()):
+        if found.is_relative_to(REPOSITORY):
+            return shlex.quote(without_paths(str(found.relative_to(REPOSITORY))))
+        if results and found.is_relative_to(Path(results).absolute()):
+            inside = without_paths(str(found.relative_to(Path(results).absolute())))
+            return f'"$TRANSPORT_RESULTS_ROOT"/{shlex.quote(inside)}'
+    return None
 
 
 def known_folders() -> list[str]:

@@ -19,10 +19,10 @@ from core.manifest import COMMANDS
 from core.progress import Progress
 from evaluation.figures import benchmarks, forest
 from evaluation.figures.curves import loss_curves
-from evaluation.figures.figure import Figure
+from evaluation.figures.figure import Figure, remove_others
 from evaluation.figures.layer_plans import layer_plans
 from evaluation.figures.mass import top_k_mass
-from evaluation.figures.neuron_plans import default_pair, neuron_plan, picker_data
+from evaluation.figures.neuron_plans import default_pair, left_out, neuron_plan, picker_data
 from evaluation.figures.pairs import Pair, matched_pairs
 from evaluation.figures.sensitivity import by_source, by_strength
 from evaluation.figures.theme import PANEL, css_variables
@@ -74,7 +74,8 @@ def plan_sections(files: RunFiles) -> Iterator[Section]:
     if files.plans is not None:
         yield Section("layers", "Which layers correspond?", [layer_plans(files.plans)])
         pairs = list(matched_pairs(files.plans))
-        yield Section("neurons", "Which neurons correspond?", [neuron_plan(default_pair(pairs))], pairs)
+        shown = neuron_plan(default_pair(pairs), left_out(pairs, files.plans.shape[0]))
+        yield Section("neurons", "Which neurons correspond?", [shown], pairs)
         yield Section("mass", "How concentrated are the plans?", [top_k_mass(pairs)])
 
 
@@ -86,15 +87,20 @@ def fusion_sections(files: RunFiles) -> Iterator[Section]:
 
 def other_sections(files: RunFiles) -> Iterator[Section]:
     """Other runs, benchmarks and trainings."""
-    strengths, sources = siblings(files)
-    compared = [by_strength(strengths)] if strengths else []
-    compared += [by_source(sources)] if sources else []
+    compared = comparisons(files)
     sets = {kind: found for kind, found in benchmark_sets(files.folder).items() if found["rows"]}
     scored = [benchmarks.scores(kind, found) for kind, found in sets.items()]
     scale = benchmarks.common_scale(sets)
     yield Section("runs", "Compared with other runs", compared)
     yield Section("benchmarks", "Benchmarks", [*scored, *([scale] if scale else [])])
     yield Section("training", "How the trainings went", [loss_curves(files.curves)] if files.curves else [])
+
+
+def comparisons(files: RunFiles) -> list[Figure]:
+    """The figures that compare a run with the runs beside it, as far as there are any to compare."""
+    strengths, sources = siblings(files)
+    compared = [by_strength(strengths)] if strengths else []
+    return [*compared, *([by_source(sources)] if sources else [])]
 
 
 def loss_figures(files: RunFiles) -> Iterator[Figure]:
@@ -125,7 +131,7 @@ def fusion_figures(files: RunFiles) -> Iterator[Figure]:
 
 
 def write_report(folder: Path) -> Path:
-    """Write a run's report, and its figures as files beside it.
+    """Write a run's report, and its figures as files beside it, in place of those of an earlier report.
 
     Returns:
         The path of the page.
@@ -138,6 +144,7 @@ def write_report(folder: Path) -> Path:
     for figure in Progress(figures, desc=f"figures of {folder.resolve().name}", unit="figures"):
         figure.save(folder / FIGURES)
     write_text(folder / REPORT, page(files, shown))
+    remove_others(folder / FIGURES, [figure.name for section in shown for figure in section.figures])
     return folder / REPORT
 
 

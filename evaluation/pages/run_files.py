@@ -18,7 +18,7 @@ from core.runs.plan_directory import PlanDirectory
 from core.training.curve import CURVE
 from evaluation.arms.run import RESULTS, TRAINED, training_folders
 from evaluation.arms.samples import SAMPLES
-from evaluation.pages.paths import without_paths
+from evaluation.pages.paths import place_of, without_paths
 from evaluation.tables.current import check_losses
 
 # What reading a file raises that is missing or damaged.
@@ -174,8 +174,13 @@ def config_of(run: Path) -> str:
     """The flags that give a stage the settings of a run: the experiment file that lies in it, or the one of the
     project with its name, or one that the reader has to name."""
     if (run / RUN_FILE).is_file():
-        return f"--config {run.parent.name}/{run.name}/{RUN_FILE}"
+        return f"--config {own_config(run)}"
     name = run.name.removesuffix("-quick")
     if (EXPERIMENTS / f"{name}.yaml").is_file():
         return f"--config scripts/experiments/{name}.yaml" + (" --quick" if run.name != name else "")
     return "--config YOURS.yaml"
+
+
+def own_config(run: Path) -> str:
+    """The experiment file that lies in a run, as a command takes it; RUN stands for a folder that cannot be named."""
+    return place_of((run / RUN_FILE).absolute()) or f"RUN/{RUN_FILE}"

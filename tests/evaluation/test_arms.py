@@ -85,5 +85,7 @@ def test_a_control_that_a_run_cannot_have_is_no_arm(tmp_path, layers, feature_ma
     run = Run(tmp_path, SimpleNamespace(shape=(layers, 4)), fused, {})
     arms = Arms(run, None, SimpleNamespace(identity={"weights": "w"}), Experiment.of(controls=controls))
     assert sorted(arms.absent) == sorted(absent)
+    if controls != "all":  # the usual controls lack it as well
+        assert arms.absent["random_source"] == "it takes minutes, with --controls all"
     kept = [control for control in CONTROLS if control not in absent]
     assert list(arms.made_from) == ["base", *kept, "fused", "source"]

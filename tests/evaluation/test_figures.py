@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
 
 from core.fusion.controls import CONTROLS
+from evaluation.arms.control_residuals import FUSED_LEARNED
 from evaluation.arms.run import TRAINED
 from evaluation.arms.verdict import statistics
-from evaluation.figures import benchmarks, forest, layer_plans, mass, pairs, sensitivity, theme, transported
+from evaluation.figures import (
+    benchmarks,
+    forest,
+    layer_plans,
+    mass,
+    neuron_plans,
+    pairs,
+    sensitivity,
+    theme,
+    transported,
+)
 from evaluation.figures.figure import Figure, Panel, inline_svg
 from evaluation.significance import normalised
 from evaluation.tables import rows
@@ -57,11 +69,19 @@ def test_bits_per_byte_have_the_source_as_a_line():
 
 def test_the_source_and_every_training_have_a_look_of_their_own():
     """As in the figures that tell arms apart by colour (`theme.series_of`)."""
-    looks = {arm: forest.look_of(arm, forest.kind_of(arm)) for arm in ("base", "fused", *TRAINED, "source", "self")}
+    arms = ("base", "fused", FUSED_LEARNED, *TRAINED, "source", "self")
+    looks = {arm: forest.look_of(arm, forest.kind_of(arm)) for arm in arms}
     assert len(set(looks.values())) == len(looks) and looks["source"] == (theme.colour("gold"), "v")
     for arm in TRAINED:
         series = theme.series_of(arm)
         assert looks[arm] == (series["color"], series["marker"])
+
+
+def test_learned_strengths_are_no_arm_of_another_kind_and_the_caption_says_what_they_are():
+    found = {"nll": 3.0, "diff": -0.1, "ci95": [-0.2, -0.05]}
+    without, with_it = (forest.losses(dict.fromkeys(arms, found)) for arms in (("base",), ("base", FUSED_LEARNED)))
+    assert lines_of(with_it)[1]["kind"] == "learned"
+    assert FUSED_LEARNED in with_it.caption and FUSED_LEARNED not in without.caption
 
 
 def test_a_bad_plan_is_bad_and_the_rank_correlation_is_that_of_the_path():
@@ -149,6 +169,28 @@ def test_strengths_are_one_number_or_one_per_projection(alpha):
     expected = [0.07] * 4 if alpha == 0.07 else [0.1, 0.2, 0.3, 0.4]
     assert [float(line["strength"]) for line in lines] == expected
     assert {line["source_layer"] for line in lines} == {"2"} and lines[0]["explained_variance"] == ""
+
+
+def test_projections_look_the_same_in_all_panels_and_one_legend_names_them():
+    """Also where some figure of a projection was not measured, whose place then is not taken by the next one."""
+    lines = [{**one, "explained_variance": None if one["projection"] == "q" else 0.5} for one in REPORT]
+    *panels, legend = transported.transported(lines, 0.1).panels
+    looks = set()
+    for panel in (*panels, legend):
+        axes = Canvas().add_subplot()
+        panel.draw(axes)
+        looks |= {(line.get_label(), line.get_color(), line.get_marker()) for line in axes.lines}
+        told = [text.get_text() for text in found.get_texts()] if (found := axes.get_legend()) else []
+        assert told == (["q", "o"] if panel is legend else [])
+    assert len(looks) == 2
+
+
+def test_the_caption_counts_the_plans_that_were_not_read():
+    read = [pairs.Pair(side, n, 0, (2, 2), torch.ones(2, 2), [], []) for side, n in (("q", 0), ("q", 2), ("k", 0))]
+    assert neuron_plans.left_out(read[:2], 2) == ""
+    note = neuron_plans.left_out(read, 3)
+    assert note.endswith(": q 2 of 3, k 1 of 3 target layers.")
+    assert neuron_plans.neuron_plan(read[0], note).caption.endswith(note)
 
 
 def test_the_selection_by_bin():

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from core.models.checkpoints import open_checkpoint
 from evaluation.pages.facts import command_of, settings_table
 from evaluation.pages.paths import without_paths
-from evaluation.pages.run_files import RunFiles
+from evaluation.pages.run_files import RunFiles, config_of
+from evaluation.pages.verdict import further_sentences, headline
 
 
 def test_layer_plans_in_the_file_are_those_of_stage_1(reported):
@@ -115,6 +117,15 @@ def test_the_page_is_one_file_that_a_parser_accepts(reported):
     assert {path.suffix for path in (reported / "report").iterdir()} == {".png", ".svg", ".csv"}
 
 
+def test_the_tables_sentences_stand_below_the_figure_and_above_the_arms(reported):
+    files = RunFiles.read(reported)
+    words = Page((reported / "report.html").read_text("utf-8")).words
+    told = [words.index(sentence) for sentence in further_sentences(files.results, files.trials)]
+    figure = next(number for number, text in enumerate(words) if text.startswith("Loss of every arm minus"))
+    assert told and told == sorted(told) and figure < told[0] and told[-1] < words.index("All arms")
+    assert words.index(headline(files.results)) < figure
+
+
 def test_the_default_pair_is_there_without_scripts(reported):
     text = (reported / "report.html").read_text("utf-8")
     picked = text[text.index('id="picked"') : text.index("Strongest matches")]
@@ -155,7 +166,29 @@ def test_the_home_folder_and_its_owner_are_taken_out_even_with_spaces(monkeypatc
     told = without_paths("at:/home/Ann Lee/x y; /big disk/m/org/name is by annlee in /r s/demo/z, not annlees")
     assert told == "at:x y; name is by (user) in z, not annlees"
     line = {"command": ["/a b/evaluation/report.py", "/other disk/my run/demo", "--run-dir=/o d/r"]}
-    assert command_of(line) == "python evaluation/report.py demo --run-dir=r"
+    assert command_of(line, Path("demo")) == "python evaluation/report.py demo --run-dir=r"
+
+
+def test_commands_are_shown_as_the_repository_takes_them_again(monkeypatch, tmp_path):
+    """Of the scripts' ones, run_pipeline.sh makes paths absolute, and run_train_final.sh hands over a file that it
+    removes; the copy in the run is told where it lies."""
+    run = tmp_path / "results/two words"
+    run.mkdir(parents=True)
+
+    def told(*arguments):
+        return command_of({"command": ["run_activs_and_hot.py", *map(str, arguments)]}, run)
+
+    yours = "scripts/experiments/yours.yaml"
+    assert told("--config", ROOT / yours, "--quick") == f"python run_activs_and_hot.py --config {yours} --quick"
+    assert told(f"--hot-dir={ROOT}/runs/a b/plans") == "python run_activs_and_hot.py --hot-dir='runs/a b/plans'"
+    gone = f"{tmp_path}/work/two words/experiment.yaml"
+    assert told("--config", gone) == "python run_activs_and_hot.py --config experiment.yaml"
+    (run / "experiment.yaml").write_text("task: malay\n")
+    for config in (told("--config", gone).partition(".py ")[2], config_of(run)):
+        assert config == "--config RUN/experiment.yaml"
+    monkeypatch.setenv("TRANSPORT_RESULTS_ROOT", str(run.parent))
+    for config in (told("--config", gone).partition(".py ")[2], config_of(run)):
+        assert config == "--config \"$TRANSPORT_RESULTS_ROOT\"/'two words/experiment.yaml'"
 
 
 def test_help_waits_for_no_drawing():
@@ -201,6 +234,12 @@ def test_a_reader_can_pick_side_and_layer(reported):
 
 
 @needs_browser
-def test_the_page_can_be_printed(reported, tmp_path):
+def test_the_print_has_every_heading_table_and_drawing_of_the_page(reported, tmp_path):
+    """The PDF that Chromium prints says of each element what it is, for readers who do not see it."""
     chromium(f"--print-to-pdf={tmp_path}/report.pdf", (reported / "report.html").as_uri())
-    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    printed = re.findall(rb"/S /(\w+)", (tmp_path / "report.pdf").read_bytes())
+    tags = [tag for tag, _ in Page((reported / "report.html").read_text("utf-8")).tags]
+    for kind, tag in {b"H1": "h1", b"H2": "h2", b"H3": "h3", b"H4": "h4", b"Table": "table"}.items():
+        assert printed.count(kind) == tags.count(tag) > 0, tag
+    assert printed.count(b"Figure") == tags.count("figure") + tags.count("svg") > 20
+    assert b"Form" not in printed  # the picker, which paper cannot have

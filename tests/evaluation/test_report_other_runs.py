@@ -11,7 +11,9 @@ from report_pages import Page, page_of, table
 
 from core.files import digest_of
 from evaluation import report
+from evaluation.arms.verdict import table as arm_table
 from evaluation.pages.facts import facts
+from evaluation.pages.index_page import is_current
 from evaluation.pages.run_files import RunFiles
 from evaluation.pages.siblings import siblings
 
@@ -102,7 +104,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(run):
 
 
 def test_texts_of_models_and_data_are_escaped(run):
-    evil = "<script>alert(1)</script>\"'&"
+    evil = "<script>alert(1)</script>\"'& $\\frac$"  # the last is no formula that matplotlib could set
     for name in ("fused/manifest.json", "samples.json", "results.json"):
         record = json.loads((run / name).read_text())
         if "lineage" in record:
@@ -110,7 +112,6 @@ def test_texts_of_models_and_data_are_escaped(run):
         if "prompts" in record:
             record["prompts"][0] = record["texts"]["fused"]["continuations"][0] = evil
         if "arms" in record:
-            record["arms"] = {("no_hot" if arm == evil else arm): found for arm, found in record["arms"].items()}
             record["arms"][evil] = record["arms"]["self"]
         (run / name).write_text(json.dumps(record))
     text = page_of(run)
@@ -173,6 +174,13 @@ def test_a_folder_of_runs_gets_a_page_that_lists_them(run, capsys):
     page = Page((run.parent / "report.html").read_text("utf-8"))
     assert {"small", "other <b>"} <= set(page.words) and "other%20%3Cb%3E/report.html" in page.addresses
     assert any("No verdict yet" in words for words in page.words)
+    found = json.loads((run / "results.json").read_text())
+    told = arm_table(found["arms"], found["held_out"]).splitlines()  # as stage 4 prints it
+    place = page.words.index("small")
+    verdict, *diffs = page.words[place + 1 : place + 5]
+    assert verdict in told and verdict.startswith(("Transfer: ", "No transfer shown"))
+    for arm, diff in zip(("fused", "no_hot", "fused_adapted"), diffs, strict=True):
+        assert diff in next(line for line in told if line.startswith(f"{arm} "))
     assert (other / "report.html").is_file() and str(run.parent / "report.html") in capsys.readouterr().out
     assert (run / "report.html").stat().st_mtime_ns == before  # it was current
     (run / "results.json").touch()
@@ -181,6 +189,7 @@ def test_a_folder_of_runs_gets_a_page_that_lists_them(run, capsys):
 
 
 def test_runs_that_differ_in_strength_alone_are_compared(run):
+    shutil.rmtree(run / "plans")  # whose figures take long to draw
     other = shutil.copytree(run, run.with_name("stronger"))
     path = other / "fused/manifest.json"
     path.write_text(path.read_text().replace('"alpha": 0.1', '"alpha": 0.2'))
@@ -188,6 +197,23 @@ def test_runs_that_differ_in_strength_alone_are_compared(run):
     rows = table(run, "by_strength")
     assert {(row["run"], row["alpha"]) for row in rows} == {("small", "0.1"), ("stronger", "0.2")}
     assert not (run / "report/by_source.csv").exists()
+    notes = run / "report/notes.csv"
+    notes.write_text("not of the report")
+    shutil.rmtree(other)
+    assert "Compared with other runs" not in page_of(run)
+    assert not list((run / "report").glob("by_strength.*")) and notes.is_file() and table(run, "losses")
+
+
+def test_a_report_is_drawn_again_where_the_runs_beside_it_are_others_now(run):
+    shutil.rmtree(run / "plans")  # whose figures take long to draw
+    other = shutil.copytree(run, run.with_name("stronger"))
+    assert is_current(run)  # the other run differs in nothing
+    changed(run, "stronger", "fused/manifest.json", '"alpha": 0.1', '"alpha": 0.2')
+    run_main(report, run.parent)
+    for one in (run, other):
+        assert {row["run"] for row in table(one, "by_strength")} == {"small", "stronger"} and is_current(one)
+    shutil.rmtree(other)
+    assert not is_current(run)
 
 
 def changed(run, name, file, old, new):

@@ -15,7 +15,10 @@ CASES = {
     "worse than base": ({"fused": 0.2}, (0,)),
     "no training": ({"fused": -0.1}, ()),
     "three seeds": ({"fused": -0.1}, (0, 1, 2)),
+    "denoising": ({"fused": -0.1, "filtered_self": -0.1}, (0,)),
+    "strength 0": ({"fused": 0.0}, (0,)),
 }
+SHOWN = ("transfer", "no training", "three seeds")
 
 
 def results(shift, seeds, groups=30, general=False):
@@ -28,6 +31,8 @@ def results(shift, seeds, groups=30, general=False):
         losses[arm] = (20 * (3 + shift.get(arm, 0.0) + noise) + np.zeros(30)).tolist()
     counts = {"texts": 30, "tokens": sum(TOKENS), "groups": groups}
     record = {"arms": statistics(losses, TOKENS, [n % groups for n in range(30)]), "held_out": {**counts, "absent": {}}}
+    if shift["fused"] == 0:  # where the search left the target alone
+        record["arms"]["fused"]["strength"] = {"alpha": 0, "sentence": "Fusion does not reliably help"}
     return record | ({"arms_general": record["arms"], "general": counts} if general else {})
 
 
@@ -39,9 +44,10 @@ def test_every_sentence_is_the_tables(case, groups):
     told = [headline(found), *further_sentences(found, {})]
     assert sorted(told) == sorted(lines[2 + len(found["arms"]) :])
     assert headline(found) == verdict(found["arms"]) and len(set(told)) == len(told)
-    assert headline(found).startswith("Transfer") == (
-        case not in ("a control is as good", "worse than base") and groups > 1
-    )
+    assert headline(found).startswith("Transfer") == (case in SHOWN and groups > 1)
+    assert ("denoising" in headline(found)) == (case == "denoising" and groups > 1)
+    assert ("The strength is 0: fused is the base." in headline(found)) == (case == "strength 0")
+    assert ("Fusion does not reliably help." in told) == (case == "strength 0")
 
 
 def test_a_difference_that_is_no_number_shows_no_transfer():

@@ -6,7 +6,7 @@ from made_up_losses import counts, made_up
 
 from core.errors import UserError
 from evaluation.arms.models import check_losses
-from evaluation.arms.verdict import seed_notes, statistics, strength_notes, table, trial_notes
+from evaluation.arms.verdict import absent_notes, seed_notes, statistics, strength_notes, table, trial_notes
 
 
 def test_statistics_weigh_tokens_and_pair_texts():
@@ -164,6 +164,15 @@ def test_the_table_says_what_was_left_out_and_what_losses_include():
     text = table(statistics(per_text, tokens, range(50)), counts(tokens, range(50), absent=absent))
     assert "wrong_layer is left out: the target has one layer" in text
     assert "than every control that was measured (without wrong_layer)" in text
+
+
+def test_arms_that_are_left_out_for_one_reason_share_a_sentence():
+    absent = {"damped": "few were asked for", "self": "it is base", "permuted": "few were asked for"}
+    few = "few were asked for"
+    assert absent_notes(absent) == [f"damped and permuted are left out: {few}.", "self is left out: it is base."]
+    three = absent_notes(dict.fromkeys(("damped", "permuted", "wrong_layer"), few))
+    assert three == [f"damped, permuted and wrong_layer are left out: {few}."]
+    assert absent_notes({}) == []
 
 
 def test_the_number_of_trials_is_said_where_some_arm_had_several():

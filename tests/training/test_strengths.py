@@ -32,6 +32,8 @@ from core.training.start import open_start
 from core.training.strengths import StrengthSearch, StrengthSettings, StrengthTexts, Tried, learnable, lowest
 from evaluation import compare_arms
 from evaluation.arms.control_residuals import ControlResiduals
+from evaluation.pages.facts import settings_table
+from evaluation.pages.run_files import RunFiles
 from evaluation.significance import record_of_difference
 
 AUTO = StrengthSettings(learned=False, steps=0, free=False, seed=0)
@@ -317,6 +319,8 @@ def test_learned_strengths_can_be_an_arm_beside_a_chosen_one(found, plans, model
     )
     assert list(results["arms"])[-2:] == ["fused_learned", "fused"]
     assert "fused_learned has learned strengths (" in capsys.readouterr().out
+    settings = {name: value for name, value, _ in settings_table(RunFiles.read(run))}
+    assert (settings["controls"], settings["learned_arm"]) == ("few", "True")  # what the verdict rests on
     run_main(compare_arms, *flags, "--controls", "few")
     assert "fused_learned" not in json.loads((run / "results.json").read_text())["arms"]
 

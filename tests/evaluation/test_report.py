@@ -242,4 +242,3 @@ def test_the_print_has_every_heading_table_and_drawing_of_the_page(reported, tmp
     for kind, tag in {b"H1": "h1", b"H2": "h2", b"H3": "h3", b"H4": "h4", b"Table": "table"}.items():
         assert printed.count(kind) == tags.count(tag) > 0, tag
     assert printed.count(b"Figure") == tags.count("figure") + tags.count("svg") > 20
-    assert b"Form" not in printed  # the picker, which paper cannot have

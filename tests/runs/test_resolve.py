@@ -132,7 +132,7 @@ def test_the_regression_map_comes_with_its_own_settings_unless_others_are_asked_
     ].values()
     assert [run[key] for key in keys] == ["token", 5, 0.3, 0.2]
     (run,) = resolved(TASKS="demo", FEATURE_MAP="regression")[0].values()  # whose own map it is
-    assert (run["name"], run["alpha"]) == ("demo", 0.07)
+    assert (run["name"], run["alpha"]) == ("demo", "auto")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Fits:
     Attributes:
         kind: which rows the final regression is fitted on (`core.fusion.anchored.KINDS`).
         of_task_vector: whether the responses are those of a task vector.
+        source: the weights of the source; of a task vector those of the expert, on which its rows were recorded.
         of: (model, side, layer) -> the regressions on its rows; those of recent sides are kept.
     """
 
@@ -39,12 +40,12 @@ class Fits:
         """The regressions on the rows of one side.
 
         The outputs of the source that are not recorded are W_s x_s, all of them in the span of the columns of W_s. In
-        an orthonormal basis of it they are as few numbers as the inputs x_s, which makes the regressions on a wide side
-        of the MLP several times faster.
+        an orthonormal basis of this span each output takes as many numbers as an input x_s has, and the regressions on
+        a wide side of the MLP become several times faster.
         """
         if model == "target" or side not in PROJECTIONS or PROJECTIONS[side].matches_layers:
             return Ridge(self.plans.rows(model, side, layer, "fit"), self.ridge)
-        x = self.plans.rows("source", PROJECTIONS[side].input_side, layer, "fit")
+        x = self.source_inputs(side, layer)
         basis, triangle = torch.linalg.qr(self.source.weight(layer, side))  # W_s [m, m'] = [m, r] @ [r, m']
         return Ridge(x @ triangle.T, self.ridge, basis)  # [T, m'] @ [m', r]
 
@@ -52,8 +53,11 @@ class Fits:
         """What a projection of the source gives [T, m], centred: as recorded, or computed from what it reads."""
         if PROJECTIONS[projection].matches_layers:
             return self.plans.rows("source", projection, layer, "fit")
-        x = self.plans.rows("source", PROJECTIONS[projection].input_side, layer, "fit")
-        return x @ self.source.weight(layer, projection).T  # [T, m'] @ [m', m] -> [T, m]
+        return self.source_inputs(projection, layer) @ self.source.weight(layer, projection).T  # [T, m'] @ [m', m]
+
+    def source_inputs(self, projection: str, layer: int) -> Tensor:
+        """What a projection of the source reads [T, m'], centred."""
+        return self.plans.rows("source", PROJECTIONS[projection].input_side, layer, "fit")
 
     def with_rows(self, rows: str) -> Fits:
         """The same regressions, with a final one on rows of another kind."""

@@ -48,8 +48,8 @@ class Projection:
 
     @property
     def matches_layers(self) -> bool:
-        """Whether layers are matched by the output, so that it is recorded of the source as well. The other outputs are
-        those of gate and up, which are several times as wide as what they read."""
+        """Whether layers are matched by the projection's output, so that the source's output is recorded. That of gate
+        and up is not: it is several times as wide as their input, from which it follows."""
         return self.name in self.layer_sides
 
     @property
@@ -118,8 +118,8 @@ def planned_sides(projections: Iterable[str]) -> tuple[str, ...]:
 
 
 def source_sides(projections: Iterable[str], all_inputs: bool) -> tuple[str, ...]:
-    """What is recorded of the source: the sides from which layers are matched. The wide sides of the MLP are not among
-    them: the outputs of gate and up follow from what they read, and nothing but a task vector reads the input of down.
+    """What is recorded of the source: the sides from whose plans layers are matched. The wide sides of the MLP are not
+    among them: the outputs of gate and up follow from their input, and only a task vector needs the input of down.
 
     Args:
         all_inputs: whether the inputs of all projections are recorded, as a task vector needs.

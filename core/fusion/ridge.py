@@ -21,8 +21,9 @@ class Ridge:
     Args:
         R: centred predictors. If all of them are constant, every map is zero.
         ridge: lambda, relative to d.
-        basis: [w, r] with orthonormal columns, where the predictors are R basis^T [T, w] and R [T, r] says all of them
-            in fewer numbers. Regressions on the two are the same.
+        basis: [w, r] with orthonormal columns, for predictors R basis^T [T, w] that span no more than r directions. The
+            regression on R [T, r] fits the same responses as the one on these, with fewer numbers. None where R are the
+            predictors themselves.
     Raises:
         ValueError: lambda is too small for the system to be positive definite even in float64.
     """

@@ -105,7 +105,7 @@ class Transport:
         if filtered:
             responses = self.feature_map.responses(layer, projection, outputs)
             if residual.axis == ROWS and len(residual.original_weight) > residual.original_weight.shape[1]:
-                # More outputs than inputs lie in the span of the columns of W, whose basis has fewer components.
+                # Outputs that are more than the inputs lie in the span of the columns of W, which has fewer directions.
                 basis, _ = torch.linalg.qr(residual.original_weight)  # [k, n']
                 own = with_spectrum_of(own @ basis, responses) @ basis.T
             else:

@@ -61,7 +61,7 @@ def calibration_texts(division: Division, experiment: Experiment) -> Calibration
 
 
 def calibration_again(division: Division, experiment: Experiment, made_from: Mapping[str, Any]) -> Calibration | None:
-    """The texts that plans were made from, or None where the data gives others today.
+    """The texts that plans were made from, read again; None where the data now gives other texts.
 
     Args:
         division: the run's own data, read again.

@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 from core.errors import UserError
 from core.files import read_json
 from core.fusion.controls import CONTROLS, FEW
-from core.fusion.settings import LEARNED
+from core.fusion.settings import AUTO, LEARNED
 from core.manifest import COMMANDS, OF_THE_MACHINE
 from core.models.locate import missing_step
 from core.progress import Progress, duration
@@ -59,7 +59,7 @@ INPUTS = (
 NOT_ESTIMATED = "  loading and saving models, fusing, making controls, drawing (some minutes for models below 1B)"
 # A backward pass takes twice as long as the forward pass before it.
 TRAINING_PASSES = 3
-# How many controls there are for each value of `controls`.
+# How many controls there are for each value of `controls`; `usual` is all but `random_source`.
 CONTROL_COUNTS = {"few": len(FEW), "usual": len(CONTROLS) - 1, "all": len(CONTROLS)}
 # How many strengths a search usually tries for each kind of rows.
 STRENGTHS_TRIED = 4
@@ -254,8 +254,13 @@ def searching(experiment: Experiment) -> Callable[[ModelSize, ModelSize], float]
         return None
     read = len(fusion.row_kinds) * STRENGTHS_TRIED * experiment.training.validation_samples
     if fusion.alpha == LEARNED:
-        read += TRAINING_PASSES * TEXTS_PER_STEP * fusion.alpha_steps
+        read += texts_learned_from(experiment)
     return lambda target, source: read * experiment.reading.max_tokens * whole_token(target, experiment)
+
+
+def texts_learned_from(experiment: Experiment) -> int:
+    """Forward passes of one text, in which the passes of learning strengths are counted."""
+    return TRAINING_PASSES * TEXTS_PER_STEP * experiment.fusion.alpha_steps
 
 
 def comparison(experiment: Experiment, trainings: int) -> Callable[[ModelSize, ModelSize], float]:
@@ -268,6 +273,9 @@ def comparison(experiment: Experiment, trainings: int) -> Callable[[ModelSize, M
         tokens = sets * settings.held_out_samples * experiment.reading.max_tokens
         arms, search = 2 + controls + trainings, searching(experiment)  # 2 are base and fused
         losses = tokens * (arms * whole_token(target, experiment) + whole_token(source, experiment))
+        if settings.learned_arm and experiment.fusion.alpha == AUTO:
+            read = texts_learned_from(experiment) * experiment.reading.max_tokens + tokens
+            losses += read * whole_token(target, experiment)
         return losses + (0.0 if search is None else controls * search(target, source))
 
     return seconds

@@ -181,7 +181,7 @@ class StrengthSearch:
         return Tried(candidate, 0.0, self.base)
 
     def _on_grid(self, what: str, name: str, residuals: Candidate) -> Iterator[Tried]:
-        """One strength after the other for all projections, as long as the loss falls, and one between the best."""
+        """Each strength of the grid, for all projections, as long as the loss falls; then the `lowest` between them."""
         points = [(0.0, sum(self.base))]
         for alpha in GRID:
             found = Tried(name, alpha, self._losses(what, residuals(), alpha))
@@ -239,11 +239,11 @@ class StrengthSearch:
 
 
 def lowest(points: Sequence[tuple[float, float]]) -> float | None:
-    """Where the parabola through three points (strength, loss) is lowest, to four digits after the point.
+    """The strength at which the parabola through three points (strength, loss) is lowest, rounded to four decimals.
 
     Returns:
-        None where it is not between the outer points with a loss that is lowest in the middle: where there are fewer
-        points, where the loss has risen from the first on or has fallen to the last, or where it is not finite.
+        None where that tells nothing: with fewer than three points, where the middle point has not the lowest loss, or
+        where a loss is not finite.
     """
     if len(points) < 3:
         return None

@@ -24,11 +24,9 @@ from core.progress import Progress
 from core.runs.settings import Experiment
 from core.runs.strength_search import search_settings, strength_rows, strength_search
 from core.training.strengths import StrengthSearch
-from evaluation.arms.run import Run
+from evaluation.arms.run import FUSED_LEARNED, Run
 from evaluation.significance import record_of_difference
 
-# The arm of what was fused, with strengths that are learned in place of the one that stage 2 chose.
-FUSED_LEARNED = "fused_learned"
 # The settings beside those of fusion on which a search for strengths depends.
 SEARCHING = ("validation_samples", "seed", "tokens_per_batch", "dtype")
 
@@ -69,7 +67,9 @@ class ControlResiduals:
             self.search = strength_search_of(run, target, self.model, self.experiment)
 
     def of(self, control: str) -> tuple[Iterable[Residual], Strength]:
-        """(the residuals of a control, its strength)."""
+        """(the residuals of a control or of the arm `fused_learned`, its strength)."""
+        if control == FUSED_LEARNED:
+            return self._learned()
         if self.search is None:
             return self._made(control, self.rows), self.alpha
         # The search asks for a kind of rows more than once. One kind at a time is kept, as it has all residuals.
@@ -79,7 +79,7 @@ class ControlResiduals:
         self.found[control] = choice.record()
         return of_rows(choice.candidate), choice.alpha
 
-    def learned(self) -> tuple[Iterable[Residual], Strength]:
+    def _learned(self) -> tuple[Iterable[Residual], Strength]:
         """(what was fused with one strength for all projections, a strength for each of them that is learned)."""
         experiment = self.experiment.changed(alpha=LEARNED)
         search = strength_search(

@@ -22,9 +22,9 @@ from core.runs.settings import Experiment
 from core.training.heldout import text_nll, token_losses
 from core.training.hot_linear import fold_in_place, restore_base
 from evaluation.arms.bits import SOURCE
-from evaluation.arms.control_residuals import FUSED_LEARNED, ControlResiduals
+from evaluation.arms.control_residuals import ControlResiduals
 from evaluation.arms.random_source import random_source_plans
-from evaluation.arms.run import Run
+from evaluation.arms.run import FUSED_LEARNED, Run
 from evaluation.arms.texts import TextSet
 
 # What a model can raise that is damaged, gives no finite number, or needs more memory than there is
@@ -141,15 +141,12 @@ class Arms:
     def _losses_in_memory(
         self, arms: Sequence[str], sets: Mapping[str, TextSet], transport_of: Callable[[str], Transport]
     ) -> Iterator[tuple[str, Losses]]:
-        """The losses of base and controls, whose model is the target, changed in memory."""
+        """The losses of base, controls and `fused_learned`, whose model is the target, changed in memory."""
         model = self.target.load_model(self.experiment.compute.dtype)
         name_of = self.target.layout.name
         controls = ControlResiduals(self.run, self.target, transport_of, model, self.experiment)
         for arm in arms:
-            if arm == FUSED_LEARNED:
-                changed, alpha = controls.learned()
-            else:
-                changed, alpha = ([], 0.0) if arm == "base" else controls.of(arm)
+            changed, alpha = ([], 0.0) if arm == "base" else controls.of(arm)
             fold_in_place(model, changed, name_of, alpha, self.settings.residual_form)
             yield arm, self._losses_of(model, arm, sets)._replace(strength=controls.found.get(arm))
             restore_base(model, controls.fused, name_of)  # all residuals of a run have the same selection

@@ -13,6 +13,8 @@ from core.runs.settings import of_one_scenario
 
 # What stage 4 writes into a run: the losses of all arms, and the figures made of them.
 RESULTS = "results.json"
+# The arm of what was fused, with a learned strength for each projection in place of the one that stage 2 chose for all.
+FUSED_LEARNED = "fused_learned"
 # Arm -> the folder in a run that holds its trainings, one folder below it per seed.
 TRAINED = {"no_hot": "adapted/no_hot", "distill": "adapted/distill", "fused_adapted": "adapted/hot"}
 

@@ -10,7 +10,7 @@ from core.fusion.controls import CONTROLS
 from core.fusion.strengths import mean_strength
 from evaluation.arms.bits import SOURCE, bit_notes, columns, heading
 from evaluation.arms.paired import Paired
-from evaluation.arms.run import TRAINED
+from evaluation.arms.run import FUSED_LEARNED, TRAINED
 from evaluation.significance import below_zero, interval
 
 # With fewer groups even the estimate of the variance varies so much that intervals are only a rough guide.
@@ -159,10 +159,11 @@ def strength_notes(strengths: Mapping[str, Any]) -> list[str]:
         found = ", ".join(f"{control} {mean_strength(one['alpha']):.3f}" for control, one in controls.items())
         how = "in the same way, on the validation rows (means over projections)"
         lines.append(f"Strengths of the controls were found {how}: {found}.")
-    for arm in strengths.keys() - controls.keys():
+    if FUSED_LEARNED in strengths:
+        mean = mean_strength(strengths[FUSED_LEARNED]["alpha"])
         lines.append(
-            f"{arm} has learned strengths ({mean_strength(strengths[arm]['alpha']):.3f} on average), and no control "
-            "here has: run stages 2 and 4 with --alpha learned to see whether its gain is transfer."
+            f"{FUSED_LEARNED} has learned strengths ({mean:.3f} on average), and no control here has: run stages 2 and "
+            "4 with --alpha learned to see whether its gain is transfer."
         )
     return lines
 

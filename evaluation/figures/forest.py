@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 
 from core.fusion.controls import CONTROLS
 from evaluation.arms.bits import SOURCE
-from evaluation.arms.control_residuals import FUSED_LEARNED
-from evaluation.arms.run import TRAINED
+from evaluation.arms.run import FUSED_LEARNED, TRAINED
 from evaluation.figures.figure import Figure, Panel
 from evaluation.figures.theme import colour, series_of
 

@@ -15,6 +15,7 @@ from core.errors import UserError, first_line
 from core.files import LOCK, TEMPORARY, read_json
 from core.locks import file_lock
 from core.models.families import FAMILIES
+from core.models.transformers_log import redirect_transformers
 from core.models.weight_digest import sample_digest
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     """Convert a GGUF file to a float32 safetensors folder with tokenizer and chat template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    redirect_transformers()
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     # The weights are dequantised already, but transformers refuses to save while the quantizer is attached.
@@ -97,6 +99,7 @@ def convert_bin(source: Path, folder: Path, trust_remote_code: bool) -> None:
     """Convert a folder of torch .bin files to safetensors; every other file is copied."""
     import transformers
 
+    redirect_transformers()
     family = FAMILIES[read_json(source / "config.json")["model_type"]]
     loader: Any = getattr(transformers, family.auto)
     options = {"use_safetensors": False, "trust_remote_code": trust_remote_code}

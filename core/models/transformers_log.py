@@ -20,5 +20,5 @@ def redirect_transformers() -> None:
 
 
 def _bar(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Progress:
-    """A bar in place of one of the library's, which counts tensors without saying so."""
-    return Progress(*arguments, **{**options, "unit": "tensors", "delay": BAR_AFTER_S})
+    """A bar in place of one of the library's, which counts tensors or files without saying which."""
+    return Progress(*arguments, **{**options, "unit": "items", "delay": BAR_AFTER_S})

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, llama, make_tokenizer
 from gguf_files import write_gguf
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 from core.errors import UserError
 from core.files import TEMPORARY
@@ -19,14 +20,16 @@ from core.models.families import gguf_config, stated_layout
 from core.models.gguf_header import read_gguf_header
 
 
-def test_gguf_is_converted_once_to_a_plain_folder(tmp_path, monkeypatch):
-    """A real (tiny) GGUF file written with the gguf package, through the real converter."""
+def test_gguf_is_converted_once_to_a_plain_folder(tmp_path, monkeypatch, capfd):
+    """A real (tiny) GGUF file written with the gguf package, through the real converter, which draws no bars."""
+    transformers_logging.set_tqdm_hook(None)  # as in a new process
     model = llama(vocab_size=300, head_dim=8)
     tokenizer = make_tokenizer(300, 1)
     write_gguf(tmp_path / "m.gguf", model, tokenizer)
     monkeypatch.setenv("MODELS_ROOT", str(tmp_path / "cache"))
     made = open_checkpoint(str(tmp_path / "m.gguf"))
     assert made.folder.parent == tmp_path / "cache" / "converted"
+    assert "Writing model shards" not in capfd.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(convert, "convert_gguf", lambda *_: pytest.fail("converted already"))
         assert open_checkpoint(str(tmp_path / "m.gguf")).folder == made.folder
